@@ -1,0 +1,47 @@
+"""ReLoRA: pre-training language models from scratch through a sequence of low-rank updates (arXiv 2307.05695).
+
+The names below are the algorithm as a library. They are loaded when first touched, so that `import relora` is free and
+whoever uses them gets torch and nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from relora.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, unwrap, wrap
+    from relora.reset import reset_optimizer
+    from relora.schedule import JaggedCosine, RestartClock
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JaggedCosine",
+    "LowRankLinear",
+    "ReLoRAConfig",
+    "RestartClock",
+    "merge_and_reinit",
+    "reset_optimizer",
+    "unwrap",
+    "wrap",
+]
+
+_HOME = {
+    "JaggedCosine": "relora.schedule",
+    "LowRankLinear": "relora.lowrank",
+    "ReLoRAConfig": "relora.lowrank",
+    "RestartClock": "relora.schedule",
+    "merge_and_reinit": "relora.lowrank",
+    "reset_optimizer": "relora.reset",
+    "unwrap": "relora.lowrank",
+    "wrap": "relora.lowrank",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'relora' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

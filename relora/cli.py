@@ -1,0 +1,367 @@
+"""The command line: `python run.py` (also `relora train`) and the verbs of `relora`."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from relora import compose
+from relora.config import RunConfig
+from relora.errors import ConfigError, RunError
+from relora.rundir import RunDir, read_json
+
+UI_PORT = 5000
+UI_START_SECONDS = 90.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`relora VERB ...`: returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        return run(arguments[1:])
+    parser = _parser()
+    # argparse takes no second row of positionals after an option: overrides may stand anywhere.
+    known, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(known, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        known.overrides = [*known.overrides, *rest]
+    return _told(lambda: known.verb(known))
+
+
+def run(argv: Sequence[str]) -> int:
+    """`python run.py ...`: returns the exit code."""
+    return _told(lambda: _train(argv))
+
+
+def _told(action: Callable[[], int]) -> int:
+    """Run a command; what a person can mend becomes one message and an exit code, never a traceback."""
+    try:
+        return action()
+    except ConfigError as error:
+        print(f"relora: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"relora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("relora: interrupted", file=sys.stderr)
+        return 130
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"relora: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="relora",
+        description="Pre-train with ReLoRA, and look at what came out.",
+        epilog="relora train [key=value ...] is python run.py [key=value ...]; python run.py --help shows the config.",
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, action: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="one JSON object instead of text")
+        sub.set_defaults(verb=action)
+        return sub
+
+    verbs.add_parser("train", help="train: the same as python run.py", add_help=False)
+
+    sub = verb("evaluate", _evaluate, "Perplexity of an exported model on held-out text.")
+    sub.add_argument("folder", type=Path, help="the model folder of a run, or any local Hugging Face folder")
+    sub.add_argument("--split", choices=("test", "validation"), default="test")
+    sub.add_argument(
+        "overrides", nargs="*", help="data=..., runs_dir=..., trainer.device=... (default: as its run did)"
+    )
+
+    sub = verb("sample", _sample, "Let an exported model write.")
+    sub.add_argument("folder", type=Path, help="the model folder of a run")
+    sub.add_argument("--prompt", default="", help="what it goes on from (default: the beginning of a text)")
+    sub.add_argument("--tokens", type=int, default=80, help="how many to write at most (default: %(default)s)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+
+    sub = verb("report", _report, "Tables and pictures of a study, as report.md, report.html and results.csv.")
+    sub.add_argument("study")
+    sub.add_argument("overrides", nargs="*", help="runs_dir=..., as the study was launched with")
+
+    sub = verb("ui", _ui, "Open the MLflow UI on the runs' store; prints the link and serves until Ctrl-C.")
+    sub.add_argument("--port", type=int, default=None, help=f"default: {UI_PORT}, or a free one")
+    sub.add_argument("overrides", nargs="*", help="runs_dir=..., tracker.uri=..., as the runs were launched with")
+
+    sub = verb("sync", _sync, "Send to MLflow what it does not have of some runs, and correct the state of dead ones.")
+    sub.add_argument("runs", type=Path, nargs="+", help="run folders")
+
+    sub = verb("clean", _clean, "What checkpoints, models and warm starts cost on disk; with --delete, less of it.")
+    sub.add_argument("--delete", action="store_true", help="delete what the list calls deletable (default: list alone)")
+    text = "whose runs (default: all), and runs_dir=..., as the runs were launched with"
+    sub.add_argument("overrides", metavar="STUDY", nargs="*", help=text)
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------- train
+
+
+def _train(argv: Sequence[str]) -> int:
+    """Compose, check and run: one run, or with -m a study; other options (--help, --cfg, ...) are Hydra's own.
+
+    A sweep that names one of Hydra's launchers or sweepers is left to Hydra as well.
+    """
+    from relora.job import EXIT_CODES, launch
+
+    options = [argument for argument in argv if argument.startswith("-")]
+    hydras = any(argument.startswith(("hydra/launcher=", "hydra/sweeper=")) for argument in argv)
+    if options in (["-m"], ["--multirun"]) and not hydras:
+        from relora.launch import launch_study
+        from relora.tune import tune
+
+        overrides = [argument for argument in argv if argument not in options]
+        search = compose.search(overrides)
+        if search is not None:
+            return 0 if tune(search, overrides) else 1
+        return 0 if launch_study(compose.expand(overrides), overrides) else 1
+    if any(argument.startswith("-") for argument in argv):
+        compose.hydra_main(argv, _hydra_job)
+        return 0
+    sweep = next((argument for argument in argv if argument.startswith("sweeps=")), None)
+    if sweep is not None:
+        raise ConfigError(f"{sweep} is a sweep and this is a single run; write python run.py -m {' '.join(argv)}")
+    return EXIT_CODES[launch(compose.compose(argv), argv).state]
+
+
+def _hydra_job(composed: Any, overrides: list[str]) -> None:
+    """One job of Hydra's own launcher."""
+    from relora.job import EXIT_CODES, launch
+
+    code = _told(lambda: EXIT_CODES[launch(compose.to_run_config(composed), overrides).state])
+    if code:
+        sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------------------ exported models
+
+
+def _model_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} is no model folder: it has no config.json; a run leaves its model in RUN_DIR/model"
+        )
+    return folder.absolute()
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    folder = _model_folder(arguments.folder)
+    run = read_json(folder / "relora.json")
+    limit = read_json(folder / "config.json").get("max_position_embeddings", 1024)
+    config = compose.compose([*_as_trained(folder, run, limit), *arguments.overrides])
+
+    from relora.corpus import prepare
+    from relora.evaluate import evaluate
+    from relora.job import choose_device
+    from relora.model import load_pretrained
+
+    def say(message: str) -> None:
+        print(message, file=sys.stderr)
+
+    device = choose_device(config.trainer.device)
+    corpus = prepare(config.data, Path(config.runs_dir) / "corpora", say)
+    result = evaluate(
+        load_pretrained(folder, device),
+        corpus.sequences(arguments.split, config.data.sequence_length_tokens),
+        sequences_per_batch=run.get("sequences_per_batch", config.trainer.sequences_per_step),
+        precision=config.trainer.precision,
+        device=device,
+    )
+    values = {"perplexity": result.perplexity, "loss": result.loss, "tokens": result.tokens, "split": arguments.split}
+    text = (
+        f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}) on {result.tokens:,} tokens of {arguments.split}"
+    )
+    print(json.dumps(values) if arguments.json else text)
+    return 0
+
+
+def _as_trained(folder: Path, run: dict[str, Any], limit: int) -> list[str]:
+    """Overrides under which the folder's own run evaluated it; the user's come after them and win."""
+    overrides = ["method=full", f"model.max_position_embeddings={limit}", f"data.tokenizer={folder}"]
+    if run:
+        overrides += [
+            f"data.sequence_length_tokens={run['sequence_length_tokens']}",
+            f"trainer.precision={run['precision']}",
+        ]
+    return overrides
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    folder = _model_folder(arguments.folder)
+
+    from relora.model import sample
+
+    try:
+        text = sample(
+            folder,
+            arguments.prompt,
+            max_new_tokens=arguments.tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(json.dumps({"text": text}) if arguments.json else text)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- MLflow
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from relora.tracking import Mirror, failures_told
+
+    results = {}
+    for path in arguments.runs:
+        run = RunDir(path.absolute())
+        config = compose.thaw(run.config_file)
+        status = run.status
+        if status is not None and status.state == "running" and not run.is_locked:
+            status.state, status.message = "interrupted", "its process died; the newest checkpoint stands"
+            run.status = status
+        with failures_told(config):
+            sent = Mirror(run, config).sync()
+        results[str(path)] = {"rows": sent.rows, "status": sent.status}
+        if not arguments.json:
+            print(f"{path}: {sent.rows} rows sent, status {sent.status}")
+    if arguments.json:
+        print(json.dumps(results))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from relora.launch import publish_report
+
+    runs_dir = Path(compose.compose(arguments.overrides).runs_dir)
+    if not arguments.json:
+        publish_report(runs_dir, arguments.study)
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):
+        study = publish_report(runs_dir, arguments.study)
+    from relora.report import as_json
+
+    print(as_json(study))
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    config = compose.compose(arguments.overrides)
+    uri = config.mlflow_uri
+    store = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:") and not store.exists():
+        raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
+
+    from relora.compare import studies
+    from relora.tracking import experiment_id, failures_told, open_store, view_key, write_view
+
+    with failures_told(config):
+        client = open_store(uri, Path(config.runs_dir))
+        experiment = experiment_id(client, config)
+    links = {"all": f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"}
+    known = studies(Path(config.runs_dir))
+    if config.study is not None and config.study not in known:
+        raise ConfigError(f"no study {config.study} was launched in {config.runs_dir}; there are: {', '.join(known)}")
+    for study in [config.study] if config.study else known:
+        with failures_told(config):
+            write_view(client, experiment, study)
+        links[study] = f"{links['all']}&viewStateShareKey={view_key(study)}"
+    if uri.startswith("http"):
+        _print_links(uri.rstrip("/"), links, arguments.json)
+        return 0
+    return _serve(config, arguments, links)
+
+
+def _serve(config: RunConfig, arguments: argparse.Namespace, links: dict[str, str]) -> int:
+    """An MLflow server of one worker until Ctrl-C or SIGTERM."""
+    port = arguments.port or _free_port()
+    if _listens(port):
+        raise RunError(f"port {port} is in use; take another --port, or leave it out for a free one")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)),
+            *("--backend-store-uri", config.mlflow_uri),
+        ],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + UI_START_SECONDS
+        while not _listens(port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                detail = server.stderr.read().decode() if server.poll() is not None and server.stderr else "no answer"
+                raise RunError(f"the MLflow server did not start on port {port}: {detail.strip()[-500:]}")
+            time.sleep(0.2)
+        _print_links(f"http://127.0.0.1:{port}", links, arguments.json)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+
+
+def _print_links(server: str, links: dict[str, str], as_json: bool) -> None:
+    """The link to all runs, and one to the prepared view of each study."""
+    urls = {name: f"{server}/{fragment}" for name, fragment in links.items()}
+    if as_json:
+        print(json.dumps({"url": urls.pop("all"), "studies": urls}), flush=True)
+        return
+    print(f"MLflow UI: {urls.pop('all')}", flush=True)
+    for study, url in urls.items():
+        print(f"study {study}: {url}", flush=True)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_port() -> int:
+    """5000 if nothing listens there, else one that the system picks."""
+    for wanted in (UI_PORT, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", wanted))
+                return probe.getsockname()[1]
+            except OSError:
+                continue
+    raise RunError("no free port")
+
+
+# ---------------------------------------------------------------------------------------------------------- disk
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from relora import clean
+
+    overrides = [word for word in arguments.overrides if "=" in word]
+    studies = [word for word in arguments.overrides if "=" not in word]
+    disk = clean.survey(Path(compose.compose(overrides).runs_dir), studies)
+    if arguments.delete:
+        clean.delete(disk)
+    print(json.dumps(clean.as_json(disk)) if arguments.json else clean.text(disk, deleted=arguments.delete))
+    for failure in disk.failures:
+        print(f"relora: {failure}", file=sys.stderr)
+    return 1 if disk.failures else 0

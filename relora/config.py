@@ -1,0 +1,302 @@
+"""What a run is: all groups together, the checks across them, and the hash and names that follow.
+
+A RunConfig is made once, validated by being made, frozen as run_dir/config.yaml and never changed. What follows from
+other fields is a property and stands in no file.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relora.cost import Cost, LlamaShape, control_shape, cost, module_matches
+from relora.errors import ConfigError
+from relora.groups import (
+    UNHASHED,
+    ClusterConfig,
+    ControlConfig,
+    DataConfig,
+    GaLoreConfig,
+    LoRAConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ReLoRAMethodConfig,
+    ScheduleConfig,
+    TargetedConfig,
+    TrackerConfig,
+    TrainerConfig,
+    parse_count,
+)
+from relora.schedule import RestartClock
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """All of one run. Raises ConfigError, before torch is imported, for anything that cannot run."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    trainer: TrainerConfig
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=UNHASHED)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata=UNHASHED)
+    runs_dir: str = field(default="runs", metadata=UNHASHED)
+    study: str | None = field(default=None, metadata=UNHASHED)
+
+    def __post_init__(self) -> None:
+        self._check_targets()
+        self._check_control()
+        self._check_clock()
+        if self.data.sequence_length_tokens > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"data.sequence_length_tokens={self.data.sequence_length_tokens} exceeds "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        vocab_size = self.model.vocab_size
+        if vocab_size is not None and self.data.tokenizer is None and vocab_size < self.data.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={vocab_size} is below data.vocab_size={self.data.vocab_size}; "
+                "leave model.vocab_size null or lower data.vocab_size"
+            )
+        if self.study is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.study):
+            raise ConfigError(
+                f"study={self.study} may hold letters, digits, '_', '.' and '-' alone, and not begin with '.' or '-'"
+            )
+
+    def _check_targets(self) -> None:
+        method = self.method
+        if not isinstance(method, TargetedConfig):
+            return
+        linears = self.model.shape(vocab_size=1).linears()
+        endings = sorted({name.rpartition(".")[2] for name in linears})
+        if not method.target_modules:
+            raise ConfigError(f"method.target_modules is empty; name some of {', '.join(endings)}")
+        for ending in method.target_modules:
+            if not any(module_matches(name, [ending]) for name in linears):
+                raise ConfigError(
+                    f"method.target_modules: {ending!r} matches no linear layer; the model has {', '.join(endings)}"
+                )
+        for name, (i, o) in linears.items():
+            if method.rank > min(i, o) and module_matches(name, method.target_modules):
+                raise ConfigError(f"rank={method.rank} exceeds min(in, out)={min(i, o)} of {name}; lower method.rank")
+
+    def _check_control(self) -> None:
+        """Before the tokenizer is there, the vocabulary is the one that the config asks for."""
+        if isinstance(self.method, ControlConfig):
+            if self.method.warm_start_steps:
+                raise ConfigError(
+                    "method=control has no warm start: the whole model cannot become a smaller one; "
+                    "set method.warm_start_steps=0"
+                )
+            self.trained_shape(self.model.vocab_size or self.data.vocab_size)
+
+    def _check_clock(self) -> None:
+        warm, total = self.method.warm_start_steps, self.total_steps
+        if warm >= total:
+            raise ConfigError(
+                f"method.warm_start_steps={warm} leaves nothing of the run's {total} steps; "
+                "lower it or raise trainer.total_steps"
+            )
+        phase, warmup, rewarm = total - warm, self.schedule.warmup_steps, self.schedule.restart_warmup_steps
+        if warmup >= phase:
+            raise ConfigError(
+                f"schedule.warmup_steps={warmup} does not fit into the {phase} steps "
+                f"{'after the warm start' if warm else 'of the run'}; lower it or raise trainer.total_steps"
+            )
+        interval = self.reset_interval_steps
+        if interval is None:
+            return
+        if interval > phase:
+            raise ConfigError(
+                f"method.reset_interval_steps={interval} is longer than the {phase} steps "
+                f"{'after the warm start' if warm else 'of the run'}; lower it, or set it to null for no restarts"
+            )
+        for name, value in (("warmup_steps", warmup), ("restart_warmup_steps", rewarm)):
+            if value > interval:
+                raise ConfigError(
+                    f"schedule.{name}={value} does not fit into method.reset_interval_steps={interval}; "
+                    f"lower schedule.{name}"
+                )
+        last = (phase - 1) // interval * interval
+        if last and phase - last < rewarm:
+            raise ConfigError(
+                f"the last restart, at step {warm + last}, leaves {phase - last} steps, fewer than "
+                f"schedule.restart_warmup_steps={rewarm}; change method.reset_interval_steps={interval} or "
+                f"trainer.total_steps={total}"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run, warm start included; a token budget is rounded up to whole updates."""
+        if self.trainer.total_tokens is not None:
+            return -(-parse_count("trainer.total_tokens", self.trainer.total_tokens) // self.tokens_per_step)
+        assert self.trainer.total_steps is not None
+        return self.trainer.total_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens trained on by one update."""
+        return self.trainer.sequences_per_step * self.data.sequence_length_tokens
+
+    @property
+    def rank(self) -> int | None:
+        """The method's rank, None at full rank."""
+        return self.method.rank if isinstance(self.method, TargetedConfig) else None
+
+    @property
+    def reset_interval_steps(self) -> int | None:
+        """Updates between restarts, None where the method never restarts."""
+        return self.method.reset_interval_steps if isinstance(self.method, ReLoRAMethodConfig) else None
+
+    @property
+    def clock(self) -> RestartClock:
+        """The run's clock."""
+        return RestartClock(
+            total_steps=self.total_steps,
+            restart_interval_steps=self.reset_interval_steps,
+            warm_start_steps=self.method.warm_start_steps,
+        )
+
+    @property
+    def warm_start_learning_rate(self) -> float:
+        """Base learning rate of the warm start."""
+        return self.method.warm_start_learning_rate or self.optimizer.learning_rate
+
+    def trained_shape(self, vocab_size: int) -> LlamaShape:
+        """The sizes that are trained: the configured ones, but for the control arm, which is sized to match.
+
+        Raises ConfigError where no such control exists.
+        """
+        shape, method = self.model.shape(vocab_size), self.method
+        if not isinstance(method, ControlConfig):
+            return shape
+        matched = cost(
+            shape,
+            sequence_length_tokens=self.data.sequence_length_tokens,
+            rank=method.rank,
+            target_modules=method.target_modules,
+        )
+        try:
+            return control_shape(shape, matched.trainable_parameters)
+        except ValueError as error:
+            raise ConfigError(f"method=control, method.rank={method.rank}: {error}") from error
+
+    def cost(self, vocab_size: int, *, warm_start: bool = False) -> Cost:
+        """What the run's model and method take; with `warm_start`, what they take while they train at full rank."""
+        method: MethodConfig | None = None if warm_start else self.method
+        return cost(
+            self.trained_shape(vocab_size),
+            sequence_length_tokens=self.data.sequence_length_tokens,
+            precision=self.trainer.precision,
+            rank=method.rank if isinstance(method, LoRAConfig) else None,
+            target_modules=method.target_modules if isinstance(method, TargetedConfig) else (),
+            trainable_scaling=isinstance(method, LoRAConfig) and method.trainable_scaling,
+            galore_rank=method.rank if isinstance(method, GaLoreConfig) else None,
+            galore_interval_steps=method.update_interval_steps if isinstance(method, GaLoreConfig) else 1,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the mathematics and differ from their default, flat, by dotted name.
+
+        Values that mean the same are written the same: a token budget as its steps, an `alpha` of None as its value.
+        """
+        fields = _flat_fields(self)
+        fields["trainer.total_steps"] = self.total_steps
+        if isinstance(self.method, LoRAConfig):
+            fields["method.alpha"] = float(self.method.alpha or 0.25 * self.method.rank)
+        if self.method.warm_start_steps:
+            fields["method.warm_start_learning_rate"] = self.warm_start_learning_rate
+        else:
+            fields.pop("method.warm_start_learning_rate", None)
+        if self.reset_interval_steps is None:
+            fields.pop("schedule.restart_warmup_steps", None)
+        rates = {self.optimizer.learning_rate}
+        if self.method.warm_start_steps:
+            rates.add(self.warm_start_learning_rate)
+        if rates == {self.optimizer.embedding_learning_rate}:
+            fields.pop("optimizer.embedding_learning_rate")
+        return dict(sorted(fields.items()))
+
+    @property
+    def config_hash(self) -> str:
+        """8 hex digits of the identity."""
+        return _digest(self.identity)
+
+    @property
+    def comparison_key(self) -> str:
+        """What two runs must share to be compared: model, data, held-out sets, tokens, batch and precision, no seed."""
+        return _digest({**self._setting, "trainer.total_steps": self.total_steps})
+
+    @property
+    def setting_key(self) -> str:
+        """The comparison_key without the budget: what a shorter and a longer run of one setting share."""
+        return _digest(self._setting)
+
+    @property
+    def _setting(self) -> dict[str, Any]:
+        batch = ("trainer.sequences_per_step", "trainer.precision")
+        return {
+            name: value
+            for name, value in self.identity.items()
+            if name.startswith(("model.", "data.")) or name in batch
+        }
+
+    @property
+    def variant(self) -> str:
+        """What runs share that differ in their seed alone."""
+        return self._named({name: value for name, value in self.identity.items() if name != "trainer.seed"})
+
+    @property
+    def name(self) -> str:
+        """The run's name: what people read, and the hash that tells it from its neighbours."""
+        return self._named(self.identity)
+
+    def _named(self, identity: dict[str, Any]) -> str:
+        rank = "" if self.rank is None else f"-r{self.rank}"
+        return f"{self.model.name}-{self.method.name}{rank}-{_digest(identity)}"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Every field that changes the mathematics, flat, for a tracker's table; full rank has rank and interval 0."""
+        return {
+            **_flat_fields(self, include_defaults=True),
+            **self.identity,
+            "method.rank": self.rank or 0,
+            "method.reset_interval_steps": self.reset_interval_steps or 0,
+            "model.name": self.model.name,
+        }
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The configured MLflow store, or a sqlite file under runs_dir."""
+        return self.tracker.uri or f"sqlite:///{Path(self.runs_dir).absolute() / 'mlflow.db'}"
+
+    @property
+    def run_dir(self) -> Path:
+        """runs_dir/NAME-HASH."""
+        return Path(self.runs_dir) / self.name
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _flat_fields(node: Any, prefix: str = "", *, include_defaults: bool = False) -> dict[str, Any]:
+    """The hashed fields by dotted name; those at their default only where asked."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(node):
+        if not item.metadata.get("identity", True):
+            continue
+        value, name = getattr(node, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            found.update(_flat_fields(value, name + ".", include_defaults=include_defaults))
+        elif include_defaults or item.default is dataclasses.MISSING or value != item.default:
+            found[name] = value
+    return found

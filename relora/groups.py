@@ -1,0 +1,371 @@
+"""What can be set: one dataclass per config group, each checked for what can be wrong with it alone.
+
+Fields with the metadata UNHASHED do not change the mathematics of a run and stay out of its hash. All errors are
+ConfigError: the value, the rule, the remedy.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relora.cost import STORAGE_BYTES, LlamaShape
+from relora.errors import ConfigError
+
+SOURCES = ("stdlib", "text")
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = (".jsonl", ".parquet")
+TRACKERS = ("mlflow", "jsonl")
+CLUSTERS = ("local", "debug")
+REINITS = ("kaiming", "orthogonal")
+RESET_MODES = ("none", "zero", "random", "magnitude")
+RESET_MOMENTS = ("joint", "independent")
+
+UNHASHED = {"identity": False}
+"""Metadata of a field that does not change the mathematics."""
+
+
+def _at_least(name: str, value: float | None, minimum: float, remedy: str = "") -> None:
+    if value is not None and not value >= minimum:
+        raise ConfigError(f"{name}={value} must be at least {minimum}{remedy}")
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name}={value} must be positive")
+
+
+def _fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name}={value} must be between 0 and 1")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}")
+
+
+def parse_count(name: str, value: int | float | str) -> int:
+    """A whole number written plainly or with a suffix: 1500000, "1.5e6", "1.5M", "1.5B" (k, M, B or G, T)."""
+    text = str(value).strip().replace("_", "")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([kKmMbBgGtT]?)", text)
+    if match is None:
+        raise ConfigError(f"{name}={value} is not a count; write 1500000, 1.5e6 or 1.5M (suffixes k, M, B, T)")
+    power = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}[match[2].lower()]
+    count = float(match[1]) * 10**power
+    if count < 1 or abs(count - round(count)) > 1e-6:
+        raise ConfigError(f"{name}={value} must be a whole number of at least 1")
+    return round(count)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A Llama-style decoder. `vocab_size=None` takes the tokenizer's."""
+
+    name: str = field(metadata=UNHASHED)
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    vocab_size: int | None = None
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "layers", "heads", "vocab_size", "max_position_embeddings"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} must be an even multiple of model.heads={self.heads} "
+                "(rotary embeddings turn pairs)"
+            )
+        _positive("model.rms_norm_eps", self.rms_norm_eps)
+
+    def shape(self, vocab_size: int) -> LlamaShape:
+        """The sizes that costs are computed from."""
+        return LlamaShape(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            layers=self.layers,
+            heads=self.heads,
+            vocab_size=vocab_size,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerResetConfig:
+    """How a restart prunes the optimizer state of the factors (relora.reset)."""
+
+    mode: str = "magnitude"
+    pruning_ratio: float = 0.99
+    moments: str = "joint"
+    reset_step: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("method.optimizer_reset.mode", self.mode, RESET_MODES)
+        _one_of("method.optimizer_reset.moments", self.moments, RESET_MOMENTS)
+        _fraction("method.optimizer_reset.pruning_ratio", self.pruning_ratio)
+
+
+@dataclass(kw_only=True, slots=True)
+class MethodConfig:
+    """What every arm has: its name, and full-rank training before it begins."""
+
+    name: str
+    warm_start_steps: int = 0
+    warm_start_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("method.warm_start_steps", self.warm_start_steps, 0)
+        _positive("method.warm_start_learning_rate", self.warm_start_learning_rate)
+
+
+@dataclass(kw_only=True, slots=True)
+class FullConfig(MethodConfig):
+    """Full-rank training, the baseline."""
+
+
+def _default_targets() -> list[str]:
+    return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(kw_only=True, slots=True)
+class TargetedConfig(MethodConfig):
+    """A method that a rank and a choice of the decoder's matrices belong to."""
+
+    rank: int
+    target_modules: list[str] = field(default_factory=_default_targets)
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        _at_least("method.rank", self.rank, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ControlConfig(TargetedConfig):
+    """Full-rank training of a smaller model: as many trainable parameters as factors of `rank` would leave."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GaLoreConfig(TargetedConfig):
+    """Full-rank weights, Adam in a subspace of `rank` that is taken anew every `update_interval_steps`."""
+
+    update_interval_steps: int = 200
+    scale: float = 0.25
+
+    def __post_init__(self) -> None:
+        TargetedConfig.__post_init__(self)
+        _at_least("method.update_interval_steps", self.update_interval_steps, 1)
+        _positive("method.scale", self.scale)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRAConfig(TargetedConfig):
+    """One set of factors for the whole run. `alpha=None` means 0.25 * rank."""
+
+    alpha: float | None = None
+    dropout: float = 0.0
+    reinit: str = "kaiming"
+    trainable_scaling: bool = False
+
+    def __post_init__(self) -> None:
+        TargetedConfig.__post_init__(self)
+        _positive("method.alpha", self.alpha)
+        _one_of("method.reinit", self.reinit, REINITS)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"method.dropout={self.dropout} must be at least 0 and below 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReLoRAMethodConfig(LoRAConfig):
+    """Factors that are merged, redrawn and reset every `reset_interval_steps` (None: never)."""
+
+    reset_interval_steps: int | None
+    optimizer_reset: OptimizerResetConfig = field(default_factory=OptimizerResetConfig)
+
+    def __post_init__(self) -> None:
+        LoRAConfig.__post_init__(self)
+        _at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    "full": FullConfig,
+    "lora": LoRAConfig,
+    "relora": ReLoRAMethodConfig,
+    "control": ControlConfig,
+    "galore": GaLoreConfig,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the text comes from and how it is cut.
+
+    name: "stdlib" (the Python standard library's sources) or "text" (`path`, a file or folder).
+    tokenizer: folder or file with a tokenizer.json; None trains a byte-level BPE of `vocab_size` on the training split.
+    """
+
+    name: str
+    path: str | None = None
+    text_field: str = "text"
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    sequence_length_tokens: int = 128
+    validation_fraction: float = 0.01
+    test_fraction: float = 0.02
+
+    def __post_init__(self) -> None:
+        _one_of("data.name", self.name, SOURCES)
+        if self.name == "text" and not self.path:
+            raise ConfigError("data=text needs data.path=FILE_OR_FOLDER")
+        if self.name == "stdlib" and self.path:
+            raise ConfigError(f"data.path={self.path} has no meaning with data=stdlib; use data=text")
+        _at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
+        _at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0.0 < getattr(self, name) <= 0.4:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be above 0 and at most 0.4")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW.
+
+    `embedding_learning_rate` is for what no method wraps: embeddings, head, norms (None: `learning_rate`).
+    """
+
+    name: str = "adamw"
+    learning_rate: float
+    embedding_learning_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("adamw",))
+        for name in ("learning_rate", "embedding_learning_rate", "epsilon", "max_grad_norm"):
+            _positive(f"optimizer.{name}", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """The jagged cosine (relora.schedule)."""
+
+    name: str = "jagged_cosine"
+    warmup_steps: int
+    restart_warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.name", self.name, ("jagged_cosine",))
+        _at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        _at_least("schedule.restart_warmup_steps", self.restart_warmup_steps, 0, " (0: no re-warm-up)")
+        _fraction("schedule.min_lr_ratio", self.min_lr_ratio)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """Budget, batch, precision and cadence; `total_tokens`, where given, decides instead of `total_steps`."""
+
+    total_steps: int | None = field(default=None, metadata=UNHASHED)
+    total_tokens: Any = field(default=None, metadata=UNHASHED)
+    sequences_per_step: int
+    sequences_per_micro_step: int | None = field(default=None, metadata=UNHASHED)
+    precision: str = "fp32"
+    seed: int = 0
+    device: str = field(default="auto", metadata=UNHASHED)
+    log_interval_steps: int = field(default=1, metadata=UNHASHED)
+    validation_interval_steps: int = field(default=100, metadata=UNHASHED)
+    checkpoint_interval_steps: int = field(default=100, metadata=UNHASHED)
+    max_consecutive_skipped_updates: int = field(default=10, metadata=UNHASHED)
+
+    def __post_init__(self) -> None:
+        if self.total_steps is None and self.total_tokens is None:
+            raise ConfigError("the run has no budget; set trainer.total_steps or trainer.total_tokens")
+        if self.total_tokens is not None:
+            parse_count("trainer.total_tokens", self.total_tokens)
+        _at_least("trainer.sequences_per_step", self.sequences_per_step, 1)
+        micro = self.sequences_per_micro_step
+        _at_least("trainer.sequences_per_micro_step", micro, 1)
+        if micro is not None and self.sequences_per_step % micro:
+            divisors = [n for n in range(1, self.sequences_per_step + 1) if self.sequences_per_step % n == 0]
+            raise ConfigError(
+                f"trainer.sequences_per_micro_step={micro} does not divide "
+                f"trainer.sequences_per_step={self.sequences_per_step}; take one of {divisors}"
+            )
+        _one_of("trainer.precision", self.precision, tuple(STORAGE_BYTES))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"trainer.device={self.device} is not one of auto, cpu, cuda, cuda:N")
+        _at_least("trainer.seed", self.seed, 0)
+        for name in ("total_steps", "log_interval_steps", "validation_interval_steps", "checkpoint_interval_steps"):
+            _at_least(f"trainer.{name}", getattr(self, name), 1)
+        _at_least("trainer.max_consecutive_skipped_updates", self.max_consecutive_skipped_updates, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """Where a sweep's runs are executed; a single run always trains in the process that launched it.
+
+    "local" gives each a process of its own on this machine, `max_parallel` at a time; "debug" runs them one after the
+    other in the launching process.
+    """
+
+    name: str = "local"
+    max_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("cluster.name", self.name, CLUSTERS)
+        _at_least("cluster.max_parallel", self.max_parallel, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """Where metrics go besides run_dir/metrics.jsonl.
+
+    "mlflow" mirrors them to `uri` (None: a sqlite file under runs_dir); "jsonl" leaves it at the file.
+    """
+
+    name: str = "mlflow"
+    uri: str | None = None
+    experiment: str = "relora"
+
+    def __post_init__(self) -> None:
+        _one_of("tracker.name", self.name, TRACKERS)
+        if self.uri is not None and not re.match(r"(sqlite:///.|(https?|postgresql|mysql|mssql)[+a-z]*://.)", self.uri):
+            raise ConfigError(
+                f"tracker.uri={self.uri} is no store; write sqlite:///FILE, http://HOST:PORT or a database's URI"
+            )
+        if not self.experiment:
+            raise ConfigError("tracker.experiment must not be empty")
+
+
+def text_files(path: Path) -> list[Path]:
+    """The readable files of a folder, sorted by path, or the file itself."""
+    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
+    return [file for file in candidates if file.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and file.is_file()]
+
+
+def tokenizer_file(tokenizer: str) -> Path:
+    """The tokenizer.json of a folder, or the file itself."""
+    path = Path(tokenizer)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def check_files(data: DataConfig) -> None:
+    """Raise ConfigError where a file that the config names is missing: asked at launch, not when an old run is read."""
+    if data.path is not None:
+        path = Path(data.path)
+        if not path.exists():
+            raise ConfigError(f"data.path={path} does not exist")
+        if not text_files(path):
+            readable = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
+            raise ConfigError(f"data.path={path} holds no text; files that can be read end in {readable}")
+    if data.tokenizer is not None and not tokenizer_file(data.tokenizer).is_file():
+        raise ConfigError(f"data.tokenizer={data.tokenizer} has no tokenizer.json")

@@ -1,0 +1,254 @@
+"""The low-rank layer and what happens to it: wrap, merge and re-initialise, unwrap. Needs torch only.
+
+Lialin et al. 2023 (arXiv 2307.05695), section 3: y = x W^T + b + (alpha/rank) B A drop(x) with W frozen; a restart
+folds the product into W and draws a new A, so that the sum of many low-rank updates can have a high rank.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relora.cost import module_matches
+
+REINITS = ("kaiming", "orthogonal")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def keyed_generator(key: str) -> torch.Generator:
+    """A CPU generator that is a function of `key` alone, so that no generator state is ever saved or shared."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest) >> 1)
+
+
+@dataclass(kw_only=True)
+class ReLoRAConfig:
+    """Which linear layers get factors, and of which kind.
+
+    rank: inner dimension r of B (out x r) and A (r x in), at most min(in, out).
+    alpha: the product is scaled by alpha/rank; None means 0.25 * rank, the paper's 32/128.
+    target_modules: a regular expression that matches whole module names, or a list of their endings.
+    dropout: on the input of A, in training mode.
+    reinit: how A is drawn, "kaiming" (uniform, a = sqrt 5) or "orthogonal" (orthonormal rows of the same norm).
+    trainable_scaling: alpha/rank becomes a parameter of each layer, set back to alpha/rank at every merge.
+    """
+
+    rank: int
+    target_modules: str | Sequence[str]
+    alpha: float | None = None
+    dropout: float = 0.0
+    reinit: str = "kaiming"
+    trainable_scaling: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha} must be positive and finite (None: 0.25 * rank)")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.reinit not in REINITS:
+            raise ValueError(f"reinit={self.reinit!r} is not one of {', '.join(REINITS)}")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return 0.25 if self.alpha is None else self.alpha / self.rank
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer plus trainable factors: y = x W^T + b + scaling * drop(x) A^T B^T.
+
+    weight: out x in, frozen; bias: out, trainable, or None; lora_A: rank x in; lora_B: out x rank, zero after every
+    (re-)initialisation, so that wrapping and merging leave the output as it is while B still gets a gradient.
+    The weight and the bias are the wrapped layer's own parameters, under their old names in the state dict.
+    """
+
+    def __init__(self, linear: nn.Linear, config: ReLoRAConfig) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.reinit = config.rank, config.reinit
+        self.initial_scaling = config.scaling
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = linear.bias
+        self.lora_A = nn.Parameter(self.weight.new_empty(self.rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank))
+        self.scaling: nn.Parameter | float = self.initial_scaling
+        if config.trainable_scaling:
+            self.scaling = nn.Parameter(self.weight.new_tensor(self.initial_scaling))
+        self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """... x in -> ... x out."""
+        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    @torch.no_grad()
+    def initialise(self, *, seed: int, restart: int, name: str) -> None:
+        """Draw A from (seed, restart, name), set B = 0 and a trainable scale back to alpha/rank.
+
+        A is drawn on the CPU in fp32 by a generator of its own: every replica and every resumed run draws the same,
+        on any device and in any storage type.
+        """
+        generator = keyed_generator(f"factor/{seed}/{restart}/{name}")
+        a = torch.empty(self.rank, self.in_features, device="cpu")
+        if self.reinit == "orthogonal":
+            # Kaiming with a = sqrt 5 has variance 1/(3 in): rows of norm 1/sqrt 3.
+            nn.init.orthogonal_(a, gain=1 / math.sqrt(3), generator=generator)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        self.lora_A.copy_(a)
+        self.lora_B.zero_()
+        if isinstance(self.scaling, nn.Parameter):
+            self.scaling.fill_(self.initial_scaling)
+
+    @torch.no_grad()
+    def merge(self) -> "MergeNorms":
+        """W += scaling * B A, computed in fp32 (or wider) whatever the storage type; A and B keep their values."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        old = self.weight.to(wide)
+        scaling = self.scaling.to(wide) if isinstance(self.scaling, nn.Parameter) else self.scaling
+        delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)) * scaling
+        merged = (old + delta).to(self.weight.dtype)
+        lost = delta - (merged.to(wide) - old)
+        norms = MergeNorms(weight=old.norm().item(), delta=delta.norm().item(), lost=lost.norm().item())
+        self.weight.copy_(merged)
+        return norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeNorms:
+    """Frobenius norms of one merge: W before it, the update scaling * B A, and the part that storage rounded away."""
+
+    weight: float
+    delta: float
+    lost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge of a whole model did, by module name."""
+
+    modules: dict[str, MergeNorms] = field(repr=False)
+
+    def _total(self, part: str) -> float:
+        return math.sqrt(sum(getattr(norms, part) ** 2 for norms in self.modules.values()))
+
+    @property
+    def relative_update(self) -> float:
+        """|dW| / |W| over all wrapped matrices."""
+        weight = self._total("weight")
+        return self._total("delta") / weight if weight > 0 else 0.0
+
+    @property
+    def rounding_loss(self) -> float:
+        """Share of the update that the storage type could not hold: |dW - stored dW| / |dW|."""
+        delta = self._total("delta")
+        return self._total("lost") / delta if delta > 0 else 0.0
+
+
+def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    """(name, layer) of every wrapped linear, in the model's own order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
+
+
+def wrapped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The same as a dict. Raises ValueError if nothing is wrapped."""
+    layers = dict(low_rank_layers(model))
+    if not layers:
+        raise ValueError("the model has no low-rank layers; call wrap(model, ReLoRAConfig(...)) first")
+    return layers
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
+    """Freeze the targeted linear layers of `model` in place and give them factors; everything else stays trainable.
+
+    The output does not change. An optimizer made before this call holds weights that are frozen now: make a new one.
+
+    Raises ValueError when nothing matches, a listed name matches no linear layer, the model is wrapped already, the
+    rank exceeds min(in, out) of a target, or a target is no plain nn.Linear or shares its weight with another module.
+    """
+    if any(True for _ in low_rank_layers(model)):
+        raise ValueError("the model is wrapped already; call unwrap(model) first")
+    linears = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and isinstance(module, nn.Linear)
+    }
+    targets = {name: module for name, module in linears.items() if module_matches(name, config.target_modules)}
+    unmatched = [
+        ending
+        for ending in ([] if isinstance(config.target_modules, str) else config.target_modules)
+        if not any(module_matches(name, [ending]) for name in linears)
+    ]
+    if unmatched or not targets:
+        endings = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(
+            f"{unmatched or config.target_modules!r} of target_modules matches no linear layer; "
+            f"the model has {', '.join(endings) or 'none'}"
+        )
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module_name)
+    for name, linear in targets.items():
+        limit = min(linear.in_features, linear.out_features)
+        if config.rank > limit:
+            raise ValueError(f"rank={config.rank} exceeds min(in, out)={limit} of {name}; lower the rank")
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(linear).__name__}, whose owner may read its weight past the factors; "
+                "leave it out of target_modules"
+            )
+        if len(owners[id(linear.weight)]) > 1:
+            raise ValueError(
+                f"the weight of {name} is shared by {owners[id(linear.weight)]}; "
+                "untie it or leave it out of target_modules"
+            )
+    for name, linear in targets.items():
+        layer = LowRankLinear(linear, config)
+        layer.initialise(seed=seed, restart=0, name=name)
+        layer.train(linear.training)
+        _replace(model, name, layer)
+    return model
+
+
+def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeReport:
+    """Fold every product into its frozen weight, then draw A anew from (seed, restart, module name) and set B = 0.
+
+    The output does not change but for rounding, which the report tells. Raises ValueError if nothing is wrapped.
+    """
+    norms: dict[str, MergeNorms] = {}
+    for name, layer in wrapped_layers(model).items():
+        norms[name] = layer.merge()
+        layer.initialise(seed=seed, restart=restart, name=name)
+    return MergeReport(modules=norms)
+
+
+def unwrap(model: M) -> M:
+    """Merge every product and put plain trainable linear layers back, in place; ValueError if none is wrapped."""
+    for name, layer in wrapped_layers(model).items():
+        layer.merge()
+        linear = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", dtype=layer.weight.dtype
+        )
+        linear.weight = layer.weight.requires_grad_(True)
+        linear.bias = layer.bias
+        linear.train(layer.training)
+        _replace(model, name, linear)
+    return model

@@ -1,0 +1,125 @@
+"""Models in and out: the one importer of transformers."""
+
+import json
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from relora.cost import LlamaShape
+from relora.groups import ModelConfig
+
+disable_progress_bar()
+
+RUN_FILE = "relora.json"
+"""Beside the weights of an exported model: what it takes to evaluate it as its run did."""
+
+
+def build(config: ModelConfig, shape: LlamaShape, *, end_of_text_id: int, seed: int) -> nn.Module:
+    """A freshly initialised fp32 model on the CPU: a function of (config, shape, seed) alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(llama_config(config, shape, end_of_text_id=end_of_text_id))
+
+
+def llama_config(config: ModelConfig, shape: LlamaShape, *, end_of_text_id: int | None = None) -> LlamaConfig:
+    """Our sizes under Hugging Face's names; `shape` is what is trained, `config` the rest."""
+    return LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=False,
+        bos_token_id=end_of_text_id,
+        eos_token_id=end_of_text_id,
+        use_cache=False,
+    )
+
+
+@contextmanager
+def precision_context(precision: str, device: torch.device) -> Iterator[None]:
+    """Autocast where `precision` asks for it."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16_autocast"):
+        yield
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process held: on the GPU where it trains on one, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def logits(model: nn.Module, inputs_BxT: Tensor) -> Tensor:
+    """logits_BxTxV of a causal model."""
+    return model(input_ids=inputs_BxT, use_cache=False).logits
+
+
+def summed_cross_entropy(model: nn.Module, inputs_BxT: Tensor, targets_BxT: Tensor) -> Tensor:
+    """Sum over all targets of -log p(target), in fp32 whatever the model computes in."""
+    logits_NxV = logits(model, inputs_BxT).flatten(0, 1)
+    return F.cross_entropy(logits_NxV.float(), targets_BxT.flatten(), reduction="sum")
+
+
+def save_pretrained(model: nn.Module, tokenizer_file: Path, folder: Path, run: dict[str, Any]) -> None:
+    """Write a plain Hugging Face folder (weights, config, tokenizer) plus `run` as relora.json.
+
+    Through a sibling folder that is renamed when complete, so that a folder of that name is always whole.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)  # type: ignore[operator]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer_file.parent / name, temporary / name)
+    (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of a local Hugging Face folder, in its stored precision, in evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    nn.Module.to(model, device)
+    return model
+
+
+def sample(folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and what the model of `folder` writes after it; the same text for the same arguments."""
+    model, tokenizer = load_pretrained(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", return_token_type_ids=False)
+    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {inputs['input_ids'].shape[1]} tokens; the model's context is "
+            f"{model.config.max_position_embeddings}"
+        )
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 50}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        output = model.generate(  # pyright: ignore[reportCallIssue] -- a mixin's method, hidden by nn.Module.__getattr__
+            **inputs,
+            max_new_tokens=min(max_new_tokens, room),
+            use_cache=True,
+            pad_token_id=tokenizer.eos_token_id,
+            **settings,
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,0 +1,132 @@
+"""What a run's folder holds, and the state that its status.json tells."""
+
+import json
+import os
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from relora.errors import ConfigError, RunError
+
+PROBE_SECONDS = 1.0
+"""Longer than another process asks whether a run is locked, which takes the lock for a moment."""
+
+STATES = ("running", "finished", "failed", "interrupted")
+
+
+@dataclass(kw_only=True)
+class Status:
+    """How a run stands. A "running" one whose lock is free was killed."""
+
+    state: str
+    attempt: int = 1
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    device: str = ""
+    git_commit: str | None = None
+    corpus: dict[str, str] = field(default_factory=dict)
+    started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    """Of the first attempt."""
+    ended_ms: int | None = None
+    message: str = ""
+    """Why a run failed or was interrupted."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Results, once finished."""
+
+
+class RunDir:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def config_file(self) -> Path:
+        """The frozen config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """The metrics, the truth."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def mirror_file(self) -> Path:
+        """What MLflow has of them."""
+        return self.path / "mlflow.json"
+
+    @property
+    def launch_file(self) -> Path:
+        """The overrides that the run was launched with."""
+        return self.path / "launch.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """State to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, a Hugging Face folder."""
+        return self.path / "model"
+
+    @property
+    def status(self) -> Status | None:
+        """The last state written, None before the first attempt."""
+        values = read_json(self.path / "status.json")
+        known = {item.name for item in fields(Status)}
+        return Status(**{name: value for name, value in values.items() if name in known}) if values else None
+
+    @status.setter
+    def status(self, status: Status) -> None:
+        write_json(self.path / "status.json", asdict(status))
+
+    @contextmanager
+    def locked(self):
+        """Hold the run for this process. Raises RunError when another one trains it."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=PROBE_SECONDS)
+        except Timeout:
+            status = self.status
+            who = f"process {status.pid} on {status.host}" if status else "another process"
+            raise RunError(f"{self.path} is being trained by {who}; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether some process trains this run now."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is none. Raises ConfigError for a file that holds none."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} cannot be read: it holds no object")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object; the file is whole at any time."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(path)

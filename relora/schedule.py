@@ -1,0 +1,120 @@
+"""The clock of a ReLoRA run and its learning-rate factor: pure functions of the step.
+
+Nothing here holds state, so a resumed run, a skipped update or a second replica can never be out of phase.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartClock:
+    """When the low-rank phase begins and when it restarts.
+
+    Steps count updates from 0. The first `warm_start_steps` updates train at full rank; the low-rank phase has a time
+    of its own, t = step - warm_start_steps, and restarts at every t = k * restart_interval_steps, k >= 1, before the
+    last step (Lialin et al. 2023, Algorithm 1). `restart_interval_steps=None` never restarts: plain LoRA.
+
+    Raises ValueError for an empty phase or an interval that is not positive.
+    """
+
+    total_steps: int
+    restart_interval_steps: int | None = None
+    warm_start_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warm_start_steps < 0 or self.warm_start_steps >= self.total_steps:
+            raise ValueError(
+                f"warm_start_steps={self.warm_start_steps} must be at least 0 and below total_steps={self.total_steps}"
+            )
+        if self.restart_interval_steps is not None and self.restart_interval_steps < 1:
+            raise ValueError(
+                f"restart_interval_steps={self.restart_interval_steps} must be at least 1 (None: no restarts)"
+            )
+
+    @property
+    def low_rank_steps(self) -> int:
+        """T: updates after the warm start."""
+        return self.total_steps - self.warm_start_steps
+
+    def warm_start_ends_at(self, step: int) -> bool:
+        """Whether the method takes over from full-rank training before the update of `step`."""
+        return step == self.warm_start_steps
+
+    def restarts_at(self, step: int) -> bool:
+        """Whether a restart comes before the update of `step`."""
+        t = step - self.warm_start_steps
+        return (
+            self.restart_interval_steps is not None
+            and 0 < t < self.low_rank_steps
+            and t % self.restart_interval_steps == 0
+        )
+
+    def restarts_before(self, step: int) -> int:
+        """How many restarts come before the updates of steps 0 .. step - 1."""
+        if self.restart_interval_steps is None:
+            return 0
+        last_t = min(step, self.total_steps) - 1 - self.warm_start_steps
+        return max(last_t, 0) // self.restart_interval_steps
+
+    def next_restart(self, step: int) -> int | None:
+        """The first step after `step` at which a restart comes, None when there is none left."""
+        if self.restart_interval_steps is None:
+            return None
+        t = max(step - self.warm_start_steps, 0)
+        following = self.warm_start_steps + (t // self.restart_interval_steps + 1) * self.restart_interval_steps
+        return following if following < self.total_steps else None
+
+
+class JaggedCosine:
+    """Learning-rate factor of the low-rank phase: a cosine with a linear re-warm-up after every restart.
+
+    With t the time of the low-rank phase, T its length, w0 = `warmup_steps`, C the restart interval, k = t div C,
+    rho = t mod C, w = `restart_warmup_steps`, m = `min_lr_ratio` and
+
+        cos(v) = m + (1 - m)/2 * (1 + cos(pi * (v - w0)/(T - w0))),
+
+    the factor is t/w0 for t < w0, (rho/w) * cos(kC + w) in a re-warm-up (k >= 1, rho < w), cos(t) elsewhere, and m from
+    T on (Lialin et al. 2023, section 3.1, "jagged cosine"). It is 0 at every restart where w > 0.
+
+    Raises ValueError where a warm-up does not fit into the phase or the interval, or for a step of the warm start.
+    """
+
+    def __init__(
+        self, clock: RestartClock, *, warmup_steps: int, restart_warmup_steps: int = 0, min_lr_ratio: float = 0.1
+    ) -> None:
+        total, interval = clock.low_rank_steps, clock.restart_interval_steps
+        if not 0 <= warmup_steps < total:
+            raise ValueError(f"warmup_steps={warmup_steps} must be at least 0 and below the phase's {total} steps")
+        if restart_warmup_steps < 0:
+            raise ValueError(f"restart_warmup_steps={restart_warmup_steps} must be at least 0")
+        if not 0.0 <= min_lr_ratio <= 1.0:
+            raise ValueError(f"min_lr_ratio={min_lr_ratio} must be between 0 and 1")
+        if interval is not None and interval < total:
+            for name, value in (("warmup_steps", warmup_steps), ("restart_warmup_steps", restart_warmup_steps)):
+                if value > interval:
+                    raise ValueError(f"{name}={value} exceeds restart_interval_steps={interval}")
+        self.clock = clock
+        self.warmup_steps = warmup_steps
+        self.restart_warmup_steps = restart_warmup_steps
+        self.min_lr_ratio = min_lr_ratio
+
+    def _cosine(self, t: int) -> float:
+        progress = (t - self.warmup_steps) / (self.clock.low_rank_steps - self.warmup_steps)
+        return self.min_lr_ratio + 0.5 * (1.0 - self.min_lr_ratio) * (1.0 + math.cos(math.pi * progress))
+
+    def __call__(self, step: int) -> float:
+        """Factor in [0, 1] of the base learning rate for the update of `step`."""
+        t, total = step - self.clock.warm_start_steps, self.clock.low_rank_steps
+        if t < 0:
+            raise ValueError(f"step={step} lies in the warm start, which ends at {self.clock.warm_start_steps}")
+        if t >= total:
+            return self.min_lr_ratio
+        if t < self.warmup_steps:
+            return t / self.warmup_steps
+        if self.clock.restart_interval_steps is not None:
+            restarts, since = divmod(t, self.clock.restart_interval_steps)
+            if restarts >= 1 and since < self.restart_warmup_steps:
+                target = min(t - since + self.restart_warmup_steps, total)
+                return since / self.restart_warmup_steps * self._cosine(target)
+        return self._cosine(t)

@@ -1,0 +1,167 @@
+"""What the browser tests share: `relora ui` as a process, and what a page shows."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+START_SECONDS = 60.0
+PAGE_SECONDS = 30.0
+
+
+SCREEN = (1600, 1400)
+ALL_IN_VIEW = (1600, 5000)
+"""Tall enough for every chart of a run: MLflow draws what is in view."""
+
+
+SETTING = (
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.layers=2",
+    "model.heads=2",
+    "method.rank=4",
+    "method.warm_start_steps=8",
+    "method.reset_interval_steps=8",
+    "schedule.warmup_steps=4",
+    "schedule.restart_warmup_steps=2",
+    "trainer.total_steps=40",
+    "trainer.sequences_per_step=4",
+    "trainer.validation_interval_steps=10",
+    "trainer.device=cpu",
+    "data=text",
+    "data.vocab_size=300",
+    "data.sequence_length_tokens=32",
+)
+
+
+def setting(folder: Path) -> list[str]:
+    """Overrides of a run of seconds, on a text of its own in `folder`."""
+    text = "".join(f"line {number} says {number * number % 97} and {'ab' * (number % 7)}\n" for number in range(3000))
+    (folder / "text.txt").write_text(text)
+    return [*SETTING, f"data.path={folder / 'text.txt'}", f"runs_dir={folder / 'runs'}"]
+
+
+def required(name: str, found: str | None) -> str:
+    """What a browser test needs; without it the test is skipped, or fails where RELORA_REQUIRE says "browser"."""
+    if found is None:
+        reason = f"{name} is missing; on Debian: apt-get install chromium chromium-driver"
+        if "browser" in os.environ.get("RELORA_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def eventually(question: Callable[[], T | None], what: str, seconds: float) -> T:
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+class Ui:
+    """`relora ui` of a runs folder; whatever it started is gone at the end of the block."""
+
+    def __init__(self, runs_dir: Path, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [Path(sys.executable).with_name("relora"), "ui", "--json", *arguments, f"runs_dir={runs_dir}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        self.family: set[int] = {self.process.pid}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.grown_family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def links(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
+        line = eventually(self.process.stdout.readline, "relora ui prints its link", START_SECONDS)
+        return json.loads(line)
+
+    def grown_family(self) -> list[int]:
+        """The process and all that it ever started, so far as they are alive."""
+        parents = living()
+        while more := {pid for pid, parent in parents.items() if parent in self.family} - self.family:
+            self.family |= more
+        return sorted(self.family & parents.keys())
+
+    def stop(self, number: signal.Signals) -> int:
+        """The exit code after a signal to the process alone, as Ctrl-C does not reach a server in its own session."""
+        self.grown_family()
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def left_behind(self) -> list[int]:
+        """Processes that outlive the stop by more than a moment."""
+        deadline = time.monotonic() + 3
+        while (left := self.grown_family()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+
+def living() -> dict[int, int]:
+    """The parent of every process that is not a zombie."""
+    found: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(stat.parent.name)] = int(parent)
+    return found
+
+
+def listens(url: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(url.split("/")[2].partition(":")[2]))) == 0
+
+
+PLOTS = """
+return [...document.querySelectorAll('.js-plotly-plot')].map(plot => ({
+    card: plot.closest('[data-testid="experiment-view-compare-runs-card"]')?.textContent ?? '',
+    points: [...(plot.data[0].x ?? [])].map((x, i) => [x, plot.data[0].y[i]]),
+    curves: plot.data.map(trace => [...(trace.x ?? [])].map((x, i) => [x, trace.y?.[i]])),
+    axis: plot.layout?.xaxis?.title?.text ?? '',
+    lines: [...plot.querySelectorAll('path.js-line')].map(line => {
+        const box = line.getBoundingClientRect();
+        return [box.width, box.height];
+    }),
+}))
+"""
+SETTLED = {
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+    "mlflow.assistant.panelOpen_v1": "false",
+    "mlflow.workflowType_v1": '"machine_learning"',
+}
+
+
+def plots(page: Any) -> list[dict[str, Any]]:
+    """Every chart that is drawn."""
+    return page.execute_script(PLOTS)
+
+
+def plot_of(page: Any, metric: str) -> dict[str, Any] | None:
+    """The chart of a metric, once it is drawn."""
+    drawn = [plot for plot in plots(page) if f"({metric})" in plot["card"] and plot["lines"]]
+    return drawn[0] if drawn else None

@@ -1,0 +1,138 @@
+"""A study in the MLflow UI: what a reader finds behind the link that `relora ui` prints."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import PAGE_SECONDS, SCREEN, Ui, eventually, plots, setting
+from mlflow import MlflowClient
+
+from relora.compare import Study, load_study
+from relora.compose import compose, expand
+from relora.launch import launch_study
+from relora.tracking import GAP_METRIC
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A sweep of two ranks and two intervals."""
+    return [
+        *setting(tmp_path_factory.mktemp("study")),
+        "method.rank=2,4",
+        "method.reset_interval_steps=8,16",
+        "study=ranks",
+        "cluster=debug",
+    ]
+
+
+@pytest.fixture(scope="module")
+def study(overrides: list[str]) -> Study:
+    """Its runs, finished."""
+    assert launch_study(expand(overrides), overrides)
+    return load_study(Path(expand(overrides).runs[0].runs_dir), "ranks")
+
+
+@pytest.fixture(scope="module")
+def ui(study: Study) -> Iterator[Ui]:
+    """A UI that serves."""
+    with Ui(study.members[0].run.path.parent) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def links(ui: Ui) -> dict[str, Any]:
+    """Its links."""
+    return ui.links()
+
+
+@pytest.fixture(scope="module")
+def link(links: dict[str, Any]) -> str:
+    """To the prepared view."""
+    return links["studies"]["ranks"]
+
+
+CELLS = "return [...document.querySelectorAll('[role=gridcell]')].map(cell => cell.innerText.split('\\n').pop())"
+"""A run's cell holds its colour on a line of its own."""
+
+
+def best_first(study: Study) -> list[str]:
+    return [m.run.name for m in sorted(study.members, key=lambda m: m.run.summary["test_perplexity"])]
+
+
+def test_the_table_answers_which_rank_and_interval(study: Study, link: str, page: Any, screenshots: Path) -> None:
+    page.set_window_size(2000, 1000)
+    page.get(link.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+
+    def cells() -> list[str] | None:
+        found = page.execute_script(CELLS)
+        return found if set(best_first(study)) <= set(found) else None
+
+    shown = eventually(cells, "a row for every run", PAGE_SECONDS)
+    page.save_screenshot(str(screenshots / "study_table.png"))
+    names = [text for text in shown if text in best_first(study)]
+    assert names == best_first(study), "sorted by test perplexity"
+    for member in study.members:
+        figures = [member.run.summary[key] for key in ("test_perplexity", "eval_perplexity", "peak_memory_bytes")]
+        for value in figures:
+            assert any(text.startswith(f"{value:.10f}"[:7]) for text in shown), (member.run.name, value)
+    header = [cell.text for cell in page.find_elements("css selector", "[role=columnheader]")]
+    for column in ("method.name", "method.rank", "method.reset_interval_steps", GAP_METRIC, "summary/test_perplexity"):
+        assert column in header
+
+
+def test_the_charts_are_drawn(study: Study, link: str, page: Any, screenshots: Path) -> None:
+    page.set_window_size(1600, 1800)
+    page.get(link)
+    runs = len(study.members)
+
+    def perplexity_over_tokens() -> dict[str, Any] | None:
+        found = [
+            plot for plot in plots(page) if plot["axis"] == "progress/tokens" and "eval/perplexity" in plot["card"]
+        ]
+        return found[0] if found and len(found[0]["lines"]) >= runs else None
+
+    plot = eventually(perplexity_over_tokens, "a curve of every run", PAGE_SECONDS)
+    page.save_screenshot(str(screenshots / "study_charts.png"))
+    by_tokens = {tuple(point) for curve in plot["curves"] for point in curve}
+    for member in study.members:
+        tokens, _ = member.run.curve("tokens")[-1]
+        assert any(x == tokens and y == pytest.approx(member.run.summary["eval_perplexity"]) for x, y in by_tokens)
+    body = page.find_element("tag name", "body").text
+    for text in ("what matters", "Parallel Coordinates", GAP_METRIC, f"{runs} matching runs"):
+        assert text in body
+    assert eventually(lambda: page.find_elements("css selector", "[class*=parcoords], .parcoords"), "the axes", 10)
+
+
+def test_the_client_finds_the_study_and_its_gaps(study: Study, overrides: list[str]) -> None:
+    config = compose([item for item in overrides if "," not in item])
+    client = MlflowClient(config.mlflow_uri)
+    experiment = client.get_experiment_by_name(config.tracker.experiment)
+    assert experiment is not None
+    found = client.search_runs(
+        [experiment.experiment_id], "tags.`study.ranks` = '1'", order_by=["metrics.`summary/test_perplexity` ASC"]
+    )
+    assert [run.info.run_name for run in found] == best_first(study)
+    for member in study.members:
+        recorded = next(run for run in found if run.info.run_name == member.run.name).data
+        assert recorded.metrics[GAP_METRIC] == pytest.approx(100 * (member.tokens.relative or 0.0))
+    report = client.search_runs([experiment.experiment_id], "tags.report_of = 'ranks'")
+    assert len(report) == 1
+    files = {Path(item.path).name for item in client.list_artifacts(report[0].info.run_id, "report")}
+    assert {"report.md", "report.html", "results.csv", "heat_map.png"} <= files
+
+
+def test_the_report_page_is_readable(study: Study, browser: Any, screenshots: Path) -> None:
+    page = study.members[0].run.path.parent / "studies" / "ranks" / "report" / "report.html"
+    browser.set_window_size(*SCREEN)
+    browser.get(page.as_uri())
+    images = browser.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth])")
+    assert len(images) == 4
+    assert all(complete and width > 300 for complete, width in images)
+    body = browser.find_element("tag name", "body").text
+    assert "Rank and interval: take rank" in body
+    browser.set_window_size(1600, 4000)
+    browser.save_screenshot(str(screenshots / "report.png"))

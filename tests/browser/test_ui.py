@@ -1,0 +1,152 @@
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import (
+    ALL_IN_VIEW,
+    PAGE_SECONDS,
+    SCREEN,
+    START_SECONDS,
+    Ui,
+    eventually,
+    listens,
+    plot_of,
+    setting,
+)
+
+from relora.compose import compose
+from relora.job import launch
+from relora.metrics import read_rows, row_metrics
+from relora.rundir import RunDir, read_json
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
+
+CHARTS = ("train/loss", "train/lr", "eval/loss", "eval/perplexity", "progress/tokens", "restart/relative_update")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A finished run with a warm start and three restarts."""
+    overrides = setting(tmp_path_factory.mktemp("ui"))
+    config = compose(overrides)
+    assert launch(config, overrides).state == "finished"
+    return RunDir(config.run_dir)
+
+
+@pytest.fixture(scope="module")
+def ui(run: RunDir) -> Iterator[Ui]:
+    """A UI that serves."""
+    with Ui(run.path.parent) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def link(ui: Ui) -> str:
+    """Its link."""
+    return ui.links()["url"]
+
+
+def test_ctrl_c_ends_a_ui_that_is_still_starting(run: RunDir) -> None:
+    with Ui(run.path.parent) as starting:
+        eventually(lambda: len(starting.grown_family()) > 1, "the server's process", START_SECONDS)
+        time.sleep(0.5)
+        assert starting.stop(signal.SIGINT) == 0
+        assert starting.left_behind() == []
+
+
+def test_sigterm_ends_the_server_too(run: RunDir) -> None:
+    with Ui(run.path.parent) as serving:
+        serving.links()
+        serving.stop(signal.SIGTERM)
+        assert serving.left_behind() == []
+
+
+def test_a_port_in_use_is_an_error_and_not_a_link_to_somebody_else(run: RunDir) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        with Ui(run.path.parent, "--port", port) as refused:
+            shown, error = refused.process.communicate(timeout=START_SECONDS)
+    assert shown == ""
+    assert port in error
+    assert refused.process.returncode != 0
+
+
+def test_ui_of_a_server_prints_the_link_and_serves_nothing(run: RunDir, link: str) -> None:
+    server = link.partition("/#")[0]
+    command = [Path(sys.executable).with_name("relora"), "ui", f"tracker.uri={server}", f"runs_dir={run.path.parent}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, f"MLflow UI: {link}")
+
+
+# ------------------------------------------------------------------------------------------------------ the browser
+
+
+def assert_drawn(page: Any, run: RunDir, metric: str) -> None:
+    """The chart shows the points of the run's own file, on a line of some size."""
+    plot = eventually(lambda: plot_of(page, metric), f"the chart of {metric}", PAGE_SECONDS)
+    rows = [row for row in read_rows(run.metrics_file) if metric in row_metrics(row)]
+    expected = dict(sorted((row["step"], row[metric]) for row in rows))
+    assert [step for step, _ in plot["points"]] == list(expected)
+    assert [value for _, value in plot["points"]] == pytest.approx(list(expected.values()), rel=1e-6)
+    width, height = plot["lines"][0]
+    assert width > 100
+    assert height > 30
+
+
+def test_the_link_shows_the_run_and_its_charts(run: RunDir, link: str, page: Any, screenshots: Path) -> None:
+    page.set_window_size(*SCREEN)
+    page.get(link)
+    body = eventually(
+        lambda: next((t for t in [page.find_element("tag name", "body").text] if run.path.name in t), None),
+        "the run's row",
+        PAGE_SECONDS,
+    )
+    assert "1 matching run" in body
+    for metric in ("eval/loss", "eval/perplexity"):
+        assert_drawn(page, run, metric)
+    page.save_screenshot(str(screenshots / "experiment.png"))
+
+
+def test_the_runs_page_draws_its_curves(run: RunDir, link: str, page: Any, screenshots: Path) -> None:
+    mirror = read_json(run.mirror_file)
+    page.set_window_size(*ALL_IN_VIEW)
+    page.get(f"{link.partition('#')[0]}#/experiments/{mirror['experiment_id']}/runs/{mirror['run_id']}/model-metrics")
+    try:
+        for metric in CHARTS:
+            assert_drawn(page, run, metric)
+    finally:
+        page.save_screenshot(str(screenshots / "run.png"))
+
+
+def test_the_runs_page_tells_what_it_was(run: RunDir, link: str, page: Any, screenshots: Path) -> None:
+    mirror = read_json(run.mirror_file)
+    page.set_window_size(*SCREEN)
+    page.get(f"{link.partition('#')[0]}#/experiments/{mirror['experiment_id']}/runs/{mirror['run_id']}")
+
+    def told() -> str | None:
+        text = page.find_element("tag name", "body").text
+        return text if "method.reset_interval_steps" in text and "summary/test_perplexity" in text else None
+
+    body = eventually(told, "parameters and metrics of the run", PAGE_SECONDS)
+    page.save_screenshot(str(screenshots / "overview.png"))
+    assert "Finished" in body
+    assert "comparison_key" in body
+
+
+# ---------------------------------------------------------------------------------------------------------- the end
+
+
+def test_ctrl_c_ends_the_server_and_all_its_processes(ui: Ui, link: str) -> None:
+    assert len(ui.grown_family()) >= 3, "relora, the server, its worker"
+    assert listens(link)
+    assert ui.stop(signal.SIGINT) == 0
+    assert ui.left_behind() == []
+    assert not listens(link)

@@ -1,0 +1,43 @@
+"""Shared by all tests: a small setting that passes through a warm start and several restarts in seconds."""
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from small import TINY
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+settings.register_profile("relora", derandomize=True, deadline=None)
+settings.load_profile("relora")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text with some structure to learn."""
+    folder = tmp_path_factory.mktemp("text")
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefgh", k=chance.randint(2, 6))) for _ in range(40)]
+    for number in range(120):
+        body = " ".join(chance.choices(words, k=80))
+        (folder / f"{number:03}.txt").write_text(f"text {number}: {body}.\n")
+    return folder
+
+
+@pytest.fixture
+def tiny(text: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a complete small run in a folder of its own, recorded as JSONL alone."""
+    return [*TINY, "data=text", f"data.path={text}", f"runs_dir={tmp_path / 'runs'}", "tracker=jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def _terminal_untouched() -> Iterator[None]:
+    """Hydra's main replaces sys.argv."""
+    argv = list(sys.argv)
+    yield
+    sys.argv[:] = argv

@@ -1,0 +1,29 @@
+"""What the tests share: where the project is, and overrides of a run of seconds."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+TINY = (
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.layers=2",
+    "model.heads=2",
+    "method.rank=4",
+    "method.warm_start_steps=3",
+    "method.warm_start_learning_rate=2e-3",
+    "method.reset_interval_steps=4",
+    "optimizer.embedding_learning_rate=null",
+    "schedule.warmup_steps=2",
+    "schedule.restart_warmup_steps=2",
+    "trainer.total_steps=14",
+    "trainer.sequences_per_step=4",
+    "trainer.validation_interval_steps=5",
+    "trainer.checkpoint_interval_steps=5",
+    "trainer.device=cpu",
+    "data.sequence_length_tokens=16",
+    "data.vocab_size=300",
+    "data.validation_fraction=0.05",
+    "data.test_fraction=0.05",
+)
+"""Restarts at 7 and 11 of 14 steps, re-warm-ups of 2 steps, an evaluation and a checkpoint every 5."""

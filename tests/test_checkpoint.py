@@ -1,0 +1,251 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from relora.checkpoint import KEPT, CheckpointError, load_latest, save
+
+
+def state(step: int, size: int = 100) -> dict[str, Any]:
+    """A state that tells by itself whether it is whole."""
+    return {"step": step, "x": torch.full((size,), float(step))}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def is_whole(loaded: dict[str, Any] | None) -> bool:
+    return loaded is not None and bool((loaded["x"] == loaded["step"]).all())
+
+
+def silent(message: str) -> None:
+    raise AssertionError(f"nothing should be said, but: {message}")
+
+
+def loaded_step(folder: Path) -> int:
+    loaded = load_latest(folder, silent)
+    assert loaded is not None
+    assert is_whole(loaded)
+    return loaded["step"]
+
+
+# ---------------------------------------------------------------------------------------------------- save and load
+
+
+def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(7, 5)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(torch.randn(3, 7, generator=generator)).sum().backward()
+    optimizer.step()
+    saved = {
+        "step": 9,
+        "model": layer.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "half": torch.randn(33, generator=generator).to(torch.bfloat16),
+        "counters": {"skipped": 3, "seconds": 0.1 + 0.2, "name": "größe", "nothing": None, "yes": True, "list": [1, 2]},
+    }
+    path = save(tmp_path, 9, saved)
+    assert path == tmp_path / "step-00000009.pt"
+    loaded = load_latest(tmp_path, silent)
+    assert loaded is not None
+    assert loaded.keys() == saved.keys()
+    for part in ("model", "optimizer", "half"):
+        torch.testing.assert_close(loaded[part], saved[part], rtol=0, atol=0)
+    assert loaded["counters"] == saved["counters"]
+    assert loaded["step"] == 9
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_checkpoints_has_none(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "checkpoints"
+    if exists:
+        folder.mkdir()
+    assert load_latest(folder, silent) is None
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    assert KEPT == 2
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, state(step))
+        assert loaded_step(tmp_path) == step
+    assert names(tmp_path) == ["step-00000015.pt", "step-00000020.pt"]
+
+
+def test_newest_is_by_step_and_not_by_name(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 7):
+        save(tmp_path, step, state(step))
+    assert loaded_step(tmp_path) == 100_000_000
+    assert names(tmp_path) == ["step-100000000.pt", "step-99999999.pt"]
+
+
+def test_the_same_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 5, state(4))
+    save(tmp_path, 5, state(5))
+    assert names(tmp_path) == ["step-00000005.pt"]
+    assert loaded_step(tmp_path) == 5
+
+
+def test_other_files_are_neither_read_nor_removed(tmp_path: Path) -> None:
+    for name in ("notes.txt", "step-9.pt.bak", "step-best.pt"):
+        (tmp_path / name).write_text("mine")
+    for step in (1, 2, 3):
+        save(tmp_path, step, state(step))
+    assert loaded_step(tmp_path) == 3
+    assert {"notes.txt", "step-9.pt.bak", "step-best.pt"} < set(names(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------- what is unreadable
+
+
+def test_what_an_interrupted_save_left_is_ignored_and_removed_by_the_next(tmp_path: Path) -> None:
+    save(tmp_path, 5, state(5))
+    whole = (tmp_path / "step-00000005.pt").read_bytes()
+    (tmp_path / "step-00000010.tmp").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "step-00000008.tmp").write_bytes(whole)
+    assert loaded_step(tmp_path) == 5
+    save(tmp_path, 10, state(10))
+    assert names(tmp_path) == ["step-00000005.pt", "step-00000010.pt"]
+
+
+@pytest.mark.parametrize("kept_share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_newest_is_named_and_the_one_before_it_taken(tmp_path: Path, kept_share: float) -> None:
+    for step in (5, 10):
+        save(tmp_path, step, state(step, size=10_000))
+    newest = tmp_path / "step-00000010.pt"
+    os.truncate(newest, int(newest.stat().st_size * kept_share))
+    said: list[str] = []
+    loaded = load_latest(tmp_path, said.append)
+    assert is_whole(loaded)
+    assert loaded is not None
+    assert loaded["step"] == 5
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    assert "trying the one before it" in said[0]
+
+
+def test_where_none_can_be_read_the_error_says_what_to_do(tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(tmp_path, step, state(step))
+        (tmp_path / f"step-{step:08d}.pt").write_bytes(b"no checkpoint")
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=rf"no checkpoint in {tmp_path} can be read; remove the folder"):
+        load_latest(tmp_path, said.append)
+    assert len(said) == 2
+    assert "step-00000010" in said[0]
+    assert "step-00000005" in said[1]
+
+
+class Hostile:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_loading_runs_no_code_of_the_file(tmp_path: Path) -> None:
+    checkpoints, mark = tmp_path / "checkpoints", tmp_path / "mark"
+    save(checkpoints, 5, state(5))
+    save(checkpoints, 10, {"step": 10, "x": Hostile(mark)})
+    said: list[str] = []
+    loaded = load_latest(checkpoints, said.append)
+    assert loaded is not None
+    assert loaded["step"] == 5
+    assert len(said) == 1
+    assert not mark.exists()
+    torch.load(checkpoints / "step-00000010.pt", weights_only=False)
+    assert mark.exists(), "the file was harmless, so the test shows nothing"
+
+
+# -------------------------------------------------------------------------------------------------------- full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", [10_000, 300_000, 2_000_000])
+def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(small_disk: Path, size: int) -> None:
+    checkpoints = small_disk / "checkpoints"
+    for step in (5, 10):
+        save(checkpoints, step, state(step, size=10_000))
+    before = {name: (checkpoints / name).read_bytes() for name in names(checkpoints)}
+    filler = small_disk / "filler"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    filler.write_bytes(bytes(max(0, min(free - 20_000, free - size))))
+
+    with pytest.raises(CheckpointError, match=rf"step 15 could not be written to {checkpoints}: .*No space left"):
+        save(checkpoints, 15, state(15, size=size))
+
+    assert {name: (checkpoints / name).read_bytes() for name in names(checkpoints)} == before
+    assert loaded_step(checkpoints) == 10
+    filler.unlink()
+    save(checkpoints, 15, state(15, size=10_000))
+    assert loaded_step(checkpoints) == 15
+
+
+# ----------------------------------------------------------------------------------------------------------- kills
+
+SAVE_UNTIL_KILLED = """
+import itertools, json, os, signal, sys, time
+from pathlib import Path
+import torch
+from relora.checkpoint import load_latest, save
+
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
+said, steps, torn = [], [], 0
+for attempt in range(300):
+    first = steps[-1] + 1 if steps else 1
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for step in itertools.count(first):
+            save(folder, step, {"step": step, "x": torch.full((250_000,), float(step))})
+            os.write(writing, b".")
+    os.read(reading, 1)
+    time.sleep((attempt * 7 % 50) / 1000)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    os.close(writing)
+    torn += any(folder.glob("*.tmp"))
+    loaded = load_latest(folder, said.append)
+    assert bool((loaded["x"] == loaded["step"]).all())
+    steps.append(loaded["step"])
+    if torn >= wanted:
+        break
+print(json.dumps({"said": said, "steps": steps, "torn": torn}))
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_readable_newest_checkpoint(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE_UNTIL_KILLED, str(tmp_path / "checkpoints"), "12"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["torn"] >= 12, "hardly any kill fell into a save, so the test shows nothing"
+    assert told["said"] == []
+    assert told["steps"] == sorted(set(told["steps"])), "every attempt went on from the newest checkpoint"

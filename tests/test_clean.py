@@ -1,0 +1,578 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import TINY
+
+from relora import cli
+from relora.checkpoint import load_latest, save
+from relora.clean import as_json, delete, survey
+from relora.compose import compose, freeze
+from relora.config import RunConfig
+from relora.rundir import RunDir, Status, write_json
+from relora.warmstart import folder_of, key
+
+UNFINISHED = ["interrupted", "failed", "running", "missing"]
+"""States of runs that nobody trains: a "running" one was killed, a missing one never got so far as to say."""
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    return folder
+
+
+def new_config(runs_dir: Path, *overrides: str) -> RunConfig:
+    return compose([*TINY, *overrides, f'runs_dir="{runs_dir}"'])
+
+
+def new_run(runs_dir: Path, *overrides: str, state: str = "finished", steps: tuple[int, ...] = (5, 10)) -> RunDir:
+    """A run folder as training leaves it, without training."""
+    config = new_config(runs_dir, *overrides)
+    run = RunDir(config.run_dir)
+    freeze(config, run.config_file)
+    (run.path / ".lock").touch()
+    run.metrics_file.write_text('{"step": 0, "train/loss": 5.0}\n')
+    for step in steps:
+        save(run.checkpoints, step, {"weights": torch.zeros(1000 + step), "step": step})
+    if state == "finished":
+        run.model.mkdir()
+        (run.model / "model.safetensors").write_bytes(b"w" * 3456)
+        (run.model / "config.json").write_text("{}")
+    if state != "missing":
+        run.status = Status(state=state)
+    return run
+
+
+def new_warm_start(runs_dir: Path, *overrides: str) -> Path:
+    folder = folder_of(new_config(runs_dir, *overrides))
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"c" * 7000)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "meta.json").write_text("{}")
+    folder.with_name(folder.name + ".lock").touch()
+    return folder
+
+
+def new_study(runs_dir: Path, study: str, *runs: tuple[str, ...]) -> None:
+    names = [new_config(runs_dir, *overrides).name for overrides in runs]
+    folder = runs_dir / "studies" / study
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "study.json", {"study": study, "launches": [], "runs": {name: {"role": "arm"} for name in names}}
+    )
+
+
+def clean(capsys: pytest.CaptureFixture[str], runs_dir: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert cli.main(["clean", "--json", *arguments, f"runs_dir={runs_dir}"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below, with the time of its last change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def gone(before: dict[str, Any], folder: Path) -> set[str]:
+    return set(before) - set(contents(folder))
+
+
+def du_bytes(*paths: Path) -> int:
+    """What du says of all files in some folders, the folders' own entries taken off."""
+    told = subprocess.run(["du", "-ab", *map(str, paths)], capture_output=True, text=True, check=True).stdout
+    sizes = [line.split("\t") for line in told.splitlines()]
+    return sum(int(size) for size, name in sizes if not Path(name).is_dir())
+
+
+@contextmanager
+def held(*locks: Path) -> Iterator[None]:
+    """Another process holds the locks."""
+    hold = (
+        "import sys, time; from filelock import FileLock\n"
+        "locks = [FileLock(path) for path in sys.argv[1:]]\n"
+        "for lock in locks: lock.acquire(timeout=0)\n"
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, *map(str, locks)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    try:
+        yield
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_finished_run_loses_its_checkpoints_and_nothing_else(runs_dir: Path, capsys) -> None:
+    run = new_run(runs_dir)
+    before = contents(runs_dir)
+    told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert gone(before, runs_dir) == {f"{run.path.name}/checkpoints/step-{step:08}.pt" for step in (5, 10)}
+    assert contents(runs_dir).items() <= before.items()
+    assert told["deleted_bytes"] == told["deletable_bytes"] == told["checkpoints_bytes"] > 8000
+
+
+@pytest.mark.parametrize("state", UNFINISHED)
+def test_a_run_that_goes_on_keeps_its_checkpoints(runs_dir: Path, state: str, capsys) -> None:
+    run = new_run(runs_dir, state=state)
+    before = contents(runs_dir)
+    told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert contents(runs_dir) == before
+    assert (told["deletable_bytes"], told["deleted_bytes"]) == (0, 0)
+    seen = {"running": "interrupted", "missing": "no status"}.get(state, state)
+    assert told["why"] == f"kept: {seen}, resumes from it"
+    resumed = load_latest(run.checkpoints, print)
+    assert resumed is not None
+    assert resumed["step"] == 10
+
+
+def test_a_finished_run_whose_model_is_gone_keeps_its_last_weights(runs_dir: Path, capsys) -> None:
+    run = new_run(runs_dir)
+    shutil.rmtree(run.model)
+    before = contents(runs_dir)
+    told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert contents(runs_dir) == before
+    assert told["why"] == "kept: finished, but model/ holds no weights: they stand here alone"
+
+
+@pytest.mark.parametrize("state", ["finished", *UNFINISHED])
+def test_a_checkpoint_cut_short_goes_once_nobody_trains(runs_dir: Path, state: str, capsys) -> None:
+    run = new_run(runs_dir, state=state)
+    (run.checkpoints / "step-00000014.tmp").write_bytes(b"x" * 5000)
+    kept = 0 if state == "finished" else 2
+    with held(run.path / ".lock"):
+        told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert told["deletable_bytes"] == 0
+    assert len(list(run.checkpoints.iterdir())) == 3
+    told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert told["why"].endswith("; a write that was cut short left *.tmp")
+    assert told["deleted_bytes"] == told["checkpoints_bytes"] - du_bytes(run.checkpoints)
+    assert len(list(run.checkpoints.iterdir())) == kept
+
+
+@pytest.mark.parametrize("state", ["finished", "running", "interrupted"])
+def test_a_run_that_another_process_holds_is_left_alone(runs_dir: Path, state: str, capsys) -> None:
+    run, other = new_run(runs_dir, state=state), new_run(runs_dir, "trainer.seed=1")
+    before = contents(runs_dir)
+    with held(run.path / ".lock"):
+        told = clean(capsys, runs_dir, "--delete")["runs"]
+    assert (told[run.path.name]["state"], told[run.path.name]["why"]) == ("running", "kept: running")
+    assert {Path(name).parts[0] for name in gone(before, runs_dir)} == {other.path.name}
+
+
+def test_a_run_started_between_list_and_deletion_is_left_alone(runs_dir: Path) -> None:
+    started, again, other = (new_run(runs_dir, f"trainer.seed={seed}") for seed in range(3))
+    disk = survey(runs_dir)
+    before = contents(runs_dir)
+    again.status = Status(state="failed")
+    with held(started.path / ".lock"):
+        delete(disk)
+    assert {Path(name).parts[0] for name in gone(before, runs_dir)} == {other.path.name}
+    why = {name: run["why"] for name, run in as_json(disk)["runs"].items()}
+    assert "is being trained by process" in why[started.path.name]
+    assert why[again.path.name] == "kept: failed, resumes from it"
+    assert disk.failures == []
+
+
+def test_a_run_that_finished_between_list_and_deletion_keeps_what_was_not_listed(runs_dir: Path) -> None:
+    run = new_run(runs_dir)
+    run.status = Status(state="interrupted")
+    (run.checkpoints / "step-00000014.tmp").write_bytes(b"x")
+    disk = survey(runs_dir)
+    run.status = Status(state="finished")
+    delete(disk)
+    assert sorted(path.suffix for path in run.checkpoints.iterdir()) == [".pt", ".pt"]
+
+
+def test_what_training_did_not_write_is_not_deleted(runs_dir: Path, capsys) -> None:
+    run = new_run(runs_dir)
+    for name in ("best.pt", "step-00000005.pt.bak", "step-five.pt"):
+        (run.checkpoints / name).write_bytes(b"mine")
+    told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [
+        "best.pt",
+        "step-00000005.pt.bak",
+        "step-five.pt",
+    ]
+    assert told["checkpoints_bytes"] - told["deleted_bytes"] == 12
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- list\n", "model: {size: big}\n", "a: b: c", "\x00\xff"])
+def test_a_run_whose_config_cannot_be_read_is_named_and_left_alone(runs_dir: Path, content: str, capsys) -> None:
+    broken, other = new_run(runs_dir), new_run(runs_dir, "trainer.seed=1")
+    broken.config_file.write_bytes(content.encode("latin-1"))
+    before = contents(runs_dir)
+    told = clean(capsys, runs_dir, "--delete")["runs"][broken.path.name]
+    assert told["why"].startswith("left alone: its config.yaml cannot be read (")
+    assert told["checkpoints_bytes"] > 8000
+    assert {Path(name).parts[0] for name in gone(before, runs_dir)} == {other.path.name}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"mood": "good"}'])
+def test_a_run_whose_status_cannot_be_read_is_left_alone(runs_dir: Path, content: str, capsys) -> None:
+    run = new_run(runs_dir)
+    (run.path / "status.json").write_text(content)
+    before = contents(runs_dir)
+    told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert told["why"].startswith("left alone: its status.json cannot be read (")
+    assert contents(runs_dir) == before
+
+
+def test_a_deletion_that_fails_is_told_and_the_rest_goes_on(runs_dir: Path, capsys, monkeypatch) -> None:
+    runs = sorted((new_run(runs_dir, f"trainer.seed={seed}") for seed in range(2)), key=lambda run: run.path)
+    stuck = runs[0].checkpoints / "step-00000005.pt"
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == stuck:
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert cli.main(["clean", "--delete", "--json", f"runs_dir={runs_dir}"]) == 1
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert f"relora: {stuck} could not be deleted: [Errno 13] Permission denied" in shown.err
+    assert [path for run in runs for path in run.checkpoints.iterdir()] == [stuck]
+    assert told["totals"]["deletable_bytes"] - told["totals"]["deleted_bytes"] == stuck.stat().st_size
+    assert len(told["failures"]) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may delete anything")
+def test_a_folder_without_permission_is_told_and_the_rest_goes_on(runs_dir: Path, capsys) -> None:
+    stuck, other = new_run(runs_dir), new_run(runs_dir, "trainer.seed=1")
+    stuck.checkpoints.chmod(0o500)
+    told = clean(capsys, runs_dir, "--delete", code=1)
+    stuck.checkpoints.chmod(0o700)
+    assert len(told["failures"]) == 2
+    assert len(list(stuck.checkpoints.iterdir())) == 2
+    assert list(other.checkpoints.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ list and sizes
+
+
+def test_a_list_changes_nothing(runs_dir: Path, capsys) -> None:
+    runs = [new_run(runs_dir), new_run(runs_dir, "trainer.seed=1", state="interrupted")]
+    (runs[1].checkpoints / "step-00000014.tmp").write_bytes(b"x")
+    new_run(runs_dir, "trainer.seed=2", state="missing", steps=())
+    (new_config(runs_dir, "trainer.seed=2").run_dir / ".lock").unlink()
+    new_warm_start(runs_dir)
+    new_warm_start(runs_dir, "trainer.seed=7").with_name("00000000.tmp").mkdir()
+    before = contents(runs_dir)
+    folders = sorted(runs_dir.rglob("*"))
+    listed = clean(capsys, runs_dir)
+    assert cli.main(["clean", f"runs_dir={runs_dir}"]) == 0
+    assert contents(runs_dir) == before
+    assert sorted(runs_dir.rglob("*")) == folders
+    assert listed["totals"]["deletable_bytes"] > 8000
+    assert listed["totals"]["deleted_bytes"] == 0
+
+
+def test_sizes_are_those_that_du_counts(runs_dir: Path, capsys) -> None:
+    runs = [new_run(runs_dir), new_run(runs_dir, "trainer.seed=1", state="interrupted", steps=(3,))]
+    warm_starts = [new_warm_start(runs_dir), new_warm_start(runs_dir, "trainer.seed=1")]
+    (runs[0].model / "deep" / "er").mkdir(parents=True)
+    (runs[0].model / "deep" / "er" / "file").write_bytes(b"x" * 99)
+    (runs[0].checkpoints / "link.pt").symlink_to(runs[0].checkpoints / "step-00000005.pt")
+    link_bytes = (runs[0].checkpoints / "link.pt").lstat().st_size
+    listed = clean(capsys, runs_dir)
+    for run in runs:
+        told = listed["runs"][run.path.name]
+        linked = link_bytes if run is runs[0] else 0
+        assert told["checkpoints_bytes"] == sum(path.stat().st_size for path in run.checkpoints.glob("step*")) + linked
+        assert told["model_bytes"] == (du_bytes(run.model) if run.model.exists() else 0)
+    for folder in warm_starts:
+        assert listed["warm_starts"][folder.name]["warm_start_bytes"] == du_bytes(folder) == 7005
+    before = du_bytes(runs_dir)
+    deleted = clean(capsys, runs_dir, "--delete")
+    assert deleted["totals"]["deleted_bytes"] == before - du_bytes(runs_dir) == listed["totals"]["deletable_bytes"]
+    assert listed["totals"]["warm_starts_bytes"] == 2 * 7005
+    assert listed["totals"]["checkpoints_bytes"] == sum(run["checkpoints_bytes"] for run in listed["runs"].values())
+
+
+def test_a_second_deletion_deletes_nothing_more(runs_dir: Path, capsys) -> None:
+    new_run(runs_dir)
+    interrupted = new_run(runs_dir, "trainer.seed=1", state="interrupted")
+    (interrupted.checkpoints / "step-00000014.tmp").write_bytes(b"x")
+    new_warm_start(runs_dir)
+    assert clean(capsys, runs_dir, "--delete")["totals"]["deleted_bytes"] > 15000
+    before = contents(runs_dir)
+    again = clean(capsys, runs_dir, "--delete")
+    assert (again["totals"]["deletable_bytes"], again["totals"]["deleted_bytes"]) == (0, 0)
+    assert contents(runs_dir) == before
+    assert "no checkpoint" in {run["why"] for run in again["runs"].values()}
+
+
+def test_a_person_reads_a_table_of_it(runs_dir: Path, capsys) -> None:
+    finished, stopped = new_run(runs_dir), new_run(runs_dir, "method.rank=2", state="interrupted")
+    (finished.checkpoints / "step-00000010.pt").write_bytes(b"x" * 3 * 2**20)
+    warm_start = new_warm_start(runs_dir)
+    assert cli.main(["clean", f"runs_dir={runs_dir}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith(finished.path.name))
+    assert row.split()[1:7] == ["finished", "3.0", "MiB", "3.4", "KiB", "3.0"]
+    assert next(line for line in lines if line.startswith(stopped.path.name)).endswith(
+        "kept: interrupted, resumes from it"
+    )
+    row = next(line for line in lines if line.startswith(warm_start.name))
+    assert row.split()[1:7] == ["2", "runs", "6.8", "KiB", "0", "B"]
+    assert row.endswith(f"kept: {stopped.path.name} (interrupted) forks from it")
+    assert lines[-1].endswith("3.0 MiB of it deletable with --delete")
+    assert cli.main(["clean", "--delete", f"runs_dir={runs_dir}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; 3.0 MiB deleted")
+
+
+def test_an_empty_folder_is_told_and_one_that_is_not_there_is_an_error(runs_dir: Path, capsys) -> None:
+    assert cli.main(["clean", f"runs_dir={runs_dir}"]) == 0
+    assert capsys.readouterr().out == f"there is no run in {runs_dir}\n"
+    assert cli.main(["clean", f"runs_dir={runs_dir / 'typo'}"]) == 2
+    assert "typo does not exist" in capsys.readouterr().err
+    assert not (runs_dir / "typo").exists()
+
+
+def test_only_runs_are_taken_for_runs(runs_dir: Path, capsys) -> None:
+    for folder in ("studies/checkpoints", "corpora/checkpoints", "warm_starts/checkpoints", "notes"):
+        (runs_dir / folder).mkdir(parents=True)
+    (runs_dir / "mlflow.db").touch()
+    new_study(runs_dir, "checkpoints", ())
+    assert clean(capsys, runs_dir)["runs"] == {}
+
+
+# ----------------------------------------------------------------------------------------------------- warm starts
+
+
+def test_a_warm_start_goes_when_all_that_fork_from_it_are_finished(runs_dir: Path, capsys) -> None:
+    first = new_run(runs_dir)
+    second = new_run(runs_dir, "method.rank=2", state="interrupted")
+    mine, others = new_warm_start(runs_dir), new_warm_start(runs_dir, "trainer.seed=1")
+    new_run(runs_dir, "trainer.seed=1")
+    unrelated = new_run(runs_dir, "method.warm_start_steps=0", state="interrupted")
+    assert key(new_config(runs_dir)) == key(new_config(runs_dir, "method.rank=2")) == mine.name
+    told = clean(capsys, runs_dir, "--delete")["warm_starts"]
+    assert told[mine.name]["runs"] == sorted([first.path.name, second.path.name])
+    assert told[mine.name]["why"] == f"kept: {second.path.name} (interrupted) forks from it"
+    assert told[others.name]["deleted_bytes"] == 7005
+    assert unrelated.path.name not in [*told[mine.name]["runs"], *told[others.name]["runs"]]
+    assert (mine.is_dir(), others.exists()) == (True, False)
+
+    second.model.mkdir()
+    (second.model / "model.safetensors").touch()
+    second.status = Status(state="finished")
+    assert clean(capsys, runs_dir, "--delete")["warm_starts"][mine.name]["why"].endswith("is finished")
+    assert [path.name for path in mine.parent.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("state", UNFINISHED)
+def test_a_run_that_is_not_finished_keeps_its_warm_start(runs_dir: Path, state: str, capsys) -> None:
+    new_run(runs_dir)
+    new_run(runs_dir, "method.rank=2", state=state, steps=())
+    folder = new_warm_start(runs_dir)
+    told = clean(capsys, runs_dir, "--delete")["warm_starts"][folder.name]
+    assert told["deletable_bytes"] == 0
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_warm_start_that_no_run_forks_from_goes(runs_dir: Path, capsys) -> None:
+    folder = new_warm_start(runs_dir)
+    assert clean(capsys, runs_dir, "--delete")["warm_starts"][folder.name]["why"] == "no run forks from it"
+    assert not folder.exists()
+
+
+def test_a_run_of_a_study_that_is_not_begun_keeps_every_warm_start(runs_dir: Path, capsys) -> None:
+    new_run(runs_dir)
+    folder = new_warm_start(runs_dir)
+    new_study(runs_dir, "ranks", (), ("method.rank=2",))
+    missing = new_config(runs_dir, "method.rank=2").name
+    told = clean(capsys, runs_dir, "--delete")["warm_starts"][folder.name]
+    assert told["why"] == f"kept: whether it is forked by {missing} (named by study ranks, not begun) is not known"
+    assert folder.is_dir()
+    new_run(runs_dir, "method.rank=2")
+    clean(capsys, runs_dir, "--delete")
+    assert not folder.exists()
+
+
+def test_a_run_whose_config_is_not_known_keeps_every_warm_start_until_it_is_finished(runs_dir: Path, capsys) -> None:
+    run = new_run(runs_dir, state="interrupted")
+    run.config_file.unlink()
+    folder = new_warm_start(runs_dir, "trainer.seed=7")
+    told = clean(capsys, runs_dir, "--delete")["warm_starts"][folder.name]
+    assert f"{run.path.name} (its config.yaml cannot be read" in told["why"]
+    assert folder.is_dir()
+    run.status = Status(state="finished")
+    clean(capsys, runs_dir, "--delete")
+    assert not folder.exists()
+
+
+def test_a_warm_start_that_a_run_trains_or_forks_is_kept(runs_dir: Path, capsys) -> None:
+    folder, other = new_warm_start(runs_dir), new_warm_start(runs_dir, "trainer.seed=1")
+    leftover = folder.with_name(folder.name + ".tmp")
+    leftover.mkdir()
+    (leftover / "checkpoint.pt").write_bytes(b"half")
+    disk = survey(runs_dir)
+    with held(folder.with_name(folder.name + ".lock")):
+        told = clean(capsys, runs_dir, "--delete")["warm_starts"]
+        delete(disk)
+    assert told[folder.name]["why"] == "kept: a run trains it or forks from it now"
+    assert (told[folder.name]["warm_start_bytes"], told[folder.name]["deletable_bytes"]) == (7009, 0)
+    assert (folder.is_dir(), leftover.is_dir(), other.exists()) == (True, True, False)
+
+
+def test_a_warm_start_taken_at_the_last_moment_is_kept(runs_dir: Path, monkeypatch) -> None:
+    folder = new_warm_start(runs_dir)
+    disk, again = survey(runs_dir), survey(runs_dir)
+    monkeypatch.setattr("relora.clean.survey", lambda *_: again)
+    with held(folder.with_name(folder.name + ".lock")):
+        delete(disk)
+    assert as_json(disk)["warm_starts"][folder.name]["why"] == "kept: a run trains it or forks from it now"
+    assert len(list(folder.iterdir())) == 3
+    assert disk.failures == []
+
+
+def test_a_warm_start_cut_short_goes_once_nobody_writes_it(runs_dir: Path, capsys) -> None:
+    new_run(runs_dir, state="interrupted")
+    folder = new_warm_start(runs_dir)
+    for name in (folder.name, "0123abcd"):
+        folder.with_name(name + ".tmp").mkdir()
+        (folder.with_name(name + ".tmp") / "checkpoint.pt").write_bytes(b"half")
+    assert clean(capsys, runs_dir, "--delete")["totals"]["deleted_bytes"] == 8
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_warm_start_that_a_run_needs_again_between_list_and_deletion_is_kept(runs_dir: Path) -> None:
+    run = new_run(runs_dir)
+    folder = new_warm_start(runs_dir)
+    disk = survey(runs_dir)
+    assert as_json(disk)["warm_starts"][folder.name]["deletable_bytes"] == 7005
+    new_run(runs_dir, "method.rank=2", state="missing", steps=())
+    delete(disk)
+    assert folder.is_dir()
+    assert "(missing) forks from it" in as_json(disk)["warm_starts"][folder.name]["why"]
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_a_warm_start_half_deleted_is_never_taken_for_a_whole_one(runs_dir: Path, capsys, monkeypatch) -> None:
+    folder = new_warm_start(runs_dir)
+    leftover = folder.with_name(folder.name + ".tmp")
+
+    def fail(path: Path) -> None:
+        (path / "checkpoint.pt").unlink()
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("relora.clean.shutil.rmtree", fail)
+    told = clean(capsys, runs_dir, "--delete", code=1)
+    assert told["failures"] == [f"{leftover} could not be deleted: [Errno 13] Permission denied: '{leftover}'"]
+    assert told["warm_starts"][folder.name]["deleted_bytes"] == 7000
+    assert (folder.exists(), leftover.exists()) == (False, True)
+    monkeypatch.undo()
+    assert clean(capsys, runs_dir, "--delete")["totals"]["deleted_bytes"] == 5
+    assert not leftover.exists()
+
+
+# --------------------------------------------------------------------------------------------------------- studies
+
+
+def test_a_study_chooses_its_own_runs_and_their_warm_starts(runs_dir: Path, capsys) -> None:
+    shared, mine = new_run(runs_dir), new_run(runs_dir, "method.rank=2")
+    others = new_run(runs_dir, "trainer.seed=1")
+    folder, other_folder = new_warm_start(runs_dir), new_warm_start(runs_dir, "trainer.seed=1")
+    new_study(runs_dir, "ranks", (), ("method.rank=2",))
+    new_study(runs_dir, "seeds", (), ("trainer.seed=1",))
+    before = contents(runs_dir)
+    told = clean(capsys, runs_dir, "--delete", "ranks")
+    assert set(told["runs"]) == {shared.path.name, mine.path.name}
+    assert set(told["warm_starts"]) == {folder.name}
+    assert {Path(name).parts[0] for name in gone(before, runs_dir)} == {shared.path.name, mine.path.name, "warm_starts"}
+    assert (folder.exists(), other_folder.exists(), len(list(others.checkpoints.iterdir()))) == (False, True, 2)
+    assert set(clean(capsys, runs_dir, "ranks", "seeds")["runs"]) == {run.path.name for run in (shared, mine, others)}
+
+
+def test_a_run_outside_the_study_keeps_the_warm_start_that_both_fork_from(runs_dir: Path, capsys) -> None:
+    new_run(runs_dir)
+    outside = new_run(runs_dir, "method.rank=2", state="interrupted")
+    folder = new_warm_start(runs_dir)
+    new_study(runs_dir, "ranks", ())
+    told = clean(capsys, runs_dir, "--delete", "ranks")["warm_starts"][folder.name]
+    assert told["why"] == f"kept: {outside.path.name} (interrupted) forks from it"
+    assert folder.is_dir()
+
+
+def test_an_unknown_study_is_an_error_that_names_the_known(runs_dir: Path, capsys) -> None:
+    new_run(runs_dir)
+    assert cli.main(["clean", "--delete", "rank", f"runs_dir={runs_dir}"]) == 2
+    assert f"study rank does not exist in {runs_dir}; there is no study" in capsys.readouterr().err
+    new_study(runs_dir, "ranks", ())
+    new_study(runs_dir, "seeds", ())
+    before = contents(runs_dir)
+    assert cli.main(["clean", "--delete", "rank", "ranks", f"runs_dir={runs_dir}"]) == 2
+    assert "the studies there are ranks, seeds" in capsys.readouterr().err
+    assert contents(runs_dir) == before
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"runs": 3}'])
+def test_a_broken_manifest_stops_everything(runs_dir: Path, content: str, capsys) -> None:
+    new_run(runs_dir)
+    new_study(runs_dir, "ranks", ())
+    (runs_dir / "studies" / "ranks" / "study.json").write_text(content)
+    before = contents(runs_dir)
+    assert cli.main(["clean", "--delete", f"runs_dir={runs_dir}"]) == 1
+    assert "study.json is no manifest of a study" in capsys.readouterr().err
+    assert contents(runs_dir) == before
+
+
+# ---------------------------------------------------------------------------------------------------- a real study
+
+
+def test_what_is_kept_of_a_real_study_is_what_it_goes_on_from(tiny: list[str], capsys) -> None:
+    sweep = [*tiny, "method.rank=2,4", "study=ranks", "cluster=debug"]
+    assert cli.run(["-m", *sweep]) == 0
+    capsys.readouterr()
+    runs_dir = Path(compose(tiny).runs_dir)
+    done, stopped = (RunDir(compose([*tiny, f"method.rank={rank}"]).run_dir) for rank in (2, 4))
+    stopped.status = Status(state="interrupted")
+    warm_start = folder_of(compose(tiny))
+    told = clean(capsys, runs_dir, "--delete", "ranks")
+    assert len(told["runs"]) == 3
+    assert told["warm_starts"][warm_start.name]["why"] == f"kept: {stopped.path.name} (interrupted) forks from it"
+    assert (list(done.checkpoints.iterdir()), warm_start.is_dir()) == ([], True)
+
+    before = contents(done.path)
+    assert cli.run(["-m", *sweep]) == 0
+    assert "2 finished already" in capsys.readouterr().out
+    assert contents(done.path) == before
+    resumed = stopped.status
+    assert resumed is not None
+    assert (resumed.state, resumed.attempt) == ("finished", 2)
+
+    clean(capsys, runs_dir, "--delete")
+    assert not warm_start.exists()
+    assert cli.run(["-m", *sweep]) == 0
+    assert "3 finished already" in capsys.readouterr().out
+
+
+def test_listing_runs_needs_no_torch(runs_dir: Path) -> None:
+    run = new_run(runs_dir)
+    source = (
+        "import sys; from relora.cli import main\n"
+        f"code = main(['clean', 'runs_dir={runs_dir}']); sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert run.path.name in done.stdout

@@ -1,0 +1,441 @@
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import ttest_rel
+
+from relora import cli
+from relora.compare import Study, load_study
+from relora.compose import Sweep, compose, freeze
+from relora.config import RunConfig
+from relora.errors import ConfigError
+from relora.launch import plan, write_manifest
+from relora.metrics import MetricsLog
+from relora.report import answer, write_report
+from relora.rundir import RunDir, Status
+
+STEPS = 40
+SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2", "tracker=jsonl")
+RELORA = ("method=relora", "method.warm_start_steps=0", "method.reset_interval_steps=20")
+FULL = ("method=full",)
+
+
+class Lab:
+    """Makes run folders as training leaves them, with the figures that a test asks for."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+
+    def config(self, *overrides: str) -> RunConfig:
+        return compose([*SETTING, *overrides, f"runs_dir={self.runs_dir}"])
+
+    def run(self, *overrides: str, loss: float = 3.0, state: str = "finished", **changes: Any) -> RunConfig:
+        """A run whose validation loss falls linearly to `loss`; the test loss is 0.1 above."""
+        config = self.config(*overrides)
+        run = RunDir(config.run_dir)
+        freeze(config, run.config_file)
+        total, tokens = config.total_steps, config.total_steps * config.tokens_per_step
+        flops, seconds = changes.pop("flops", 1e9), changes.pop("seconds", 100.0)
+        with MetricsLog.opened(run.metrics_file, exact=True) as log:
+            for step in range(0, total + 1, 10):
+                share = step / total
+                progress = {"progress/tokens": step * config.tokens_per_step, "progress/flops": share * flops}
+                row = {"train/loss": 5 - share, "train/lr": 1e-3, "perf/training_seconds": share * seconds}
+                log.log(step, row | progress | {"eval/loss": loss + 2 * (1 - share)})
+                if step in (20, 30) and config.reset_interval_steps:
+                    log.log(step, {"restart/number": step // 20})
+        summary = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(loss),
+            "test_loss": loss + 0.1,
+            "test_perplexity": math.exp(loss + 0.1),
+            "tokens": tokens,
+            "flops": flops,
+            "training_seconds": seconds,
+            "peak_memory_bytes": 2**30,
+            "parameters": 1_000_000,
+            "trainable_parameters": 600_000 if config.rank else 1_000_000,
+            "restarts": 1,
+            "skipped_updates": 0,
+        }
+        summary |= changes.pop("summary", {})
+        run.status = Status(state=state, summary=summary if state == "finished" else {}, **changes)
+        return config
+
+    def study(self, *configs: RunConfig, name: str = "mine") -> Study:
+        sweep = Sweep(study=name, question="Which one?", runs=list(configs))
+        write_manifest(self.runs_dir, sweep, plan(sweep), ["method.rank=8,16"])
+        return load_study(self.runs_dir, name)
+
+
+def took(axis: str, value: float) -> dict[str, Any]:
+    return {axis: value}
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path / "runs")
+
+
+def arm(study: Study, method: str) -> Any:
+    return next(arm for arm in study.arms if arm.method == method)
+
+
+# ------------------------------------------------------------------------------------------------------ equal tokens
+
+
+def test_a_run_is_paired_with_the_full_rank_run_of_its_own_seed(lab: Lab) -> None:
+    configs = []
+    for seed, full, relora in ((0, 3.0, 3.2), (1, 3.5, 3.6), (2, 2.9, 3.2)):
+        configs.append(lab.run(*FULL, f"trainer.seed={seed}", loss=full))
+        configs.append(lab.run(*RELORA, f"trainer.seed={seed}", loss=relora))
+    found = arm(lab.study(*configs), "relora")
+    assert [member.tokens.loss for member in found.members] == pytest.approx([0.2, 0.1, 0.3])
+    assert [member.baseline.config.trainer.seed for member in found.members] == [0, 1, 2]
+
+
+def test_mean_and_interval_are_those_of_a_paired_t_test(lab: Lab) -> None:
+    pairs = [(3.0, 3.2), (3.5, 3.6), (2.9, 3.2), (3.1, 3.15)]
+    configs = []
+    for seed, (full, relora) in enumerate(pairs):
+        configs += [lab.run(*FULL, f"trainer.seed={seed}", loss=full)]
+        configs += [lab.run(*RELORA, f"trainer.seed={seed}", loss=relora)]
+    gap = arm(lab.study(*configs), "relora").gap("tokens")
+    reference = ttest_rel([relora for _, relora in pairs], [full for full, _ in pairs])
+    interval = reference.confidence_interval(0.95)  # type: ignore[union-attr]
+    assert gap.seeds == 4
+    assert math.log1p(gap.relative) == pytest.approx(sum(b - a for a, b in pairs) / 4)
+    assert (math.log1p(gap.low), math.log1p(gap.high)) == pytest.approx((interval.low, interval.high))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_below_three_seeds_there_is_no_interval_and_a_plain_statement(lab: Lab, seeds: int) -> None:
+    configs = [lab.run(*method, f"trainer.seed={seed}") for seed in range(seeds) for method in (FULL, RELORA)]
+    study = lab.study(*configs)
+    gap = arm(study, "relora").gap("tokens")
+    assert (gap.low, gap.high, gap.seeds) == (None, None, seeds)
+    assert any("no interval can be given" in line for line in answer(study))
+
+
+def test_the_baseline_is_the_rate_that_is_best_on_validation_and_not_on_test(lab: Lab) -> None:
+    good_on_test: dict[str, Any] = {"summary": {"test_loss": 1.0, "test_perplexity": math.e}}
+    configs = [
+        lab.run(*FULL, "optimizer.learning_rate=1e-3", loss=3.0),
+        lab.run(*FULL, "optimizer.learning_rate=2e-3", loss=2.8),
+        lab.run(*FULL, "optimizer.learning_rate=4e-3", loss=3.4, **good_on_test),
+        lab.run(*RELORA, loss=2.9),
+    ]
+    found = arm(lab.study(*configs), "relora").members[0]
+    assert found.baseline.config.optimizer.learning_rate == 2e-3
+    assert found.tokens.loss == pytest.approx(0.1)
+
+
+def test_a_full_rank_run_of_another_study_serves_where_this_one_has_none(lab: Lab) -> None:
+    full = lab.run(*FULL, loss=3.0)
+    config = lab.run(*RELORA, loss=3.3)
+    lab.study(config, full)
+    manifest = lab.runs_dir / "studies" / "mine" / "study.json"
+    values = json.loads(manifest.read_text())
+    del values["runs"][full.name]
+    manifest.write_text(json.dumps(values))
+    found = load_study(lab.runs_dir, "mine").members[0]
+    assert found.baseline is not None
+    assert found.baseline.role == "other"
+    assert found.tokens.loss == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("trainer.seed=1",),
+        ("trainer.total_steps=50",),
+        ("model=llama_20m",),
+        ("trainer.precision=bf16",),
+        ("trainer.sequences_per_step=32",),
+        ("data.sequence_length_tokens=64",),
+        ("method.warm_start_steps=5",),
+    ],
+)
+def test_a_full_rank_run_of_another_setting_is_no_baseline(lab: Lab, other: tuple[str, ...]) -> None:
+    lab.run(*FULL, *other)
+    study = lab.study(lab.run(*RELORA))
+    member = arm(study, "relora").members[0]
+    assert member.baseline is None
+    assert member.tokens.relative is None
+    assert "no finished full-rank run" in member.tokens.note
+
+
+# ------------------------------------------------------------------------------------------- equal FLOPs and seconds
+
+
+@pytest.mark.parametrize(("axis", "budget"), [("flops", 8e8), ("seconds", 80.0)])
+def test_at_equal_cost_a_run_that_ends_there_is_taken_before_any_curve(lab: Lab, axis: str, budget: float) -> None:
+    configs = [
+        lab.run(*FULL, loss=3.0),
+        lab.run(*FULL, "trainer.total_steps=30", loss=3.2, **took(axis, budget * 1.005)),
+        lab.run(*RELORA, loss=3.1, **took(axis, budget)),
+    ]
+    gap = getattr(arm(lab.study(*configs), "relora").members[0], axis)
+    assert gap.loss == pytest.approx(3.1 - 3.2)
+    assert "whose schedule ends there" in gap.note
+
+
+@pytest.mark.parametrize(("axis", "low", "high", "budget"), [("flops", 5e8, 1e9, 7e8), ("seconds", 50.0, 100.0, 70.0)])
+def test_between_two_ends_the_loss_is_interpolated_and_labelled(
+    lab: Lab, axis: str, low: float, high: float, budget: float
+) -> None:
+    configs = [
+        lab.run(*FULL, loss=3.0, **took(axis, high)),
+        lab.run(*FULL, "trainer.total_steps=20", loss=3.4, **took(axis, low)),
+        lab.run(*RELORA, loss=3.1, **took(axis, budget)),
+    ]
+    gap = getattr(arm(lab.study(*configs), "relora").members[0], axis)
+    expected = 3.4 + (3.0 - 3.4) * math.log(budget / low) / math.log(high / low)
+    assert gap.loss == pytest.approx(3.1 - expected)
+    assert gap.note.startswith("interpolated between full-rank runs that end at")
+
+
+def test_an_undecayed_curve_is_labelled_as_flattering(lab: Lab) -> None:
+    configs = [lab.run(*FULL, loss=3.0, flops=1e9), lab.run(*RELORA, loss=3.1, flops=7.5e8)]
+    gap = arm(lab.study(*configs), "relora").members[0].flops
+    assert gap.loss == pytest.approx(3.1 - (3.0 + 2 * 0.25))
+    assert "before its learning rate has decayed: flatters this arm" in gap.note
+
+
+def test_a_budget_beyond_every_full_rank_run_has_no_gap(lab: Lab) -> None:
+    configs = [lab.run(*FULL, flops=1e9), lab.run(*RELORA, flops=2e9)]
+    gap = arm(lab.study(*configs), "relora").members[0].flops
+    assert gap.relative is None
+    assert "no full-rank run of this setting took that many FLOPs" in gap.note
+
+
+def test_wall_clock_is_not_compared_across_machines(lab: Lab) -> None:
+    configs = [lab.run(*FULL, host="one"), lab.run(*RELORA, host="other")]
+    member = arm(lab.study(*configs), "relora").members[0]
+    assert member.seconds.relative is None
+    assert "another machine" in member.seconds.note
+    assert member.tokens.relative is not None
+
+
+def test_tokens_to_the_baselines_loss_are_those_of_the_first_evaluation_that_reached_it(lab: Lab) -> None:
+    configs = [lab.run(*FULL, loss=3.5), lab.run(*RELORA, loss=2.5), lab.run(*RELORA, "method.rank=8", loss=3.6)]
+    study = lab.study(*configs)
+    better, worse = (arm.members[0] for arm in study.arms if arm.method == "relora")
+    # From 4.5 down to 2.5 in four evaluations: 3.5 is reached at the second.
+    assert better.tokens_to_baseline == 20 * configs[1].tokens_per_step
+    assert worse.tokens_to_baseline is None
+
+
+# --------------------------------------------------------------------------------------------------- uneven studies
+
+
+def test_a_seed_without_a_baseline_is_named_and_costs_no_report(lab: Lab) -> None:
+    configs = [lab.run(*FULL, f"trainer.seed={seed}", loss=3.0) for seed in (0, 1)]
+    configs.append(lab.run(*FULL, "trainer.seed=2", state="failed", message="no luck"))
+    configs += [lab.run(*RELORA, f"trainer.seed={seed}", loss=3.2) for seed in range(3)]
+    study = lab.study(*configs)
+    assert arm(study, "relora").gap("tokens").seeds == 2
+    page = (write_report(study, lab.runs_dir) / "report.md").read_text()
+    assert "+22.1% of 2 seeds" in page
+    alone = page.partition("## Runs without a baseline")[2].partition("##")[0]
+    assert configs[-1].name in alone
+    assert "no finished full-rank run" in alone
+    assert "2 of 2 never" in page
+
+
+def test_the_best_arm_is_chosen_over_seeds_that_all_have(lab: Lab) -> None:
+    configs = [lab.run(*FULL, f"trainer.seed={seed}", loss=3.0 + seed) for seed in range(3)]
+    configs += [lab.run(*RELORA, f"trainer.seed={seed}", loss=2.9 + seed) for seed in range(3)]
+    configs += [lab.run(*RELORA, "method.rank=8", loss=3.05)]
+    best = lab.study(*configs).best()
+    assert best is not None
+    assert best.label == "relora rank=32"
+
+
+def test_a_baseline_with_more_seeds_is_taken_before_one_with_fewer(lab: Lab) -> None:
+    configs = [lab.run(*FULL, "optimizer.learning_rate=1e-3", f"trainer.seed={seed}", loss=3.0) for seed in range(3)]
+    configs += [lab.run(*FULL, "optimizer.learning_rate=2e-3", loss=2.9)]
+    configs += [lab.run(*RELORA, f"trainer.seed={seed}", loss=3.2) for seed in range(3)]
+    gap = arm(lab.study(*configs), "relora").gap("tokens")
+    assert (gap.seeds, math.log1p(gap.relative)) == (3, pytest.approx(0.2))
+
+
+def test_several_settings_are_answered_one_by_one(lab: Lab) -> None:
+    configs = []
+    for model, full, relora in (("llama_9m", 3.0, 3.1), ("llama_20m", 2.0, 2.3)):
+        configs += [lab.run(*FULL, f"model={model}", loss=full), lab.run(*RELORA, f"model={model}", loss=relora)]
+    told = answer(lab.study(*configs))
+    assert any(line.startswith("llama_9m, 40 updates: Best") and "+10.5%" in line for line in told)
+    assert any(line.startswith("llama_20m, 40 updates: Best") and "+35.0%" in line for line in told)
+
+
+def test_runs_on_different_text_are_not_paired(lab: Lab) -> None:
+    full = lab.run(*FULL, corpus={"corpus_digest": "a"})
+    relora = lab.run(*RELORA, corpus={"corpus_digest": "b"})
+    assert arm(lab.study(full, relora), "relora").members[0].baseline is None
+
+
+def test_wall_clock_is_not_compared_across_devices(lab: Lab) -> None:
+    configs = [lab.run(*FULL, device="cpu"), lab.run(*RELORA, device="NVIDIA H200")]
+    assert "another machine or device" in arm(lab.study(*configs), "relora").members[0].seconds.note
+
+
+def test_a_curve_is_not_read_outside_its_evaluations(lab: Lab) -> None:
+    configs = [lab.run(*FULL, flops=1e9), lab.run(*RELORA, flops=1e8)]
+    gap = arm(lab.study(*configs), "relora").members[0].flops
+    assert gap.relative is None
+    assert "not evaluated as early" in gap.note
+
+
+def test_ways_of_reading_a_gap_are_not_mixed_in_one_mean(lab: Lab) -> None:
+    configs = [lab.run(*FULL, f"trainer.seed={seed}", flops=1e9) for seed in range(3)]
+    configs += [lab.run(*FULL, "trainer.total_steps=30", flops=7.5e8, loss=3.5)]
+    configs += [lab.run(*RELORA, f"trainer.seed={seed}", loss=3.1, flops=7.5e8) for seed in range(3)]
+    gap = arm(lab.study(*configs), "relora").gap("flops")
+    assert (gap.seeds, math.log1p(gap.relative)) == (2, pytest.approx(3.1 - 3.5))
+
+
+def test_a_loss_beyond_all_perplexity_costs_no_report(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    wild = {"test_loss": 1000.0, "test_perplexity": math.inf, "eval_loss": 1000.0, "eval_perplexity": math.inf}
+    lab.study(lab.run(*FULL), lab.run(*RELORA, summary=wild), lab.run(*RELORA, "method.rank=8"))
+    assert cli.main(["report", "--json", "mine", f"runs_dir={lab.runs_dir}"]) == 0
+    values = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert values["arms"][1]["gap_at_equal_tokens"]["relative"] is None
+
+
+def test_arms_that_differ_in_alpha_are_told_apart(lab: Lab) -> None:
+    study = lab.study(*(lab.run(*RELORA, f"method.alpha={alpha}") for alpha in (8, 16)))
+    assert {arm.label for arm in study.arms if arm.method == "relora"} == {"relora alpha=8", "relora alpha=16"}
+
+
+@pytest.mark.parametrize("content", ["- a\n- list\n", "a: [1\n", "method: {name: other}\n", ""])
+def test_an_odd_folder_in_runs_dir_breaks_no_report(lab: Lab, content: str) -> None:
+    odd = lab.runs_dir / "odd"
+    odd.mkdir(parents=True)
+    (odd / "config.yaml").write_text(content)
+    (odd / "status.json").write_text('{"state": "finished", "unknown": 1}')
+    assert len(lab.study(lab.run(*FULL), lab.run(*RELORA)).members) == 2
+
+
+# -------------------------------------------------------------------------------------------------- nothing is dropped
+
+
+def test_what_failed_diverged_was_stopped_or_never_began_is_named(lab: Lab) -> None:
+    configs = [
+        lab.run(*FULL),
+        lab.run(*RELORA),
+        lab.run(*RELORA, "method.rank=8", state="failed", message="the run diverged"),
+        lab.run(*RELORA, "method.rank=4", state="interrupted", message="SIGTERM after step 3"),
+        lab.run(*RELORA, "method.rank=2", state="running"),
+        lab.config(*RELORA, "method.rank=1"),
+    ]
+    study = lab.study(*configs)
+    told = {member.run.name: (member.run.state, member.run.message) for member in study.unfinished}
+    assert told[configs[2].name] == ("failed", "the run diverged")
+    assert told[configs[3].name] == ("interrupted", "SIGTERM after step 3")
+    assert told[configs[4].name][0] == "interrupted", "a running one that nobody trains"
+    assert told[configs[5].name] == ("missing", "it was never begun")
+    page = (write_report(study, lab.runs_dir) / "report.md").read_text()
+    for config in configs:
+        assert config.name in page
+    assert "the run diverged" in page
+
+
+def test_a_study_of_nothing_but_failures_has_a_report(lab: Lab) -> None:
+    study = lab.study(lab.run(*RELORA, state="failed", message="no luck"))
+    page = (write_report(study, lab.runs_dir) / "report.md").read_text()
+    assert "no luck" in page
+    assert "There is no finished full-rank run" in page
+
+
+def test_a_study_that_was_never_launched_names_those_that_were(lab: Lab) -> None:
+    lab.study(lab.run(*RELORA))
+    with pytest.raises(ConfigError, match=r"no study other was launched in .*; there are: mine"):
+        load_study(lab.runs_dir, "other")
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def ranks_and_intervals(lab: Lab, values: Callable[[int, int], float]) -> Study:
+    configs = [lab.run(*FULL, f"trainer.seed={seed}", loss=3.0) for seed in range(3)]
+    for rank in (4, 8):
+        for interval in (10, 20):
+            for seed in range(3):
+                overrides = (f"method.rank={rank}", f"method.reset_interval_steps={interval}", f"trainer.seed={seed}")
+                config = lab.run(*RELORA, *overrides, loss=values(rank, interval) + 0.01 * seed)
+                configs.append(config)
+    return lab.study(*configs)
+
+
+def test_the_report_answers_which_rank_and_interval_and_what_is_lost(lab: Lab) -> None:
+    study = ranks_and_intervals(lab, lambda rank, interval: 3.1 if (rank, interval) == (8, 10) else 3.4)
+    told = "\n".join(answer(study))
+    assert "take rank 8 and a restart every 10 updates" in told
+    gap = math.expm1(0.11)
+    assert f"{gap:+.1%} [" in told
+    assert "0.60 times the trainable parameters" in told
+    folder = write_report(study, lab.runs_dir)
+    names = {path.name for path in folder.iterdir()}
+    pictures = {"gaps.png", "heat_map.png", "curves.png", "schedule.png"}
+    assert names == {"report.md", "report.html", "results.csv"} | pictures
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 4
+    assert 'src="http' not in html
+    assert "Which one?" in html
+
+
+def test_the_csv_holds_every_run_and_reads_back(lab: Lab) -> None:
+    study = ranks_and_intervals(lab, lambda rank, interval: 3.2)
+    with (write_report(study, lab.runs_dir) / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15
+    for row in rows:
+        member = next(member for member in study.members if member.run.name == row["run"])
+        assert float(row["test_perplexity"]) == member.run.summary["test_perplexity"]
+        assert float(row["gap_at_equal_tokens"]) == pytest.approx(member.tokens.relative)
+
+
+def test_an_arm_is_labelled_by_what_tells_it_from_others_of_its_method(lab: Lab) -> None:
+    study = ranks_and_intervals(lab, lambda rank, interval: 3.2)
+    assert [arm.label for arm in study.arms] == [
+        "full",
+        "relora rank=4 interval=10",
+        "relora rank=4 interval=20",
+        "relora rank=8 interval=10",
+        "relora rank=8 interval=20",
+    ]
+
+
+def test_text_of_a_message_is_no_html(lab: Lab) -> None:
+    study = lab.study(lab.run(*RELORA, state="failed", message="<script>alert(1)</script>"))
+    assert "<script>" not in (write_report(study, lab.runs_dir) / "report.html").read_text()
+
+
+def test_a_second_report_takes_the_place_of_the_first(lab: Lab) -> None:
+    study = lab.study(lab.run(*FULL), lab.run(*RELORA))
+    folder = write_report(study, lab.runs_dir)
+    (folder / "stale.png").write_text("old")
+    assert write_report(study, lab.runs_dir) == folder
+    assert not (folder / "stale.png").exists()
+    assert [path.name for path in folder.parent.glob("report*")] == ["report"]
+
+
+def test_relora_report_prints_the_answer_or_json(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.study(lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=3.2))
+    where = f"runs_dir={lab.runs_dir}"
+    assert cli.main(["report", "mine", where]) == 0
+    text = capsys.readouterr().out
+    assert "+22.1% against full rank at equal tokens" in text
+    assert "report.html" in text
+    assert cli.main(["report", "--json", "mine", where]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["study"] == "mine"
+    assert values["arms"][1]["gap_at_equal_tokens"]["relative"] == pytest.approx(math.expm1(0.2))
+    assert cli.main(["report", "other", where]) == 2
+    assert "there are: mine" in capsys.readouterr().err

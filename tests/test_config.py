@@ -1,0 +1,212 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small import REPOSITORY, TINY
+
+from relora.compose import compose, freeze, thaw
+from relora.errors import ConfigError
+from relora.groups import parse_count
+
+WRONG = [
+    (["method.rank=600"], "rank=600 exceeds min(in, out)=128 of model.layers.0.self_attn.q_proj; lower method.rank"),
+    (["method.rnak=3"], "unknown key method.rnak; did you mean method.rank?"),
+    (["+method.rnak=3"], "unknown key method.rnak; did you mean method.rank?"),
+    (["method=full", "method.rank=8"], "unknown key method.rank with this choice of method"),
+    (["nonsense=1"], "unknown key nonsense"),
+    (
+        ["model=llama_13b"],
+        "model=llama_13b does not exist; choose model= one of llama_130m, llama_1b",
+    ),
+    (["method"], "'method' is no override of the form key=value"),
+    (["method.rank=abc"], "method.rank: Value 'abc' of type 'str' could not be converted to Integer"),
+    (["method.rank=0"], "method.rank=0 must be at least 1"),
+    (["method.alpha=0"], "method.alpha=0.0 must be positive"),
+    (["method.reset_interval_steps=0"], "method.reset_interval_steps=0 must be at least 1 (null: no restarts)"),
+    (["method.reset_interval_steps=-5"], "method.reset_interval_steps=-5 must be at least 1"),
+    (["method.reset_interval_steps=501"], "method.reset_interval_steps=501 is longer than the 500 steps"),
+    (["trainer.total_steps=100"], "method.warm_start_steps=100 leaves nothing of the run's 100 steps"),
+    (["schedule.warmup_steps=600"], "schedule.warmup_steps=600 does not fit into the 500 steps after the warm start"),
+    (["schedule.warmup_steps=150"], "schedule.warmup_steps=150 does not fit into method.reset_interval_steps=100"),
+    (["schedule.restart_warmup_steps=101"], "schedule.restart_warmup_steps=101 does not fit into"),
+    (["method.reset_interval_steps=99"], "the last restart, at step 595, leaves 5 steps, fewer than"),
+    (["method.optimizer_reset.mode=some"], "method.optimizer_reset.mode=some is not one of none, zero, random, magn"),
+    (["method.optimizer_reset.pruning_ratio=1.5"], "method.optimizer_reset.pruning_ratio=1.5 must be between 0 and 1"),
+    (
+        ["method.target_modules=[proj]"],
+        "method.target_modules: 'proj' matches no linear layer; the model has down_proj",
+    ),
+    (["method.target_modules=[]"], "method.target_modules is empty"),
+    (["trainer.sequences_per_micro_step=5"], "trainer.sequences_per_micro_step=5 does not divide"),
+    (["trainer.total_steps=null"], "the run has no budget; set trainer.total_steps or trainer.total_tokens"),
+    (["trainer.total_steps=1e3"], "trainer.total_steps: Value '1000.0' of type 'float' could not be converted"),
+    (["trainer.total_tokens=1.5X"], "trainer.total_tokens=1.5X is not a count"),
+    (["trainer.device=tpu"], "trainer.device=tpu is not one of auto, cpu, cuda, cuda:N"),
+    (["trainer.precision=fp8"], "trainer.precision=fp8 is not one of fp32, bf16_autocast, bf16"),
+    (["optimizer.learning_rate=-1"], "optimizer.learning_rate=-1.0 must be positive"),
+    (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be positive"),
+    (["model.heads=3"], "model.hidden_size=128 must be an even multiple of model.heads=3"),
+    (["model.vocab_size=100"], "model.vocab_size=100 is below data.vocab_size=2048"),
+    (["data.sequence_length_tokens=2048"], "data.sequence_length_tokens=2048 exceeds model.max_position_embeddings"),
+    (["data=text"], "data=text needs data.path=FILE_OR_FOLDER"),
+    (["data=text", "data.path=/no/such"], "data.path=/no/such does not exist"),
+    (["data=text", "data.path=.git"], "holds no text; files that can be read end in .txt"),
+    (["data.path=x"], "data.path=x has no meaning with data=stdlib; use data=text"),
+    (["data.tokenizer=/no/such"], "data.tokenizer=/no/such has no tokenizer.json"),
+    (["tracker.uri=mlruns"], "tracker.uri=mlruns is no store; write sqlite:///FILE, http://HOST:PORT"),
+    (["study='a b'"], "study=a b may hold letters, digits"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
+def test_a_wrong_option_is_one_clear_message(overrides: list[str], message: str, monkeypatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_option_ends_with_code_2_before_torch_is_imported_and_leaves_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys; from relora.cli import run; code = run(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'mlflow', 'datasets', 'submitit'} & set(sys.modules);"
+        "print(heavy, file=sys.stderr) if heavy else None; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "method.rank=600", f"runs_dir={tmp_path / 'runs'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("relora: rank=600 exceeds")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("model", ["9m", "20m", "35m", "60m", "130m", "250m", "350m", "1b", "7b", "tiny"])
+@pytest.mark.parametrize("method", ["full", "lora", "relora"])
+def test_every_choice_of_a_group_composes(model: str, method: str) -> None:
+    config = compose([f"model=llama_{model}", f"method={method}"])
+    assert config.model.name == f"llama_{model}"
+    assert config.method.name == method
+
+
+@pytest.mark.parametrize("overrides", [[], ["method=full"], ["method=lora", "tracker=jsonl"], list(TINY)])
+def test_a_frozen_config_thaws_to_itself(tmp_path: Path, overrides: list[str]) -> None:
+    config = compose(overrides)
+    freeze(config, tmp_path / "run" / "config.yaml")
+    assert thaw(tmp_path / "run" / "config.yaml") == config
+
+
+def test_full_rank_carries_no_rank() -> None:
+    assert not hasattr(compose(["method=full"]).method, "rank")
+
+
+# ---------------------------------------------------------------------------------------------------------- identity
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.device=cpu",
+        "trainer.sequences_per_micro_step=4",
+        "trainer.checkpoint_interval_steps=7",
+        "trainer.validation_interval_steps=7",
+        "trainer.log_interval_steps=3",
+        "runs_dir=/elsewhere",
+        "study=mine",
+        "tracker=jsonl",
+        "tracker.uri=http://headnode:5000",
+        "trainer.total_tokens=1228800",
+        "method.alpha=8",
+    ],
+)
+def test_what_does_not_change_the_mathematics_does_not_change_the_hash(override: str) -> None:
+    assert compose([override]).config_hash == compose([]).config_hash
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.seed=1",
+        "trainer.precision=bf16",
+        "trainer.total_steps=700",
+        "trainer.sequences_per_step=32",
+        "method.rank=16",
+        "method.alpha=16",
+        "method.reset_interval_steps=50",
+        "method.optimizer_reset.mode=zero",
+        "method.optimizer_reset.moments=independent",
+        "method.optimizer_reset.reset_step=false",
+        "method.warm_start_steps=0",
+        "method.target_modules=[q_proj]",
+        "schedule.restart_warmup_steps=5",
+        "schedule.min_lr_ratio=0",
+        "optimizer.learning_rate=1e-4",
+        "optimizer.embedding_learning_rate=1e-4",
+        "data.sequence_length_tokens=64",
+        "data.vocab_size=1000",
+        "model.layers=2",
+    ],
+)
+def test_what_changes_the_mathematics_changes_the_hash(override: str) -> None:
+    assert compose([override]).config_hash != compose([]).config_hash
+
+
+def test_a_text_source_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    relative = ["data=text", "data.path=a.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert compose(relative).config_hash == compose(["data=text", f"data.path={tmp_path / 'a.txt'}"]).config_hash
+    assert compose(relative).config_hash != compose([]).config_hash
+
+
+def test_runs_that_compare_share_a_key_and_seeds_share_a_variant() -> None:
+    relora, full, other = compose([]), compose(["method=full"]), compose(["trainer.total_steps=700"])
+    assert relora.comparison_key == full.comparison_key != other.comparison_key
+    assert compose(["trainer.seed=1"]).comparison_key == relora.comparison_key
+    assert compose(["trainer.seed=1"]).variant == relora.variant != full.variant
+    assert compose(["trainer.seed=1"]).name != relora.name
+
+
+def test_the_run_folder_says_model_method_rank_and_hash() -> None:
+    config = compose(["runs_dir=/somewhere"])
+    assert str(config.run_dir) == f"/somewhere/llama_tiny-relora-r32-{config.config_hash}"
+
+
+# ------------------------------------------------------------------------------------------------------------ counts
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1.5B", 1_500_000_000), ("200k", 200_000), ("3M", 3_000_000), ("1e6", 10**6), (4096, 4096), ("2_048", 2048)],
+)
+def test_counts_are_parsed(text: str | int, count: int) -> None:
+    assert parse_count("x", text) == count
+
+
+@pytest.mark.parametrize("text", ["", "abc", "-5", "0", "1.5", "0.0001k", "1.5X", None, True])
+def test_what_is_no_count_is_refused(text: object) -> None:
+    with pytest.raises(ConfigError):
+        parse_count("x", text)  # type: ignore[arg-type]
+
+
+FULL = compose(["method=full", "trainer.total_tokens=1.5B"])
+
+
+@given(steps=st.integers(1, 10**6), sequences=st.integers(1, 2048), spare=st.integers(0, 10**6))
+def test_a_token_budget_is_rounded_up_to_whole_updates(steps: int, sequences: int, spare: int) -> None:
+    config = FULL
+    config.trainer.sequences_per_step = sequences
+    per_step = config.tokens_per_step
+    config.trainer.total_tokens = str(steps * per_step - spare % per_step)
+    assert config.total_steps == steps
+
+
+def test_a_token_budget_decides_over_a_step_budget() -> None:
+    assert compose(["trainer.total_tokens=2.048M"]).total_steps == 1000

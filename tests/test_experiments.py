@@ -1,0 +1,266 @@
+import functools
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from small import REPOSITORY
+
+from relora.compose import baseline, compose, expand
+from relora.config import RunConfig
+from relora.groups import METHODS, LoRAConfig, ReLoRAMethodConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What an experiments/ file must say, written down beside it and not read from it."""
+
+    model: str
+    sizes: tuple[int, int, int, int]
+    """Hidden, intermediate, heads, layers."""
+    sequences: int
+    length: int
+    steps: int
+    table_billion_tokens: float | None = None
+    """The tokens of the paper's table."""
+    over_the_table: float = 1.0
+    """The setting's tokens over the table's: not 1 where the documented steps do not make the table's tokens."""
+    warmup: int
+    precision: str = "bf16"
+
+
+M60, M130, M250 = (512, 1376, 8, 8), (768, 2048, 12, 12), (768, 2560, 16, 24)
+M350, M1B, TINY = (1024, 2736, 16, 24), (2048, 5461, 32, 24), (128, 352, 4, 4)
+
+# fmt: off
+SETTINGS = {
+    "paper/relora_60m": Setting(model="llama_60m", sizes=M60, sequences=480, length=256, steps=10_000, warmup=500,
+                                table_billion_tokens=1.2, over_the_table=1.02),
+    "paper/relora_130m": Setting(model="llama_130m", sizes=M130, sequences=600, length=256, steps=20_000, warmup=500,
+                                 table_billion_tokens=2.6, over_the_table=1.18),
+    "paper/relora_250m": Setting(model="llama_250m", sizes=M250, sequences=1152, length=512, steps=20_000, warmup=500,
+                                 table_billion_tokens=6.8, over_the_table=1.73),
+    "paper/relora_350m": Setting(model="llama_350m", sizes=M350, sequences=1152, length=512, steps=20_000, warmup=1000,
+                                 table_billion_tokens=6.8, over_the_table=1.73),
+    "paper/relora_1b": Setting(model="llama_1b", sizes=M1B, sequences=1920, length=512, steps=23_499, warmup=1000,
+                               table_billion_tokens=23.1),
+    "paper/galore_60m": Setting(model="llama_60m", sizes=M60, sequences=512, length=256, steps=10_000, warmup=1000,
+                                table_billion_tokens=1.1, over_the_table=1.19),
+    "paper/galore_130m": Setting(model="llama_130m", sizes=M130, sequences=512, length=256, steps=20_000, warmup=2000,
+                                 table_billion_tokens=2.2, over_the_table=1.19),
+    "paper/galore_350m": Setting(model="llama_350m", sizes=M350, sequences=512, length=256, steps=60_000, warmup=6000,
+                                 table_billion_tokens=6.4, over_the_table=1.23),
+    "paper/galore_1b": Setting(model="llama_1b", sizes=M1B, sequences=512, length=256, steps=100_000, warmup=10_000,
+                               table_billion_tokens=13.1),
+    "laptop/small": Setting(model="llama_tiny", sizes=TINY, sequences=16, length=128, steps=400, warmup=40,
+                            precision="fp32"),
+    "laptop/crossing": Setting(model="llama_tiny", sizes=TINY, sequences=16, length=128, steps=4000, warmup=50,
+                               precision="fp32"),
+}
+# fmt: on
+
+GALORE_RANKS = {"paper/galore_60m": 128, "paper/galore_130m": 256, "paper/galore_350m": 256, "paper/galore_1b": 512}
+
+RELORA_TRAINABLE_MILLION = {
+    "paper/relora_60m": 42.87,
+    "paper/relora_130m": 71.74,
+    "paper/relora_250m": 98.89,
+    "paper/relora_350m": 125.61,
+    "paper/relora_1b": 251.12,
+}
+
+PAPER = [name for name in SETTINGS if name.startswith("paper/")]
+PRESETS = REPOSITORY / "conf" / "presets"
+PRESET_FILES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
+SAME_AS_THE_DEFAULT = {"laptop/small/lora", "laptop/small/control", "laptop/small/galore"}
+"""Presets that write down what the method's default happens to be."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("some text\n")
+    return path
+
+
+@functools.cache
+def composed(experiment: str, method: str, corpus: Path, *more: str) -> RunConfig:
+    path = [f"data.path={corpus}"] if experiment in PAPER else []
+    return compose([f"experiments={experiment}", f"method={method}", *path, *more])
+
+
+@functools.cache
+def default_of(method: str) -> RunConfig:
+    """What holds where there is no preset, as no experiment has a value of a method."""
+    return compose([f"method={method}"])
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found.update(leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return found
+
+
+def test_every_experiment_has_its_numbers_in_this_file() -> None:
+    folder = REPOSITORY / "experiments"
+    files = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    assert files == set(SETTINGS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_method_runs_in_the_setting_that_is_cited(name: str, method: str, corpus: Path) -> None:
+    setting, config = SETTINGS[name], composed(name, method, corpus)
+    model = config.model
+    assert config.method.name == method
+    assert model.name == setting.model
+    assert (model.hidden_size, model.intermediate_size, model.heads, model.layers) == setting.sizes
+    assert config.tokens_per_step == setting.sequences * setting.length
+    assert config.data.sequence_length_tokens == setting.length
+    assert config.total_steps == setting.steps
+    assert config.schedule.warmup_steps == setting.warmup
+    assert config.schedule.min_lr_ratio == 0.1
+    assert config.trainer.precision == setting.precision
+    assert (config.data.name, config.data.vocab_size) == (("text", 32100) if name in PAPER else ("stdlib", 2048))
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.999, 0.0)
+    assert config.comparison_key == composed(name, "full", corpus).comparison_key
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_budget_is_the_papers_or_off_by_what_its_file_says(name: str) -> None:
+    setting = SETTINGS[name]
+    assert setting.table_billion_tokens is not None
+    tokens = setting.steps * setting.sequences * setting.length
+    assert tokens / 1e9 / setting.table_billion_tokens == pytest.approx(setting.over_the_table, abs=0.005)
+    told = f"{setting.table_billion_tokens}B" in (REPOSITORY / "experiments" / f"{name}.yaml").read_text()
+    assert told or abs(setting.over_the_table - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_experiment_holds_no_method_values(name: str) -> None:
+    file = loaded(REPOSITORY / "experiments" / f"{name}.yaml")
+    assert set(file) <= {"defaults", "model", "data", "schedule", "trainer"}
+    assert set(file["schedule"]) <= {"warmup_steps", "min_lr_ratio"}
+
+
+# ------------------------------------------------------------------------------------------------------------ presets
+
+
+@pytest.mark.parametrize("preset", PRESET_FILES)
+def test_every_preset_is_applied_where_it_belongs(preset: str, corpus: Path) -> None:
+    experiment, _, method = preset.rpartition("/")
+    assert experiment in SETTINGS
+    assert method in METHODS
+    told, with_it = leaves(loaded(PRESETS / f"{preset}.yaml")), composed(experiment, method, corpus)
+    assert told
+    for key, value in told.items():
+        assert functools.reduce(getattr, key.split("."), with_it) == value, key
+    without = default_of(method)
+    differ = {key for key, value in told.items() if functools.reduce(getattr, key.split("."), without) != value}
+    assert differ or preset in SAME_AS_THE_DEFAULT
+
+
+@pytest.mark.parametrize(("name", "million"), RELORA_TRAINABLE_MILLION.items())
+def test_relora_trains_as_many_parameters_as_in_its_paper(name: str, million: float, corpus: Path) -> None:
+    config = composed(name, "relora", corpus)
+    assert isinstance(config.method, ReLoRAMethodConfig)
+    assert (config.rank, config.method.alpha, config.schedule.restart_warmup_steps) == (128, 32, 100)
+    trained = {method: composed(name, method, corpus).cost(32100) for method in ("relora", "lora", "control")}
+    assert trained["relora"].trainable_parameters / 1e6 == pytest.approx(million, abs=0.005)
+    assert trained["lora"].trainable_parameters == trained["relora"].trainable_parameters
+    assert trained["control"].parameters / 1e6 == pytest.approx(million, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "pruning_ratio", "learning_rate", "warm_start_learning_rate"),
+    [
+        ("paper/relora_60m", 1000, 0.99, 1e-3, 1e-3),
+        ("paper/relora_130m", 2000, 0.9, 1e-3, 1e-3),
+        ("paper/relora_250m", 5000, 0.99, 1e-3, 5e-4),
+        ("paper/relora_350m", 5000, 0.99, 1e-3, 5e-4),
+        ("paper/relora_1b", 5000, 0.99, 4e-4, 2e-4),
+    ],
+)
+def test_relora_has_its_papers_recipe(
+    name: str,
+    interval: int,
+    pruning_ratio: float,
+    learning_rate: float,
+    warm_start_learning_rate: float,
+    corpus: Path,
+) -> None:
+    config = composed(name, "relora", corpus)
+    assert isinstance(config.method, ReLoRAMethodConfig)
+    assert config.reset_interval_steps == interval
+    assert config.method.optimizer_reset.mode == "magnitude"
+    assert config.method.optimizer_reset.pruning_ratio == pruning_ratio
+    assert config.optimizer.learning_rate == learning_rate
+    assert config.method.warm_start_steps == 5000
+    assert config.warm_start_learning_rate == warm_start_learning_rate
+    full = composed(name, "full", corpus)
+    assert full.optimizer.learning_rate == warm_start_learning_rate
+    assert baseline(config, [f"experiments={name}", "method=relora", f"data.path={corpus}"]) == full
+
+
+@pytest.mark.parametrize(("name", "rank"), GALORE_RANKS.items())
+def test_galores_low_rank_arms_share_its_tables_rank(name: str, rank: int, corpus: Path) -> None:
+    runs = {method: composed(name, method, corpus) for method in METHODS}
+    assert {run.rank for method, run in runs.items() if method != "full"} == {rank}
+    assert {run.optimizer.max_grad_norm for run in runs.values()} == {None}
+    assert runs["galore"].optimizer.learning_rate == 1e-2
+    assert runs["relora"].method.warm_start_steps == 0
+    assert runs["full"].config_hash == baseline(runs["galore"], [f"experiments={name}"]).config_hash
+
+
+def test_full_rank_meets_low_rank_at_the_rates_of_the_probe(corpus: Path) -> None:
+    runs = {method: composed("laptop/crossing", method, corpus) for method in ("full", "lora", "relora")}
+    assert {method: run.optimizer.learning_rate for method, run in runs.items()} == {
+        "full": 2.5e-3,
+        "lora": 5e-3,
+        "relora": 5e-3,
+    }
+    assert {run.rank for run in runs.values() if isinstance(run.method, LoRAConfig)} == {8}
+    assert runs["relora"].clock.restarts_before(4000) == 7
+    assert runs["relora"].clock.restarts_at(900)
+
+
+# ------------------------------------------------------------------------------------------------------------- in use
+
+
+def test_the_ablation_of_the_paper_composes_in_its_own_setting(corpus: Path) -> None:
+    sweep = expand(["sweeps=paper_ablation", "experiments=paper/relora_130m", f"data.path={corpus}"])
+    assert len(sweep.runs) == 10
+
+
+def test_other_text_model_and_budget_are_the_command_lines_to_choose(corpus: Path) -> None:
+    config = composed(
+        "paper/relora_250m", "relora", corpus, "model=llama_9m", "trainer.total_tokens=6.8B", "method.rank=8"
+    )
+    assert config.model.name == "llama_9m"
+    assert config.total_steps == 11_529
+    assert config.clock.restarts_before(11_529) == 1
+    assert config.clock.restarts_at(10_000)
+    assert compose(["experiments=paper/relora_60m", "data=stdlib"]).data.name == "stdlib"
+
+
+def test_without_text_there_is_one_message_and_nothing_is_left(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "run.py", "experiments=paper/relora_60m", f"runs_dir={tmp_path / 'runs'}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "relora: data=text needs data.path=FILE_OR_FOLDER\n"
+    assert not (tmp_path / "runs").exists()

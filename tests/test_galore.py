@@ -1,0 +1,120 @@
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from relora.galore import GaLoreAdamW, projector
+
+
+def published(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float) -> Tensor:
+    """Algorithm 2 of arXiv 2403.03507 written out, in float64: project, Adam, project back."""
+    weight, m, v, basis = weight.clone(), None, None, None
+    left = weight.shape[0] <= weight.shape[1]
+    for t, gradient in enumerate(gradients):
+        if t % every == 0:
+            u, _, vh = torch.linalg.svd(gradient)
+            basis = u[:, :rank] if left else vh[:rank].T
+        assert basis is not None
+        low = basis.T @ gradient if left else gradient @ basis
+        m = 0.1 * low if m is None else 0.9 * m + 0.1 * low
+        v = 0.001 * low**2 if v is None else 0.999 * v + 0.001 * low**2
+        normalised = (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+        weight = weight - lr * scale * (basis @ normalised if left else normalised @ basis.T)
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
+def test_updates_equal_the_published_formula(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(11)]
+    weight = nn.Parameter(start.clone())
+    optimizer = GaLoreAdamW([weight], lr=0.02, rank=3, update_interval_steps=4, scale=0.25)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    expected = published(start, gradients, rank=3, every=4, scale=0.25, lr=0.02)
+    assert torch.allclose(weight, expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(weight, start, atol=1e-3)
+
+
+def test_a_group_without_rank_is_torchs_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2))
+    one = GaLoreAdamW([ours], lr=0.1, weight_decay=0.2, betas=(0.8, 0.95))
+    other = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.2, betas=(0.8, 0.95))
+    for _ in range(5):
+        gradient = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        one.step()
+        other.step()
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_full_rank_projection_with_scale_one_moves_like_adam_in_the_rotated_basis() -> None:
+    gradient = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
+    weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
+    weight.grad = gradient
+    GaLoreAdamW([weight], lr=0.1, rank=3, scale=1.0).step()
+    assert torch.allclose(weight.diagonal(), torch.full((3,), -0.1, dtype=torch.float64), atol=1e-6)
+
+
+def test_the_projector_spans_the_leading_subspace() -> None:
+    generator = torch.Generator().manual_seed(1)
+    low = torch.randn(8, 2, generator=generator) @ torch.randn(2, 12, generator=generator)
+    left = projector(low, 2)
+    assert torch.allclose(left @ left.T @ low, low, atol=1e-4)
+    right = projector(low.T.contiguous(), 2)
+    assert torch.allclose(low.T @ right.T @ right, low.T, atol=1e-4)
+
+
+def test_the_projector_changes_only_at_its_interval_and_moments_are_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(4, 6))
+    optimizer = GaLoreAdamW([weight], lr=0.1, rank=2, update_interval_steps=3)
+    seen = []
+    for _ in range(7):
+        weight.grad = torch.randn(4, 6, generator=generator)
+        optimizer.step()
+        seen.append(optimizer.state[weight]["projector"].clone())
+    changes = [step for step in range(1, 7) if not torch.equal(seen[step], seen[step - 1])]
+    assert changes == [3, 6]
+    assert optimizer.state[weight]["step"] == 7
+
+
+def test_all_state_is_tensors_and_loads_with_weights_only(tmp_path: Path) -> None:
+    weights = [nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(3))]
+
+    def made() -> GaLoreAdamW:
+        return GaLoreAdamW([{"params": weights[:1], "rank": 2}, {"params": weights[1:]}], lr=0.1)
+
+    optimizer = made()
+    for weight in weights:
+        weight.grad = torch.rand_like(weight)
+    optimizer.step()
+    assert all(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values())
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    restored = made()
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    for weight in weights:
+        for name, value in optimizer.state[weight].items():
+            assert torch.equal(restored.state[weight][name], value)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (5,)])
+def test_a_rank_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="rank=4 does not fit a parameter of shape"):
+        GaLoreAdamW([nn.Parameter(torch.zeros(shape))], lr=0.1, rank=4)
+
+
+def test_bf16_matrices_are_projected_in_fp32() -> None:
+    weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.bfloat16))
+    weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    optimizer = GaLoreAdamW([weight], lr=0.1, rank=2)
+    optimizer.step()
+    assert optimizer.state[weight]["projector"].dtype == torch.bfloat16
+    assert torch.isfinite(weight).all()

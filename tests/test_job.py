@@ -1,0 +1,457 @@
+import hashlib
+import json
+import math
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small import REPOSITORY
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from relora import cli
+from relora.checkpoint import latest_step
+from relora.compose import compose
+from relora.corpus import prepare
+from relora.job import launch
+from relora.metrics import read_rows, row_metrics
+from relora.rundir import RunDir
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def run_of(overrides: list[str]) -> RunDir:
+    return RunDir(compose(overrides).run_dir)
+
+
+def elsewhere(overrides: list[str], folder: Path) -> list[str]:
+    return [*overrides, f"runs_dir={folder}"]
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, list[str]]:
+    """One finished tiny run, recorded in MLflow, and its overrides; tests only read it."""
+    from small import TINY
+
+    runs_dir = tmp_path_factory.mktemp("finished")
+    overrides = [*TINY, "data=text", f"data.path={text}", f"runs_dir={runs_dir}"]
+    assert launch(compose(overrides), overrides).state == "finished"
+    return run_of(overrides), overrides
+
+
+# ------------------------------------------------------------------------------------------------- a run that ends
+
+
+def test_the_model_loads_with_hugging_face_alone_and_computes_the_logged_perplexity(finished) -> None:
+    run, overrides = finished
+    config = compose(overrides)
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    names = set(model.state_dict())
+    assert not any("lora" in name for name in names)
+    test = prepare(config.data, Path(config.runs_dir) / "corpora", print).sequences("test", 16)
+    total = 0.0
+    for number in range(test.count):
+        window = torch.tensor(test.tokens[number * 16 : number * 16 + 17].astype(int))[None]
+        with torch.no_grad():
+            logits = model(input_ids=window[:, :-1]).logits
+        total += F.cross_entropy(logits[0].double(), window[0, 1:], reduction="sum").item()
+    summary = run.status.summary  # type: ignore[union-attr]
+    assert math.exp(total / (test.count * 16)) == pytest.approx(summary["test_perplexity"], rel=1e-5)
+    ids = tokenizer("text 5: abc.")["input_ids"]
+    assert tokenizer.decode(ids) == "text 5: abc."
+
+
+def test_the_summary_tells_what_happened(finished) -> None:
+    run, _ = finished
+    summary = run.status.summary  # type: ignore[union-attr]
+    assert summary["tokens"] == 14 * 4 * 16
+    assert summary["restarts"] == 2
+    assert summary["skipped_updates"] == 0
+    assert summary["wall_clock_seconds"] > summary["training_seconds"] > 0
+    assert summary["peak_memory_bytes"] > 50e6
+    assert summary["trainable_parameters"] < summary["parameters"]
+    last = [row for row in read_rows(run.metrics_file) if "eval/perplexity" in row][-1]
+    assert summary["eval_perplexity"] == last["eval/perplexity"]
+
+
+def test_mlflow_holds_every_metric_of_the_file_and_a_true_status(finished) -> None:
+    from mlflow import MlflowClient
+
+    run, overrides = finished
+    client = MlflowClient(compose(overrides).mlflow_uri)
+    state = json.loads(run.mirror_file.read_text())
+    recorded = client.get_run(state["run_id"])
+    assert recorded.info.status == "FINISHED"
+    for row in read_rows(run.metrics_file):
+        for name, value in row_metrics(row).items():
+            assert recorded.data.metrics[name] is not None
+            if name == "train/loss":
+                points = list(client.get_metric_history(state["run_id"], name))
+                assert [p.value for p in points if p.step == row["step"]] == [value]
+    assert recorded.data.metrics["summary/test_perplexity"] == run.status.summary["test_perplexity"]  # type: ignore[union-attr]
+    assert recorded.data.tags["corpus_digest"] == run.status.corpus["corpus_digest"]  # type: ignore[union-attr]
+
+
+def test_evaluate_gives_the_perplexity_that_the_run_logged(finished, capsys) -> None:
+    run, overrides = finished
+    data = [item for item in overrides if item.startswith(("data=", "data.path", "data.v", "data.t", "runs_dir"))]
+    assert cli.main(["evaluate", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["perplexity"] == pytest.approx(run.status.summary["test_perplexity"], rel=1e-9)  # type: ignore[union-attr]
+    assert cli.main(["evaluate", "--split", "validation", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["perplexity"] == pytest.approx(run.status.summary["eval_perplexity"], rel=1e-5)  # type: ignore[union-attr]
+
+
+def test_sample_writes_on_from_the_prompt_and_the_same_for_the_same_seed(finished, capsys) -> None:
+    run, _ = finished
+    texts = []
+    for seed in ("0", "0", "1"):
+        command = ["sample", str(run.model), "--prompt", "text 1", "--tokens", "30", "--json", "--seed", seed]
+        assert cli.main(command) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("text 1")
+
+
+def test_verbs_on_a_folder_that_is_no_model_say_so(tmp_path: Path, capsys) -> None:
+    for verb in ("evaluate", "sample"):
+        assert cli.main([verb, str(tmp_path)]) == 2
+        assert "is no model folder" in capsys.readouterr().err
+
+
+def test_the_same_launch_again_says_that_it_is_done_and_trains_nothing(finished, capsys) -> None:
+    run, overrides = finished
+    before = digest(run.model), run.metrics_file.read_bytes()
+    assert cli.run(overrides) == 0
+    shown = capsys.readouterr().out
+    assert "is finished already" in shown
+    assert "perplexity" in shown
+    assert (digest(run.model), run.metrics_file.read_bytes()) == before
+
+
+def test_another_commit_than_the_finished_runs_is_told(tiny: list[str], capsys, monkeypatch) -> None:
+    launch(compose(tiny), tiny)
+    monkeypatch.setattr("relora.job.git_commit", lambda: "another")
+    launch(compose(tiny), tiny)
+    assert "this is another" in capsys.readouterr().out
+
+
+def test_the_summary_gives_commands_that_work(finished, capsys) -> None:
+    _run, overrides = finished
+    cli.run(overrides)
+    lines = capsys.readouterr().out.splitlines()
+    commands = {
+        line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if line.startswith(("base", "MLf"))
+    }
+    assert commands["MLflow UI"] == f"relora ui {overrides[-1]}"
+    baseline = commands["baseline"].removeprefix("python run.py ").split()
+    config = compose(baseline)
+    assert config.method.name == "full"
+    assert config.comparison_key == compose(overrides).comparison_key
+
+
+# ---------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_a_text_that_changed_under_the_run_is_refused(tiny: list[str], tmp_path: Path, capsys) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for number in range(120):
+        (own / f"{number}.txt").write_text(f"text {number} " * 30)
+    overrides = [*tiny, f"data.path={own}"]
+    assert launch(compose(overrides), overrides).state == "finished"
+    run = run_of(overrides)
+    status = run.status
+    assert status is not None
+    status.state = "interrupted"
+    run.status = status
+    (own / "7.txt").write_text("another text " * 30)
+    assert launch(compose(overrides), overrides).state == "failed"
+    assert "has changed since this run began" in capsys.readouterr().out
+
+
+def test_a_run_that_is_being_trained_is_not_trained_twice(tiny: list[str], capsys) -> None:
+    run = run_of(tiny)
+    run.path.mkdir(parents=True)
+    with run.locked():
+        assert cli.run(tiny) == 1
+    assert "is being trained by" in capsys.readouterr().err
+
+
+def test_a_sweep_without_m_is_no_silent_default_run(tiny: list[str], capsys) -> None:
+    assert cli.run([*tiny, "sweeps=methods"]) == 2
+    assert "sweeps=methods is a sweep and this is a single run; write python run.py -m" in capsys.readouterr().err
+
+
+def test_a_runs_dir_that_cannot_be_made_is_one_message(tiny: list[str], tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert cli.run([*tiny, f"runs_dir={tmp_path / 'file' / 'runs'}"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("relora: ")
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4000k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_costs_no_checkpoint(
+    tiny: list[str], small_disk: Path, undisturbed: str, capsys
+) -> None:
+    overrides = elsewhere([*tiny, "trainer.checkpoint_interval_steps=4"], small_disk)
+    run = run_of(overrides)
+    run.path.mkdir(parents=True)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 200_000))
+    assert cli.run(overrides) == 1
+    shown = capsys.readouterr()
+    assert "No space left on device" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+    assert "go on with: python run.py" in shown.out
+    assert run.status is not None
+    assert run.status.state == "failed"
+    filler.unlink()
+    assert cli.run(overrides) == 0
+    assert digest(run.model) == undisturbed
+
+
+def test_a_gpu_that_is_not_there_is_one_message(tiny: list[str], capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    overrides = [*tiny, "trainer.device=cuda"]
+    assert cli.run(overrides) == 1
+    shown = capsys.readouterr()
+    assert "trainer.device=cuda: torch sees 0 CUDA devices" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+
+
+def test_a_diverged_run_is_recorded_as_failed(tiny: list[str]) -> None:
+    from mlflow import MlflowClient
+
+    overrides = [*tiny, "tracker=mlflow", "optimizer.learning_rate=1e30", "trainer.max_consecutive_skipped_updates=2"]
+    assert cli.run(overrides) == 1
+    run = run_of(overrides)
+    assert run.status is not None
+    assert run.status.state == "failed"
+    assert "diverged" in run.status.message
+    state = json.loads(run.mirror_file.read_text())
+    recorded = MlflowClient(compose(overrides).mlflow_uri).get_run(state["run_id"])
+    assert recorded.info.status == "FAILED"
+    assert "diverged" in recorded.data.tags["message"]
+
+
+def test_an_unexpected_error_leaves_a_true_status_and_its_traceback(tiny: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr("relora.trainer.Trainer.restart", lambda self, step: 1 / 0)
+    assert cli.run(tiny) == 1
+    run = run_of(tiny)
+    assert run.status is not None
+    assert run.status.message == "ZeroDivisionError: division by zero"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_mlflow_that_is_down_stops_nothing(tiny: list[str], capsys) -> None:
+    overrides = [*tiny, "tracker=mlflow", "tracker.uri=http://127.0.0.1:9"]
+    assert cli.run(overrides) == 0
+    assert "relora sync" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ killed, stopped, and gone on
+
+KILL_AT = {
+    "in the warm start, before any checkpoint": """
+        from relora.console import Console
+        Console.progress = lambda self, progress: kill() if progress.step == 2 else None
+    """,
+    "before a merge": """
+        import relora.methods
+        relora.methods.merge_and_reinit = lambda *args, **settings: kill()
+    """,
+    "in a merge": """
+        from relora.lowrank import LowRankLinear
+        merge, merged = LowRankLinear.merge, []
+        LowRankLinear.merge = lambda self: kill() if len(merged) == 5 else (merged.append(0), merge(self))[1]
+    """,
+    "between the merge and the reset": """
+        import relora.methods
+        relora.methods.reset_optimizer = lambda *args, **settings: kill()
+    """,
+    "in a re-warm-up": """
+        from relora.console import Console
+        Console.progress = lambda self, progress: kill() if progress.step == 12 else None
+    """,
+    "in the middle of a save": """
+        import torch
+        save, saved = torch.save, []
+        def half(state, file):
+            saved.append(0)
+            if len(saved) == 2:
+                file.write(b"half of it"); file.flush(); kill()
+            save(state, file)
+        torch.save = half
+    """,
+    "in the export": """
+        import relora.model, shutil
+        relora.model.shutil.copyfile = lambda *names: kill()
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the weights of the tiny run that nothing happened to."""
+    from small import TINY
+
+    overrides = [
+        *(*TINY, "data=text", f"data.path={text}", "tracker=jsonl", "trainer.checkpoint_interval_steps=4"),
+        f"runs_dir={tmp_path_factory.mktemp('undisturbed')}",
+    ]
+    launch(compose(overrides), overrides)
+    return digest(run_of(overrides).model)
+
+
+@pytest.mark.parametrize("where", KILL_AT)
+def test_a_killed_run_started_again_ends_with_the_same_weights(tiny: list[str], undisturbed: str, where: str) -> None:
+    overrides = [*tiny, "trainer.checkpoint_interval_steps=4"]
+    lines = [line.removeprefix(" " * 8) for line in KILL_AT[where].splitlines()]
+    script = "\n".join(
+        [
+            "import os, signal, sys",
+            "def kill(): os.kill(os.getpid(), signal.SIGKILL)",
+            *lines,
+            "from relora.cli import run",
+            "sys.exit(run(sys.argv[1:]))",
+        ]
+    )
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", script, *overrides], env=threads, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    run = run_of(overrides)
+    assert run.status is not None
+    assert run.status.state == "running"
+    assert not run.is_locked
+    status = launch(compose(overrides), overrides)
+    assert status.state == "finished"
+    assert status.attempt == 2
+    assert digest(run.model) == undisturbed
+    assert sorted(path.name for path in run.path.rglob("*.tmp")) == []
+
+
+def started(overrides: list[str]) -> subprocess.Popen[str]:
+    """A run in a process of its own, in the middle of its training."""
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *overrides],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run = run_of(overrides)
+    while not any(row["step"] > 20 for row in read_rows(run.metrics_file)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+LONG = ["trainer.total_steps=203", "method.reset_interval_steps=100", "trainer.checkpoint_interval_steps=1000"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_write_a_checkpoint_and_say_how_to_go_on(tiny: list[str], number: signal.Signals) -> None:
+    from mlflow import MlflowClient
+
+    overrides = [*tiny, *LONG, "tracker=mlflow", "trainer.validation_interval_steps=1000"]
+    process = started(overrides)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    run = run_of(overrides)
+    assert run.status is not None
+    assert run.status.state == "interrupted"
+    stopped_at = max(row["step"] for row in read_rows(run.metrics_file))
+    assert latest_step(run.checkpoints) == stopped_at
+    told = [line for line in shown.splitlines() if line.startswith("go on with: python run.py ")]
+    assert len(told) == 1
+    client = MlflowClient(compose(overrides).mlflow_uri)
+    run_id = json.loads(run.mirror_file.read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+
+    resumed = told[0].removeprefix("go on with: python run.py ").split()
+    assert launch(compose(resumed), resumed).state == "finished"
+    recorded = client.get_run(run_id)
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.tags["attempt"] == "2"
+    steps = [point.step for point in client.get_metric_history(run_id, "train/loss")]
+    assert steps == list(range(1, 204))
+
+
+def test_cfg_job_prints_the_config_without_torch(tmp_path: Path) -> None:
+    script = "import sys; from relora.cli import run; run(['--cfg', 'job']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "reset_interval_steps: 100" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_the_groups(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "run.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "method: control, full, galore, lora, relora" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydras_own_multirun_runs_every_job(tiny: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "run.py"), "-m", *tiny, "trainer.seed=0,1", "hydra/launcher=basic"]
+    subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    for seed in (0, 1):
+        status = run_of([*tiny, f"trainer.seed={seed}"]).status
+        assert status is not None
+        assert status.state == "finished"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]) -> None:
+    overrides = [*tiny, "trainer.total_steps=203", "method.reset_interval_steps=50"]
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *overrides],
+        cwd=REPOSITORY,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+    assert process.wait() == 0
+    text = shown.decode()
+    for part in ("203/203", "loss ", "lr ", "tokens/s", " left", "next restart 53"):
+        assert part in text, part
+    assert "restart 1, merged" in text

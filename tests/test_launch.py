@@ -1,0 +1,254 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small import REPOSITORY
+
+from relora import cli, launch
+from relora.compose import baseline, compose, expand
+from relora.launch import plan, study_dir
+from relora.metrics import read_rows
+from relora.rundir import RunDir, Status
+
+SWEEP = ["method=relora", "method.rank=2,4", "study=ranks"]
+
+
+def manifest(overrides: list[str], study: str) -> dict:
+    return json.loads((study_dir(Path(compose(overrides).runs_dir), study) / "study.json").read_text())
+
+
+def runs_of(overrides: list[str]) -> list[RunDir]:
+    return [item.run for item in plan(expand(overrides))]
+
+
+# ---------------------------------------------------------------------------------------------------- what is swept
+
+
+def test_a_sweep_on_the_command_line_is_the_product_of_its_choices() -> None:
+    sweep = expand(["method.rank=8,16,32", "trainer.seed=0,1", "study=mine"])
+    assert sweep.study == "mine"
+    assert [(run.rank, run.trainer.seed) for run in sweep.runs] == [(r, s) for r in (8, 16, 32) for s in (0, 1)]
+    assert {run.study for run in sweep.runs} == {"mine"}
+
+
+def test_a_study_without_a_name_is_called_after_what_is_swept() -> None:
+    assert expand(["method.rank=8,16", "trainer.seed=0,1"]).study == "rank-seed"
+
+
+def test_ranges_and_choices_of_hydras_grammar_are_sweeps() -> None:
+    assert [run.trainer.seed for run in expand(["trainer.seed=range(0,3)"]).runs] == [0, 1, 2]
+    assert [run.method.name for run in expand(["method=choice(full,lora)"]).runs] == ["full", "lora"]
+
+
+GRIDS = [path for path in sorted((REPOSITORY / "sweeps").rglob("*.yaml")) if not path.stem.startswith("tune_")]
+
+KEYS = {"size_ladder": 4, "baseline_budgets": 6}
+"""How many comparison keys a sweep has, where it is not one."""
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("experiment", [[], ["experiments=laptop/small"]], ids=["default", "laptop/small"])
+def test_every_sweep_composes_under_every_laptop_setting(path: Path, experiment: list[str]) -> None:
+    few = ["optimizer.learning_rate=1e-2"] if path.stem == "learning_rate" else []
+    sweep = expand([f"sweeps={path.stem}", *experiment, *few])
+    assert sweep.study == path.stem
+    assert len(sweep.runs) > 1
+    assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs)
+    assert len({run.comparison_key for run in sweep.runs}) == KEYS.get(path.stem, 1)
+
+
+def test_the_papers_ablation_has_the_ten_cells_that_have_a_meaning() -> None:
+    cells = {
+        (
+            run.reset_interval_steps is not None,
+            run.reset_interval_steps is not None and run.method.optimizer_reset.mode != "none",  # type: ignore[attr-defined]
+            run.reset_interval_steps is not None and run.schedule.restart_warmup_steps > 0,
+            run.method.warm_start_steps > 0,
+        )
+        for run in expand(["sweeps=paper_ablation", "experiments=laptop/small"]).runs
+    }
+    assert len(cells) == 10
+
+
+def test_every_cell_of_the_papers_ablation_trains(tiny: list[str]) -> None:
+    own = [item for item in tiny if not item.startswith(("method.", "schedule.", "trainer.total_steps"))]
+    overrides = [*own, "sweeps=paper_ablation", "trainer.total_steps=220", "trainer.checkpoint_interval_steps=500"]
+    sweep = expand([*overrides, "cluster=debug"])
+    assert len(sweep.runs) == 10
+    assert launch.launch_study(sweep, overrides)
+    restarts = [RunDir(config.run_dir).status.summary["restarts"] for config in sweep.runs]  # type: ignore[union-attr]
+    assert sorted(restarts) == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_arms_that_share_no_grid_are_a_union() -> None:
+    runs = expand(["sweeps=methods"]).runs
+    assert [run.method.name for run in runs] == ["full", "lora", "relora", "control", "galore"]
+
+
+def test_a_full_rank_run_with_a_warm_start_is_no_baseline() -> None:
+    planned = plan(expand(["method=full,lora", "method.warm_start_steps=80", "study=warm"]))
+    assert [item.config.method.warm_start_steps for item in planned if item.role == "baseline"] == [0]
+
+
+def test_each_setting_of_a_sweep_gets_the_baseline_of_its_own_preset() -> None:
+    planned = plan(expand(["experiments=laptop/small,laptop/crossing", "method=relora", "study=both"]))
+    rates = [item.config.optimizer.embedding_learning_rate for item in planned if item.role == "baseline"]
+    tuned = [compose(["method=full", f"experiments=laptop/{name}"]) for name in ("small", "crossing")]
+    assert rates == [config.optimizer.embedding_learning_rate for config in tuned]
+
+
+def test_in_process_runs_end_with_the_one_that_is_interrupted(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Path] = []
+
+    def interrupted(path: Path) -> Status:
+        begun.append(path)
+        return Status(state="interrupted")
+
+    monkeypatch.setattr(launch, "job", interrupted)
+    overrides = [*tiny, "trainer.seed=0,1,2", "cluster=debug", "study=three"]
+    assert not launch.launch_study(expand(overrides), overrides)
+    assert len(begun) == 1
+
+
+def test_each_arm_starts_at_its_own_preset_and_the_command_line_wins() -> None:
+    sweep = expand(["sweeps=methods", "experiments=laptop/small"])
+    relora = next(run for run in sweep.runs if run.method.name == "relora")
+    assert relora.reset_interval_steps == 80
+    overridden = expand(["sweeps=methods", "experiments=laptop/small", "optimizer.learning_rate=1e-3"])
+    assert {run.optimizer.learning_rate for run in overridden.runs} == {1e-3}
+
+
+def test_a_key_on_the_command_line_replaces_the_files_grid() -> None:
+    runs = expand(["sweeps=rank_x_reset", "method.rank=16"]).runs
+    assert {run.rank for run in runs} == {16}
+    assert len(runs) == 3
+
+
+def test_equal_runs_are_launched_once() -> None:
+    assert len(expand(["method.alpha=null,8", "study=x"]).runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.seed=1"], "nothing is swept"),
+        (["sweeps=rank"], "sweeps=rank does not exist; choose sweeps= one of"),
+        (["method.rank=8,600"], "method.rank=600: rank=600 exceeds"),
+        (["method=full,relora", "method.rank=8"], "method=full: unknown key method.rank"),
+        (["experiments=desktop", "trainer.seed=0,1"], "experiments=desktop does not exist"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_anything_runs(overrides: list[str], message: str, tmp_path: Path, capsys):
+    assert cli.run(["-m", *overrides, f"runs_dir={tmp_path / 'runs'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_every_comparison_key_and_seed_gets_its_full_rank_run() -> None:
+    overrides = ["trainer.total_steps=600,700", "trainer.seed=0,1", "method=relora,lora", "study=x"]
+    planned = plan(expand(overrides))
+    baselines = [item.config for item in planned if item.role == "baseline"]
+    assert len(planned) == 8 + 4
+    assert {run.method.name for run in baselines} == {"full"}
+    assert {(run.comparison_key, run.trainer.seed) for run in baselines} == {
+        (item.config.comparison_key, item.config.trainer.seed) for item in planned if item.role == "arm"
+    }
+
+
+def test_a_full_rank_arm_is_its_own_baseline() -> None:
+    planned = plan(expand(["sweeps=methods"]))
+    assert {item.role for item in planned} == {"arm"}
+
+
+def test_a_baseline_keeps_the_setting_and_takes_its_own_learning_rate() -> None:
+    overrides = ["optimizer.beta2=0.95", "trainer.precision=bf16", "optimizer.learning_rate=7e-3", "method.rank=8"]
+    run = baseline(compose(overrides), overrides)
+    own = compose(["method=full"])
+    assert run.method == own.method
+    assert run.optimizer.beta2 == 0.95
+    assert run.trainer.precision == "bf16"
+    assert run.optimizer.learning_rate == own.optimizer.learning_rate
+    assert run.comparison_key == compose(overrides).comparison_key
+    assert baseline(compose([]), []).config_hash == own.config_hash
+
+
+# ----------------------------------------------------------------------------------------------------- real studies
+
+
+def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothing(tiny: list[str], capsys) -> None:
+    overrides = [*tiny, *SWEEP, "tracker=mlflow"]
+    assert cli.run(["-m", *overrides]) == 0
+    shown = capsys.readouterr().out
+    assert "3 runs, 1 of them baselines that came by themselves; 0 finished already" in shown
+    told = manifest(tiny, "ranks")
+    assert sorted(entry["role"] for entry in told["runs"].values()) == ["arm", "arm", "baseline"]
+    table = [line for line in shown.splitlines() if " finished  " in line]
+    assert len(table) == 3
+    assert all("%" in line and "MiB" in line for line in table)
+    files = {run.path: run.metrics_file.read_bytes() for run in runs_of(overrides)}
+
+    assert cli.run(["-m", *overrides]) == 0
+    assert "3 finished already" in capsys.readouterr().out
+    assert {run.path: run.metrics_file.read_bytes() for run in runs_of(overrides)} == files
+    assert manifest(tiny, "ranks") == told
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(compose([*tiny, "tracker=mlflow"]).mlflow_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, "tags.`study.ranks` = '1'")
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert sorted(run.data.params["method.rank"] for run in found) == ["0", "2", "4"]
+
+    other = [*tiny, "method=relora", "method.rank=4,5", "study=others", "tracker=mlflow", "cluster=debug"]
+    assert cli.run(["-m", *other]) == 0
+    assert "3 runs, 1 of them baselines that came by themselves; 2 finished already" in capsys.readouterr().out
+    joined = client.search_runs(experiments, "tags.`study.ranks` = '1' and tags.`study.others` = '1'")
+    assert sorted(run.data.params["method.rank"] for run in joined) == ["0", "4"]
+
+
+def test_a_failed_run_is_shown_and_run_again_and_costs_the_others_nothing(tiny: list[str], capsys) -> None:
+    overrides = [*tiny, "method=relora", "optimizer.learning_rate=5e-3,1e30", "study=rates", "cluster=debug"]
+    overrides += ["trainer.max_consecutive_skipped_updates=2"]
+    assert cli.run(["-m", *overrides]) == 1
+    shown = capsys.readouterr().out
+    assert "1 runs are not finished" in shown
+    states = [item.state for item in plan(expand(overrides))]
+    assert sorted(states) == ["failed", "finished", "finished"]
+    assert cli.run(["-m", *overrides]) == 1
+    assert "2 finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_a_study_stops_its_runs_with_a_checkpoint(tiny: list[str], number: signal.Signals) -> None:
+    overrides = [*tiny, *SWEEP, "trainer.total_steps=2003", "method.reset_interval_steps=1000"]
+    overrides += ["trainer.validation_interval_steps=5000", "trainer.checkpoint_interval_steps=5000"]
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "-m", *overrides],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    first = runs_of(overrides)[0]
+    while not any(row["step"] > 20 for row in read_rows(first.metrics_file)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    shown, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "Traceback" not in shown
+    assert "3 runs are not finished; the same command goes on with them" in shown
+    assert first.status is not None
+    assert first.status.state == "interrupted"
+    assert not first.is_locked
+    assert len(list(first.checkpoints.glob("step-*.pt"))) == 1

@@ -1,0 +1,273 @@
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora.metrics import Broadcast, MetricsLog, Progress, ReplayError, read_rows, row_metrics
+from relora.rundir import RunDir
+
+
+def write(path: Path, steps: range, *, exact: bool = True, shift: float = 0.0) -> None:
+    """One row a step, whose values follow from the step."""
+    with MetricsLog.opened(path, exact=exact) as log:
+        for step in steps:
+            log.log(step, {"train/loss": 1 / (step + 3) + shift, "perf/tokens_per_second": 100.0 * step})
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "time_ms"} for row in read_rows(path)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def test_a_row_is_one_line_of_json_with_its_step_and_time(path: Path) -> None:
+    before = time.time_ns() // 1_000_000
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(0, {"eval/loss": 5.5})
+        log.log(1, {"train/loss": 0.1, "train/skipped_updates": 0})
+        log.log(1, {"eval/loss": 5.25})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    times = [row.pop("time_ms") for row in rows]
+    assert rows == [
+        {"step": 0, "eval/loss": 5.5},
+        {"step": 1, "train/loss": 0.1, "train/skipped_updates": 0.0},
+        {"step": 1, "eval/loss": 5.25},
+    ]
+    assert before <= times[0] <= times[1] <= times[2] <= time.time_ns() // 1_000_000
+    assert timeless(path) == rows
+    assert row_metrics(read_rows(path)[1]) == {"train/loss": 0.1, "train/skipped_updates": 0.0}
+
+
+def test_values_are_kept_to_the_bit(path: Path) -> None:
+    values = {f"train/{number}": value for number, value in enumerate([0.1, 1e-320, -0.0, 1.7e308, 2 / 3, math.pi])}
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(1, values)
+    read = row_metrics(read_rows(path)[0])
+    assert {name: value.hex() for name, value in read.items()} == {name: v.hex() for name, v in values.items()}
+
+
+def test_rows_are_readable_while_the_run_goes_on(path: Path) -> None:
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(1, {"train/loss": 2.0})
+        assert timeless(path) == [{"step": 1, "train/loss": 2.0}]
+
+
+def test_rows_survive_a_process_that_is_killed(path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from relora.metrics import MetricsLog\n"
+        "log = MetricsLog(Path(sys.argv[1]), exact=True)\n"
+        "for step in range(50): log.log(step, {'train/loss': float(step)})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(path)]).returncode == -9
+    assert [row["step"] for row in read_rows(path)] == list(range(50))
+
+
+def test_a_file_that_is_not_there_has_no_rows(path: Path) -> None:
+    assert read_rows(path) == []
+    with MetricsLog.opened(path, exact=True):
+        pass
+    assert read_rows(path) == []
+
+
+def test_an_error_inside_leaves_the_rows_written_so_far(path: Path) -> None:
+    def fail() -> None:
+        with MetricsLog.opened(path, exact=True) as log:
+            log.log(1, {"train/loss": 2.0})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert timeless(path) == [{"step": 1, "train/loss": 2.0}]
+
+
+# ----------------------------------------------------------------------------------------------------------- crash
+
+
+def test_a_torn_last_line_is_cut_off_and_written_anew(path: Path) -> None:
+    write(path, range(4))
+    whole = timeless(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert timeless(path) == whole[:3]
+    write(path, range(2, 4))
+    assert timeless(path) == whole
+    assert path.read_bytes().endswith(b"}\n")
+
+
+def test_a_last_line_without_its_line_end_is_torn(path: Path) -> None:
+    write(path, range(3))
+    path.write_bytes(path.read_bytes()[:-1])
+    write(path, range(3, 4))
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 3]
+
+
+def test_a_file_of_one_torn_line_is_empty(path: Path) -> None:
+    path.write_bytes(b'{"step": 1, "time_')
+    write(path, range(1))
+    assert [row["step"] for row in read_rows(path)] == [0]
+
+
+TOTAL_STEPS = 12
+permille = st.integers(0, 1000)
+
+
+def train(path: Path, first: int, last: int) -> None:
+    """What an attempt that runs from step `first` to before `last` writes: one to three rows a step."""
+    with MetricsLog.opened(path, exact=True) as log:
+        for step in range(first, last):
+            if step % 4 == 0:
+                log.log(step, {"eval/loss": 9 / (step + 1), "progress/tokens": 64 * step})
+            log.log(step, {"train/loss": 1 / (step + 3), "train/grad_norm": math.nan if step == 5 else 0.1 * step})
+            if step % 3 == 0:
+                log.log(step, {"restart/number": step // 3})
+
+
+@settings(max_examples=80)
+@given(crashes=st.lists(st.tuples(permille, permille, permille), min_size=1, max_size=4))
+def test_crashes_and_replays_leave_the_rows_of_an_undisturbed_run(
+    tmp_path_factory: pytest.TempPathFactory, crashes: list[tuple[int, int, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("crashes")
+    undisturbed, crashed = folder / "undisturbed.jsonl", folder / "crashed.jsonl"
+    train(undisturbed, 0, TOTAL_STEPS)
+
+    resumed = 0
+    for reached, bytes_on_the_disk, checkpoint in crashes:
+        train(crashed, resumed, resumed + (TOTAL_STEPS - resumed) * reached // 1000)
+        os.truncate(crashed, crashed.stat().st_size * bytes_on_the_disk // 1000)
+        newest = max((row["step"] for row in read_rows(crashed)), default=0)
+        resumed = newest * checkpoint // 1000
+    train(crashed, resumed, TOTAL_STEPS)
+
+    assert timeless(crashed) == timeless(undisturbed)
+
+
+# ---------------------------------------------------------------------------------------------------------- replay
+
+
+def test_a_replayed_step_keeps_its_first_row(path: Path) -> None:
+    write(path, range(6))
+    first = path.read_bytes()
+    write(path, range(2, 6))
+    assert path.read_bytes() == first
+    write(path, range(2, 8))
+    assert path.read_bytes().startswith(first)
+    assert [row["step"] for row in read_rows(path)] == list(range(8))
+
+
+def test_a_step_logged_twice_in_one_attempt_keeps_its_first_value(path: Path) -> None:
+    with MetricsLog.opened(path, exact=False) as log:
+        log.log(3, {"train/loss": 1.0})
+        log.log(3, {"train/loss": 2.0, "eval/loss": 3.0})
+    assert timeless(path) == [{"step": 3, "train/loss": 1.0}, {"step": 3, "eval/loss": 3.0}]
+
+
+@pytest.mark.parametrize("name", ["train/loss", "eval/perplexity", "restart/relative_update", "progress/tokens"])
+@pytest.mark.parametrize("replayed", [math.nextafter(0.1, 1.0), math.nan, math.inf, -0.1])
+def test_another_value_on_replay_is_an_error_where_runs_are_exact(path: Path, name: str, replayed: float) -> None:
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(7, {name: 0.1})
+    before = path.read_bytes()
+    with MetricsLog.opened(path, exact=True) as log, pytest.raises(ReplayError, match=rf"step 7 .*{name}=.*0\.1;"):
+        log.log(7, {name: replayed})
+    assert path.read_bytes() == before
+
+
+def test_another_value_on_replay_is_no_error_where_runs_are_not_exact(path: Path) -> None:
+    write(path, range(3))
+    first = path.read_bytes()
+    write(path, range(3), exact=False, shift=0.5)
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["perf/tokens_per_second", "summary/wall_clock_seconds"])
+def test_what_is_about_the_machine_may_differ(path: Path, name: str) -> None:
+    for value in (1.0, 2.0):
+        with MetricsLog.opened(path, exact=True) as log:
+            log.log(4, {name: value})
+    assert timeless(path) == [{"step": 4, name: 1.0}]
+
+
+# ------------------------------------------------------------------------------------------------------ non-finite
+
+
+def test_values_that_are_not_finite_are_named_and_kept_out(path: Path) -> None:
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(2, {"train/loss": math.inf, "train/lr": 0.5, "train/grad_norm": math.nan})
+        log.log(3, {"train/loss": -math.inf})
+    assert timeless(path) == [
+        {"step": 2, "train/lr": 0.5, "nonfinite": ["train/grad_norm", "train/loss"]},
+        {"step": 3, "nonfinite": ["train/loss"]},
+    ]
+    assert [row_metrics(row) for row in read_rows(path)] == [{"train/lr": 0.5}, {}]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_a_value_that_was_not_finite_replays(path: Path) -> None:
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(2, {"train/loss": math.nan})
+    first = path.read_bytes()
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(2, {"train/loss": math.nan})
+        with pytest.raises(ReplayError):
+            log.log(2, {"train/loss": 1.0})
+    assert path.read_bytes() == first
+
+
+# ------------------------------------------------------------------------------------------------------- broadcast
+
+
+class Recorder:
+    """A tracker that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def progress(self, progress: Progress) -> None:
+        self.told.append(("progress", progress))
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.told.append(("log", step, dict(metrics)))
+
+    def say(self, message: str) -> None:
+        self.told.append(("say", message))
+
+    def flush(self) -> None:
+        self.told.append(("flush",))
+
+
+def test_a_broadcast_tells_every_tracker_everything_in_order(path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    progress = Progress(step=1, total_steps=9, loss=2.0, learning_rate=0.1, tokens_per_second=5.0, next_restart=None)
+    with MetricsLog.opened(path, exact=True) as log:
+        everyone = Broadcast([first, log, second])
+        everyone.progress(progress)
+        everyone.log(1, {"train/loss": 2.0})
+        everyone.say("half way")
+        everyone.flush()
+    expected = [("progress", progress), ("log", 1, {"train/loss": 2.0}), ("say", "half way"), ("flush",)]
+    assert first.told == second.told == expected
+    assert timeless(path) == [{"step": 1, "train/loss": 2.0}]
+
+
+def test_the_metrics_file_of_a_run_is_in_its_folder(tmp_path: Path) -> None:
+    assert RunDir(tmp_path).metrics_file == tmp_path / "metrics.jsonl"

@@ -1,0 +1,521 @@
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import TINY
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from relora.compose import compose
+from relora.config import RunConfig
+from relora.data import TokenSequences
+from relora.lowrank import LowRankLinear, low_rank_layers
+from relora.metrics import MetricsLog, Progress, read_rows, row_metrics
+from relora.model import build, summed_cross_entropy
+from relora.trainer import Interrupted, Trainer, TrainingError
+
+VOCAB = 64
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+        self.said: list[str] = []
+        self.progressed: list[Progress] = []
+
+    def progress(self, progress: Progress) -> None:
+        self.progressed.append(progress)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.rows.setdefault(step, {}).update(metrics)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def flush(self) -> None:
+        pass
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return compose([*TINY, *overrides])
+
+
+def tokens(folder: Path, name: str, count: int) -> TokenSequences:
+    """A noisy cycle through the vocabulary: learnable, and no two sequences are equal."""
+    chance = np.random.default_rng(len(name))
+    values = (np.arange(count) * 3 + chance.integers(0, 3, count)) % VOCAB
+    path = folder / f"{name}.bin"
+    path.write_bytes(values.astype(np.uint16).tobytes())
+    return TokenSequences(path, "uint16", 16)
+
+
+def trainer_of(config: RunConfig, folder: Path, **changes) -> Trainer:
+    parts = {
+        "model": build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=config.trainer.seed),
+        "training": tokens(folder, "training", 1500),
+        "validation": tokens(folder, "validation", 200),
+        "tracker": Recorder(),
+        "vocab_size": VOCAB,
+        "checkpoint_folder": folder / "checkpoints",
+        "device": torch.device("cpu"),
+        **changes,
+    }
+    return Trainer(config, **parts)
+
+
+def stop_after(steps: int):
+    """A stop that says yes when `steps` updates are done."""
+    asked = iter(range(10_000))
+    return lambda: "test" if next(asked) == steps else None
+
+
+def assert_equal_states(one: Trainer, other: Trainer) -> None:
+    first, second = one.model.state_dict(), other.model.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    old, new = one.optimizer.state_dict(), other.optimizer.state_dict()
+    assert old["param_groups"] == new["param_groups"]
+    for number, state in old["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, new["state"][number][name]), (number, name)
+
+
+# ------------------------------------------------------------------------------------------- independent references
+
+
+def test_full_rank_equals_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
+    config = compose([override for override in TINY if not override.startswith("method")] + ["method=full"])
+    trainer = trainer_of(config, tmp_path)
+    trainer.train()
+
+    model = build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0, fused=True)
+    total, warmup, minimum = 14, 2, 0.1
+    for step in range(total):
+        inputs, targets = trainer.training.training_batch(step, 4, 0)
+        loss = nn.functional.cross_entropy(model(input_ids=inputs).logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        cosine = minimum + (1 - minimum) / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        optimizer.param_groups[0]["lr"] = 2.5e-3 * (step / warmup if step < warmup else cosine)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, ours), plain in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours, plain, atol=2e-6, rtol=1e-4), name
+
+
+def test_relora_equals_a_plain_implementation_of_its_cycle(tmp_path: Path) -> None:
+    """Factors kept outside of the model, W + s B A formed by hand, Adam written out; only A's draws are taken over."""
+    settings = ("method.optimizer_reset.mode=zero", "method.warm_start_steps=0", "optimizer.max_grad_norm=null")
+    config = config_of(*settings, "optimizer.learning_rate=5e-3")
+    first_draws: dict[int, dict[str, Tensor]] = {}
+
+    class Watcher(Recorder):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            super().log(step, metrics)
+            if "restart/number" in metrics:
+                first_draws[step] = {n: layer.lora_A.detach().clone() for n, layer in low_rank_layers(trainer.model)}
+
+    trainer = trainer_of(config, tmp_path, tracker=Watcher())
+    begin = trainer.method.begin
+
+    def begin_and_note(model: nn.Module) -> None:
+        begin(model)
+        first_draws[0] = {n: layer.lora_A.detach().clone() for n, layer in low_rank_layers(model)}
+
+    trainer.method.begin = begin_and_note  # type: ignore[method-assign]
+    trainer.train()
+
+    model = build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0)
+    values = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    model = model.double()
+    linears = list(config.model.shape(VOCAB).linears())
+    state: dict[str, tuple[Tensor, Tensor]] = {}
+    ages: dict[str, int] = {}
+    factors: dict[str, Tensor] = {}
+    for step in range(14):
+        if step in first_draws:
+            for name in linears:
+                if step:
+                    values[f"{name}.weight"] += 0.25 * factors[f"{name}.B"] @ factors[f"{name}.A"]
+                factors[f"{name}.A"] = first_draws[step][name].double()
+                factors[f"{name}.B"] = torch.zeros(values[f"{name}.weight"].shape[0], 4, dtype=torch.float64)
+                for factor in ("A", "B"):
+                    state.pop(f"{name}.{factor}", None)
+                    ages.pop(f"{name}.{factor}", None)
+        trained = {name: value for name, value in values.items() if name.removesuffix(".weight") not in linears}
+        trained |= factors
+        trained = {name: value.clone().requires_grad_() for name, value in trained.items()}
+        composed = {
+            name: trained.get(name, value)
+            if name.removesuffix(".weight") not in linears
+            else value + 0.25 * trained[name.replace(".weight", ".B")] @ trained[name.replace(".weight", ".A")]
+            for name, value in values.items()
+        }
+        inputs, targets = trainer.training.training_batch(step, 4, 0)
+        logits = functional_call(model, composed, kwargs={"input_ids": inputs}).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        gradients = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+        rate = 5e-3 * trainer.factor(step)
+        for name, gradient in gradients.items():
+            m, v = state.get(name, (torch.zeros_like(gradient), torch.zeros_like(gradient)))
+            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            state[name], ages[name] = (m, v), ages.get(name, 0) + 1
+            update = (m / (1 - 0.9 ** ages[name])) / ((v / (1 - 0.999 ** ages[name])).sqrt() + 1e-8)
+            (factors if name in factors else values)[name] = trained[name].detach() - rate * update
+
+    for name, layer in low_rank_layers(trainer.model):
+        assert torch.allclose(layer.weight.double(), values[f"{name}.weight"], atol=2e-4, rtol=1e-3), name
+        assert torch.allclose(layer.lora_B.double(), factors[f"{name}.B"], atol=2e-4, rtol=1e-3), name
+    head = trainer.model.get_parameter("lm_head.weight")
+    assert torch.allclose(head.double(), values["lm_head.weight"], atol=2e-4, rtol=1e-3)
+
+
+def test_a_warm_start_is_the_beginning_of_the_full_rank_run(tmp_path: Path) -> None:
+    relora = trainer_of(config_of("method.warm_start_learning_rate=2.5e-3"), tmp_path / "..")
+    full_overrides = [override for override in TINY if not override.startswith("method")]
+    full = trainer_of(compose([*full_overrides, "method=full"]), tmp_path)
+    relora.train()
+    full.train()
+    for step in (1, 2, 3):
+        assert relora.tracker.rows[step]["train/loss"] == full.tracker.rows[step]["train/loss"]  # type: ignore[attr-defined]
+    assert relora.tracker.rows[5]["train/loss"] != full.tracker.rows[5]["train/loss"]  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------------------------------------------- the cycle
+
+
+def test_every_restart_of_the_clock_happens_and_is_told(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(), tmp_path)
+    trainer.train()
+    rows = trainer.tracker.rows  # type: ignore[attr-defined]
+    assert [step for step, row in rows.items() if "restart/number" in row] == [7, 11]
+    assert [rows[step]["restart/number"] for step in (7, 11)] == [1, 2]
+    for step in (7, 11):
+        assert rows[step]["restart/lr_factor"] == 0.0
+        assert rows[step]["restart/relative_update"] > 0
+        assert rows[step]["restart/rounding_loss"] < 1e-3
+        assert rows[step]["restart/reset_fraction"] == pytest.approx(0.99, abs=0.01)
+        assert rows[step + 1]["train/lr"] == 0.0
+
+
+def test_a_restart_without_re_warm_up_says_that_the_rate_is_not_near_zero(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of("schedule.restart_warmup_steps=0"), tmp_path)
+    trainer.train()
+    restarts = [line for line in trainer.tracker.said if "restart 1" in line]  # type: ignore[attr-defined]
+    assert len(restarts) == 1
+    assert "not near zero" in restarts[0]
+
+
+@pytest.mark.parametrize("mode", ["none", "zero", "random", "magnitude"])
+@pytest.mark.parametrize("restart_warmup_steps", [0, 2])
+@pytest.mark.parametrize("warm_start_steps", [0, 3])
+def test_every_cell_of_the_ablation_runs(tmp_path: Path, mode: str, restart_warmup_steps: int, warm_start_steps: int):
+    trainer = trainer_of(
+        config_of(
+            f"method.optimizer_reset.mode={mode}",
+            f"schedule.restart_warmup_steps={restart_warmup_steps}",
+            f"method.warm_start_steps={warm_start_steps}",
+            "trainer.total_steps=10",
+        ),
+        tmp_path,
+    )
+    assert math.isfinite(trainer.train().loss)
+
+
+@pytest.mark.parametrize("overrides", [["method=lora"], ["method.reset_interval_steps=null"]])
+def test_a_run_without_restarts_has_none(tmp_path: Path, overrides: list[str]) -> None:
+    kept = [item for item in TINY if not (overrides == ["method=lora"] and "reset_interval" in item)]
+    trainer = trainer_of(compose([*kept, *overrides]), tmp_path)
+    trainer.train()
+    assert not any("restart/number" in row for row in trainer.tracker.rows.values())  # type: ignore[attr-defined]
+    assert any(isinstance(module, LowRankLinear) for module in trainer.model.modules())
+
+
+def test_the_wrapped_matrices_hold_no_gradient_and_no_optimizer_state(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(), tmp_path)
+    trainer.train()
+    held = set(trainer.optimizer.state)
+    for _, layer in low_rank_layers(trainer.model):
+        assert layer.weight.grad is None
+        assert layer.weight not in held
+    assert len(held) == sum(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_the_embedding_learning_rate_moves_only_what_no_method_wraps(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of("optimizer.embedding_learning_rate=1e-12"), tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    after = trainer.model.state_dict()
+    assert torch.allclose(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"], atol=1e-9)
+    assert torch.allclose(after["lm_head.weight"], before["lm_head.weight"], atol=1e-9)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(after[name], before[name], atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- batch and precision
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_steps_do_not_change_what_is_learned(tmp_path: Path, micro: int) -> None:
+    whole = trainer_of(config_of(), tmp_path)
+    parts = trainer_of(
+        config_of(f"trainer.sequences_per_micro_step={micro}"), tmp_path, checkpoint_folder=tmp_path / "other"
+    )
+    whole.train()
+    parts.train()
+    for name, value in whole.model.state_dict().items():
+        assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16"])
+def test_every_precision_learns(tmp_path: Path, precision: str) -> None:
+    trainer = trainer_of(config_of(f"trainer.precision={precision}", "trainer.total_steps=63"), tmp_path)
+    last = trainer.train()
+    assert last.loss < trainer.tracker.rows[0]["eval/loss"] - 0.3  # type: ignore[attr-defined]
+    stored = {parameter.dtype for parameter in trainer.model.parameters()}
+    assert stored == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+def test_tokens_are_tokens(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(), tmp_path)
+    trainer.train()
+    rows = trainer.tracker.rows  # type: ignore[attr-defined]
+    assert rows[14]["progress/tokens"] == 14 * 4 * 16
+    assert trainer.tracker.progressed[-1].step == 14  # type: ignore[attr-defined]
+
+
+class OutOfMemory(nn.Module):
+    """A model that cannot take more than `limit` sequences at a time: a real failed allocation, or CUDA's exception."""
+
+    def __init__(self, model: nn.Module, limit: int, kind: str) -> None:
+        super().__init__()
+        self.inner, self.limit, self.kind = model, limit, kind
+
+    def forward(self, input_ids: Tensor, **settings):
+        if self.training and len(input_ids) > self.limit:
+            if self.kind == "cpu":
+                torch.empty(1 << 55, dtype=torch.uint8)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner(input_ids=input_ids, **settings)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_running_out_of_memory_halves_the_micro_batch_and_says_so(tmp_path: Path, kind: str) -> None:
+    config = config_of("method.target_modules=[q_proj]", "trainer.sequences_per_step=6")
+    plain = trainer_of(config, tmp_path)
+    plain.train()
+    model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 1, kind)
+    small = trainer_of(config, tmp_path, model=model, checkpoint_folder=tmp_path / "other")
+    small.train()
+    assert small.counters.sequences_per_micro_step == 1
+    told = [line for line in small.tracker.said if "out of memory" in line]  # type: ignore[attr-defined]
+    assert ["=3 " in told[0], "=1 " in told[1], len(told)] == [True, True, 2]
+    assert small.tracker.rows[3]["train/loss"] == pytest.approx(plain.tracker.rows[3]["train/loss"], abs=1e-5)  # type: ignore[attr-defined]
+
+
+def test_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    config = config_of()
+    model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
+    with pytest.raises(TrainingError, match="take a smaller model"):
+        trainer_of(config, tmp_path, model=model).train()
+
+
+# ------------------------------------------------------------------------------------------------------- non-finite
+
+
+class NotANumber(nn.Module):
+    """A model whose training output is NaN in the calls that are named."""
+
+    def __init__(self, model: nn.Module, calls: set[int]) -> None:
+        super().__init__()
+        self.inner, self.calls, self.call = model, calls, -1
+
+    def forward(self, input_ids: Tensor, **settings):
+        output = self.inner(input_ids=input_ids, **settings)
+        self.call += self.training
+        if self.training and self.call in self.calls:
+            output.logits = output.logits * float("nan")
+        return output
+
+
+def test_a_non_finite_update_is_skipped_counted_and_leaves_the_clock_in_phase(tmp_path: Path) -> None:
+    config = config_of("trainer.validation_interval_steps=1")
+    model = NotANumber(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), {2, 8})
+    trainer = trainer_of(config, tmp_path, model=model)
+    plain = trainer_of(config, tmp_path, checkpoint_folder=tmp_path / "other")
+    trainer.train()
+    plain.train()
+    rows, regular = trainer.tracker.rows, plain.tracker.rows  # type: ignore[attr-defined]
+    assert math.isnan(rows[3]["train/loss"])
+    assert rows[3]["eval/loss"] == rows[2]["eval/loss"]
+    assert [rows[step]["train/skipped_updates"] for step in (2, 3, 8, 9, 14)] == [0, 1, 1, 2, 2]
+    assert [rows[step]["train/lr"] for step in range(1, 15)] == [regular[step]["train/lr"] for step in range(1, 15)]
+    assert [step for step in rows if "restart/number" in rows[step]] == [7, 11]
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def test_a_run_that_stays_non_finite_ends_with_a_clear_message(tmp_path: Path) -> None:
+    config = config_of("trainer.max_consecutive_skipped_updates=3", "trainer.total_steps=30")
+    model = NotANumber(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), set(range(5, 30)))
+    trainer = trainer_of(config, tmp_path, model=model)
+    with pytest.raises(TrainingError, match=r"3 updates in a row, up to step 7.*lower optimizer.learning_rate"):
+        trainer.train()
+
+
+def test_a_diverging_learning_rate_ends_the_run(tmp_path: Path) -> None:
+    config = config_of("optimizer.learning_rate=1e30", "trainer.max_consecutive_skipped_updates=2")
+    with pytest.raises(TrainingError, match="diverged"):
+        trainer_of(config, tmp_path).train()
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("step", range(1, 14))
+def test_a_run_stopped_after_any_step_continues_to_the_bit(tmp_path: Path, step: int) -> None:
+    config = config_of("trainer.checkpoint_interval_steps=100")
+    whole = trainer_of(config, tmp_path, checkpoint_folder=tmp_path / "whole")
+    whole.train()
+
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog.opened(path, exact=True) as log, pytest.raises(Interrupted):
+        trainer_of(config, tmp_path, tracker=log, stop=stop_after(step)).train()
+    with MetricsLog.opened(path, exact=True) as log:
+        resumed = trainer_of(config, tmp_path, tracker=log)
+        assert resumed.first_step == step
+        resumed.train()
+    assert_equal_states(resumed, whole)
+    losses = {row["step"]: row["train/loss"] for row in read_rows(path) if "train/loss" in row}
+    assert losses == {
+        number: row["train/loss"]
+        for number, row in whole.tracker.rows.items()  # type: ignore[attr-defined]
+        if "train/loss" in row
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.precision=bf16"],
+        ["trainer.precision=bf16_autocast"],
+        ["method.dropout=0.2"],
+        ["method.trainable_scaling=true", "method.reinit=orthogonal"],
+        ["method.optimizer_reset.mode=random", "method.optimizer_reset.moments=independent"],
+        ["optimizer.weight_decay=0.1", "trainer.sequences_per_micro_step=1"],
+    ],
+)
+def test_every_setting_continues_to_the_bit(tmp_path: Path, overrides: list[str]) -> None:
+    config = config_of("trainer.checkpoint_interval_steps=100", *overrides)
+    whole = trainer_of(config, tmp_path, checkpoint_folder=tmp_path / "whole")
+    whole.train()
+    for stop in (4, 4):
+        with pytest.raises(Interrupted):
+            trainer_of(config, tmp_path, stop=stop_after(stop)).train()
+    torch.manual_seed(12345)
+    resumed = trainer_of(config, tmp_path)
+    assert resumed.first_step == 8
+    resumed.train()
+    assert_equal_states(resumed, whole)
+
+
+WITHOUT_METHOD = tuple(override for override in TINY if not override.startswith("method"))
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        ["method=full"],
+        ["method=full", "method.warm_start_steps=5"],
+        ["method=lora", "method.rank=4"],
+        ["method=control", "method.rank=2"],
+        ["method=galore", "method.rank=4", "method.update_interval_steps=4", "method.target_modules=[q_proj,up_proj]"],
+        ["method=galore", "method.rank=4", "method.warm_start_steps=3", "optimizer.weight_decay=0.1"],
+    ],
+    ids=" ".join,
+)
+def test_every_arm_learns_and_continues_to_the_bit(tmp_path: Path, arm: list[str]) -> None:
+    config = compose([*WITHOUT_METHOD, *arm, "trainer.total_steps=50", "trainer.checkpoint_interval_steps=100"])
+    whole = trainer_of(config, tmp_path, checkpoint_folder=tmp_path / "whole")
+    last = whole.train()
+    assert last.loss < whole.tracker.rows[0]["eval/loss"] - 0.2  # type: ignore[attr-defined]
+    for step in (2, 3, 9):
+        with pytest.raises(Interrupted):
+            trainer_of(config, tmp_path, stop=stop_after(step)).train()
+    resumed = trainer_of(config, tmp_path)
+    assert resumed.first_step == 14
+    resumed.train()
+    assert_equal_states(resumed, whole)
+
+
+def test_the_control_arm_trains_as_many_parameters_as_the_factors_would(tmp_path: Path) -> None:
+    control = trainer_of(compose([*WITHOUT_METHOD, "method=control", "method.rank=2"]), tmp_path)
+    low_rank = trainer_of(compose([*WITHOUT_METHOD, "method=lora", "method.rank=2"]), tmp_path)
+    low_rank.method.begin(low_rank.model)
+    counts = [sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) for trainer in (control, low_rank)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)
+    assert counts[0] == control.method_cost.trainable_parameters
+    assert control.config.comparison_key == low_rank.config.comparison_key
+
+
+def test_galore_projects_the_targeted_matrices_and_nothing_else(tmp_path: Path) -> None:
+    arm = ["method=galore", "method.rank=4", "method.target_modules=[q_proj]"]
+    trainer = trainer_of(compose([*WITHOUT_METHOD, *arm]), tmp_path)
+    trainer.train()
+    state_bytes = 0
+    for name, parameter in trainer.model.named_parameters():
+        state = trainer.optimizer.state[parameter]
+        assert ("projector" in state) == ("q_proj" in name), name
+        state_bytes += sum(value.numel() * value.element_size() for value in state.values())
+    assert state_bytes == trainer.method_cost.optimizer_bytes
+    steps = 14 * trainer.method_cost.flops_per_update(64)
+    assert trainer.tracker.rows[14]["progress/flops"] == steps  # type: ignore[attr-defined]
+
+
+def test_replaying_steps_after_the_last_checkpoint_keeps_their_first_rows(tmp_path: Path) -> None:
+    config = config_of("trainer.checkpoint_interval_steps=3")
+    path = tmp_path / "metrics.jsonl"
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    class KilledLog(MetricsLog):
+        def progress(self, progress: Progress) -> None:
+            if progress.step == 8:
+                raise Killed
+
+    with KilledLog.opened(path, exact=True) as log, pytest.raises(Killed):
+        trainer_of(config, tmp_path, tracker=log).train()
+    before = path.read_bytes()
+    with MetricsLog.opened(path, exact=True) as log:
+        resumed = trainer_of(config, tmp_path, tracker=log)
+        assert resumed.first_step == 6
+        resumed.train()
+    assert path.read_bytes().startswith(before)
+    names = [(row["step"], name) for row in read_rows(path) for name in row_metrics(row)]
+    assert len(names) == len(set(names))
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    trainer_of(config_of(), tmp_path).train()
+    with pytest.raises(TrainingError, match="belongs to config"):
+        trainer_of(config_of("trainer.seed=1"), tmp_path)
+
+
+def test_the_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    config = config_of()
+    trainer = trainer_of(config, tmp_path)
+    inputs, targets = trainer.training.training_batch(0, 4, 0)
+    model = build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0)
+    with torch.no_grad():
+        expected = torch.log_softmax(model(input_ids=inputs).logits.double(), -1)
+        mean = -expected.gather(-1, targets[..., None]).mean().item()
+        assert summed_cross_entropy(model, inputs, targets).item() / 64 == pytest.approx(mean, rel=1e-6)
+    trainer.train()
+    assert trainer.tracker.rows[1]["train/loss"] == pytest.approx(mean, rel=1e-6)  # type: ignore[attr-defined]

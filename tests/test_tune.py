@@ -1,0 +1,147 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from omegaconf import OmegaConf
+from small import REPOSITORY
+
+from relora import compose, tune
+from relora.compose import search
+from relora.errors import ConfigError, RunError
+from relora.launch import Planned
+from relora.metrics import MetricsLog
+
+SWEEP = "sweeps=tune_learning_rate"
+
+
+def test_the_file_says_what_is_searched() -> None:
+    found = search([SWEEP, "experiments=laptop/small", "method=lora", "trainer.seed=0,1", "tune.trials=3"])
+    assert found is not None
+    assert (found.method, found.experiment, found.trials, found.seeds) == ("lora", "laptop/small", 3, [0, 1])
+    assert set(found.ranges) == {"optimizer.learning_rate", "optimizer.embedding_learning_rate"}
+    assert found.study == "tune_learning_rate"
+
+
+def test_other_sweeps_are_no_search() -> None:
+    assert search(["sweeps=methods"]) is None
+    assert search(["method.rank=2,4"]) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.rank=2,4"], "method.rank cannot be swept in a search"),
+        (["tune.trials=0"], "tune.trials=0 must be a whole number of at least 1"),
+        (["tune.trials=abc"], "tune.trials=abc must be a whole number"),
+        (["tune.ranges.optimizer.learning_rate=1e-3"], "must be two positive numbers"),
+        (["trainer.seed=abc"], "trainer.seed"),
+        (["tune.ranges.optimizer.learning_rate=[1e-2,1e-3]"], "must be two positive numbers, the lower first"),
+        (["method.rank=100000"], "exceeds min"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search([SWEEP, *overrides])
+
+
+def test_a_preset_keeps_what_it_held(tmp_path: Path) -> None:
+    file = tmp_path / "laptop" / "relora.yaml"
+    file.parent.mkdir()
+    file.write_text("# @package _global_\nmethod:\n  rank: 8\noptimizer:\n  learning_rate: 1.0\n")
+    values = {"optimizer.learning_rate": 2e-3, "optimizer.embedding_learning_rate": 1e-2}
+    compose.write_preset(file, values, "by a search")
+    assert OmegaConf.to_container(OmegaConf.load(file)) == {
+        "method": {"rank": 8},
+        "optimizer": {"learning_rate": 2e-3, "embedding_learning_rate": 1e-2},
+    }
+    assert file.read_text().startswith("# @package _global_\n# by a search\n")
+
+
+def test_a_trial_worse_than_the_median_is_stopped_and_a_better_one_is_not(tiny: list[str]) -> None:
+    study = optuna.create_study(pruner=optuna.pruners.MedianPruner(n_startup_trials=3))
+    for loss in (3.0, 3.1, 3.2):
+        trial = study.ask()
+        trial.report(loss, 5)
+        study.tell(trial, loss)
+    verdicts = {}
+    for name, loss in (("worse", 4.0), ("better", 2.0)):
+        seed = {"worse": 1, "better": 2}[name]
+        item = Planned(config=compose.compose([*tiny, f"trainer.seed={seed}"]), role="arm")
+        item.run.path.mkdir(parents=True)
+        with MetricsLog.opened(item.run.metrics_file, exact=True) as log:
+            log.log(5, {"eval/loss": loss})
+        verdicts[name] = tune._is_hopeless(tune._Attempt(trial=study.ask(), runs=[item]))
+    assert verdicts == {"worse": True, "better": False}
+
+
+def test_a_search_of_another_setting_is_another_search(tmp_path: Path, tiny: list[str]) -> None:
+    names = set()
+    for changes in ([], ["method.rank=2"], ["optimizer.beta2=0.95"], ["trainer.seed=5,6"], ["tune.trials=3"]):
+        found = search([*tiny, SWEEP, *changes])
+        assert found is not None
+        names.add(tune._question_key(found, compose.compose(found.overrides)))
+    assert len(names) == 4
+
+
+def test_a_search_that_goes_on_draws_other_values(tmp_path: Path, tiny: list[str]) -> None:
+    found = search([*tiny, SWEEP])
+    assert found is not None
+    drawn = []
+    for _ in range(3):
+        study = tune._open(tmp_path / "optuna.db", found, compose.compose(tiny))
+        trial = study.ask()
+        drawn.append(tuple(trial.suggest_float(name, *limits, log=True) for name, limits in found.ranges.items()))
+        study.tell(trial, 1.0)
+    assert len(set(drawn)) == 3
+
+
+def test_a_search_has_one_launcher(tmp_path: Path) -> None:
+    with tune._alone(tmp_path), pytest.raises(RunError, match="under way in another process"), tune._alone(tmp_path):
+        pass
+
+
+def launched(overrides: list[str]) -> str:
+    command = [sys.executable, "run.py", "-m", *overrides]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=240).stdout
+
+
+def test_a_search_goes_on_where_it_stood_and_finds_the_best(tiny: list[str]) -> None:
+    ranges = ["tune.ranges.optimizer.learning_rate=[1e-4,1e-2]"]
+    overrides = [*tiny, SWEEP, *ranges, "cluster.max_parallel=2"]
+    first = launched([*overrides, "tune.trials=2"])
+    assert "0 of 2 trials are judged already" in first
+    assert first.count("validation loss") == 2
+    second = launched([*overrides, "tune.trials=3"])
+    assert "2 of 3 trials are judged already" in second
+    assert second.count("validation loss") == 1
+    runs_dir = Path(compose.compose(tiny).runs_dir)
+    storage = f"sqlite:///{runs_dir / 'studies' / 'tune_learning_rate' / 'optuna.db'}"
+    study = optuna.load_study(study_name=optuna.get_all_study_names(storage)[0], storage=storage)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    by_hash = {trial.number: tune._runs(search(overrides), trial.params)[0] for trial in study.trials}  # type: ignore[arg-type]
+    for number, item in by_hash.items():
+        status = item.run.status
+        assert status is not None
+        assert study.trials[number].value == status.summary["eval_loss"]
+    best = min(study.trials, key=lambda trial: trial.value or 9e9)
+    rate = f"{best.params['optimizer.learning_rate']:.3g}"
+    assert f"best on validation: optimizer.learning_rate={float(rate):g} " in second
+    assert "no preset is written" in second
+
+
+def test_a_trial_whose_process_died_is_tried_again_with_the_same_values(tmp_path: Path, tiny: list[str]) -> None:
+    found = search([*tiny, SWEEP])
+    assert found is not None
+    config = compose.compose(tiny)
+    study = tune._open(tmp_path / "optuna.db", found, config)
+    trial = study.ask()
+    values: dict[str, Any] = {
+        name: trial.suggest_float(name, *limits, log=True) for name, limits in found.ranges.items()
+    }
+    again = tune._open(tmp_path / "optuna.db", found, config)
+    retried = again.ask()
+    assert {name: retried.suggest_float(name, *limits, log=True) for name, limits in found.ranges.items()} == values
+    assert tune._judged(again) == 0
