@@ -4,22 +4,14 @@ import argparse
 import contextlib
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from relora import compose
-from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json
-
-UI_PORT = 5000
-UI_START_SECONDS = 90.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,8 +90,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("study")
     sub.add_argument("overrides", nargs="*", help="runs_dir=..., as the study was launched with")
 
+    where = "runs_dir=..., as it was launched with"
+    sub = verb("status", _status, "How the runs of a study stand: state, step, time left, perplexity, what went wrong.")
+    sub.add_argument("study", help="a study, or the name of a run")
+    sub.add_argument("--watch", action="store_true", help="show it again and again until every run has ended")
+    sub.add_argument("overrides", nargs="*", help=where)
+
+    sub = verb("logs", _logs, "What a run that was submitted, or belongs to a study, has printed.")
+    sub.add_argument("run", metavar="[STUDY/]RUN", help="its name, or a part of it that no other has")
+    sub.add_argument("overrides", nargs="*", help=where)
+
+    sub = verb("cancel", _cancel, "Stop what is queued or running of a study, or one run; it can be launched again.")
+    sub.add_argument("study", help="a study, or the name of a run")
+    sub.add_argument("overrides", nargs="*", help=where)
+
+    sub = verb("retry", _retry, "Launch again, from their frozen configs, a study's runs that failed or were stopped.")
+    sub.add_argument("study")
+    sub.add_argument("overrides", nargs="*", help=where + ", and cluster settings to change, like cluster.mem_gb=32")
+
     sub = verb("ui", _ui, "Open the MLflow UI on the runs' store; prints the link and serves until Ctrl-C.")
-    sub.add_argument("--port", type=int, default=None, help=f"default: {UI_PORT}, or a free one")
+    sub.add_argument("--port", type=int, default=None, help="default: 5000, or a free one")
+    text = "accept other machines, which reach this one by that name; creates the store where there is none"
+    sub.add_argument("--host", metavar="NAME", default=None, help=text)
     sub.add_argument("overrides", nargs="*", help="runs_dir=..., tracker.uri=..., as the runs were launched with")
 
     sub = verb("sync", _sync, "Send to MLflow what it does not have of some runs, and correct the state of dead ones.")
@@ -139,7 +151,12 @@ def _train(argv: Sequence[str]) -> int:
     sweep = next((argument for argument in argv if argument.startswith("sweeps=")), None)
     if sweep is not None:
         raise ConfigError(f"{sweep} is a sweep and this is a single run; write python run.py -m {' '.join(argv)}")
-    return EXIT_CODES[launch(compose.compose(argv), argv).state]
+    config = compose.compose(argv)
+    if config.cluster.name == "slurm":
+        from relora.launch import submit_run
+
+        return 0 if submit_run(config, argv) else 1
+    return EXIT_CODES[launch(config, argv).state]
 
 
 def _hydra_job(composed: Any, overrides: list[str]) -> None:
@@ -227,16 +244,14 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
+    from relora.state import observe
     from relora.tracking import Mirror, failures_told
 
     results = {}
     for path in arguments.runs:
         run = RunDir(path.absolute())
         config = compose.thaw(run.config_file)
-        status = run.status
-        if status is not None and status.state == "running" and not run.is_locked:
-            status.state, status.message = "interrupted", "its process died; the newest checkpoint stands"
-            run.status = status
+        observe([run])
         with failures_told(config):
             sent = Mirror(run, config).sync()
         results[str(path)] = {"rows": sent.rows, "status": sent.status}
@@ -248,7 +263,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from relora.launch import publish_report
+    from relora.publish import publish_report
 
     runs_dir = Path(compose.compose(arguments.overrides).runs_dir)
     if not arguments.json:
@@ -263,91 +278,69 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
+    from relora import ui
+
     config = compose.compose(arguments.overrides)
-    uri = config.mlflow_uri
-    store = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and not store.exists():
-        raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
+    found = ui.links(config, create=arguments.host is not None)
 
-    from relora.compare import studies
-    from relora.tracking import experiment_id, failures_told, open_store, view_key, write_view
+    def ready(server: str) -> None:
+        urls = {name: f"{server}/{fragment}" for name, fragment in found.items()}
+        everything = urls.pop("all")
+        if arguments.json:
+            print(json.dumps({"url": everything, "studies": urls}), flush=True)
+            return
+        lines = [f"MLflow UI: {everything}", *(f"study {study}: {url}" for study, url in urls.items())]
+        lines += [f"runs of other machines record here with tracker.uri={server}"] if arguments.host else []
+        print("\n".join(lines), flush=True)
 
-    with failures_told(config):
-        client = open_store(uri, Path(config.runs_dir))
-        experiment = experiment_id(client, config)
-    links = {"all": f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"}
-    known = studies(Path(config.runs_dir))
-    if config.study is not None and config.study not in known:
-        raise ConfigError(f"no study {config.study} was launched in {config.runs_dir}; there are: {', '.join(known)}")
-    for study in [config.study] if config.study else known:
-        with failures_told(config):
-            write_view(client, experiment, study)
-        links[study] = f"{links['all']}&viewStateShareKey={view_key(study)}"
-    if uri.startswith("http"):
-        _print_links(uri.rstrip("/"), links, arguments.json)
+    if config.mlflow_uri.startswith("http"):
+        ready(config.mlflow_uri.rstrip("/"))
         return 0
-    return _serve(config, arguments, links)
+    return ui.serve(config, port=arguments.port, host=arguments.host, ready=ready)
 
 
-def _serve(config: RunConfig, arguments: argparse.Namespace, links: dict[str, str]) -> int:
-    """An MLflow server of one worker until Ctrl-C or SIGTERM."""
-    port = arguments.port or _free_port()
-    if _listens(port):
-        raise RunError(f"port {port} is in use; take another --port, or leave it out for a free one")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)),
-            *("--backend-store-uri", config.mlflow_uri),
-        ],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + UI_START_SECONDS
-        while not _listens(port):
-            if server.poll() is not None or time.monotonic() > deadline:
-                detail = server.stderr.read().decode() if server.poll() is not None and server.stderr else "no answer"
-                raise RunError(f"the MLflow server did not start on port {port}: {detail.strip()[-500:]}")
-            time.sleep(0.2)
-        _print_links(f"http://127.0.0.1:{port}", links, arguments.json)
-        return server.wait()
-    except KeyboardInterrupt:
+# -------------------------------------------------------------------------------------------------- launched studies
+
+
+def _runs_dir(overrides: Sequence[str]) -> Path:
+    return Path(compose.compose([text for text in overrides if not text.startswith("cluster")]).runs_dir)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from relora import control
+
+    runs_dir = _runs_dir(arguments.overrides)
+    if arguments.json:
+        print(json.dumps(control.status_json(runs_dir, arguments.study)))
         return 0
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait()
+    return 0 if control.show_status(runs_dir, arguments.study, watch=arguments.watch) else 1
 
 
-def _print_links(server: str, links: dict[str, str], as_json: bool) -> None:
-    """The link to all runs, and one to the prepared view of each study."""
-    urls = {name: f"{server}/{fragment}" for name, fragment in links.items()}
-    if as_json:
-        print(json.dumps({"url": urls.pop("all"), "studies": urls}), flush=True)
-        return
-    print(f"MLflow UI: {urls.pop('all')}", flush=True)
-    for study, url in urls.items():
-        print(f"study {study}: {url}", flush=True)
+def _logs(arguments: argparse.Namespace) -> int:
+    from relora import control
+
+    file = control.log_file(_runs_dir(arguments.overrides), arguments.run)
+    print(json.dumps({"file": str(file)}) if arguments.json else file.read_text(errors="replace"), end="")
+    return 0
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _cancel(arguments: argparse.Namespace) -> int:
+    from relora import control
+
+    names = control.cancel(_runs_dir(arguments.overrides), arguments.study)
+    text = "\n".join([*(f"{name}: cancelled" for name in names), f"{len(names)} runs cancelled"])
+    print(json.dumps({"cancelled": names}) if arguments.json else text)
+    return 0
 
 
-def _free_port() -> int:
-    """5000 if nothing listens there, else one that the system picks."""
-    for wanted in (UI_PORT, 0):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", wanted))
-                return probe.getsockname()[1]
-            except OSError:
-                continue
-    raise RunError("no free port")
+def _retry(arguments: argparse.Namespace) -> int:
+    from relora import control
+
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        done = control.retry(_runs_dir(arguments.overrides), arguments.study, arguments.overrides)
+    if arguments.json:
+        print(json.dumps({"launched": done}))
+    return 0 if done else 1
 
 
 # ---------------------------------------------------------------------------------------------------------- disk

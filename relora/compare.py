@@ -18,6 +18,7 @@ from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.metrics import read_rows
 from relora.rundir import RunDir, Status, read_json
+from relora.state import State, observe
 
 CONFIDENCE = 0.95
 SEEDS_FOR_AN_INTERVAL = 3
@@ -51,17 +52,19 @@ class Run:
     state: str
 
     @classmethod
-    def of(cls, path: Path, role: str) -> "Run":
+    def of(cls, path: Path, role: str, state: State) -> "Run":
         """The run in `path`, "missing" where there is none."""
         folder = RunDir(path)
         try:
             config, status = compose.thaw(folder.config_file), folder.status
         except ConfigError:
-            config, status = None, None
-        state = "missing" if status is None else status.state
-        if state == "running" and not folder.is_locked:
-            state = "interrupted"
-        return cls(name=path.name, role=role, path=path, config=config, status=status, state=state)
+            return cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
+        return cls(name=path.name, role=role, path=path, config=config, status=status, state=state.name)
+
+    @property
+    def folder(self) -> RunDir:
+        """Its files."""
+        return RunDir(self.path)
 
     @property
     def finished(self) -> bool:
@@ -375,11 +378,12 @@ def load_study(runs_dir: Path, name: str) -> Study:
     if not manifest:
         known = ", ".join(studies(runs_dir)) or "none"
         raise ConfigError(f"no study {name} was launched in {runs_dir}; there are: {known}")
-    own = [Run.of(runs_dir / run, entry["role"]) for run, entry in manifest["runs"].items()]
-    names = {run.name for run in own}
-    others = [
-        Run.of(path.parent, "other") for path in sorted(runs_dir.glob("*/config.yaml")) if path.parent.name not in names
-    ]
+    roles = {runs_dir / run: entry["role"] for run, entry in manifest["runs"].items()}
+    for file in sorted(runs_dir.glob("*/config.yaml")):
+        roles.setdefault(file.parent, "other")
+    states = observe([RunDir(path) for path in roles])
+    runs = [Run.of(path, role, state) for (path, role), state in zip(roles.items(), states, strict=True)]
+    own, others = [run for run in runs if run.role != "other"], [run for run in runs if run.role == "other"]
     full = _FullRank([*own, *others])
     labels = labels_of([run.config for run in own if run.config is not None])
     by_variant: dict[str, list[Compared]] = defaultdict(list)

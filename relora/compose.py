@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from relora.cluster import CLUSTERS
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.groups import METHODS, FullConfig, check_files
@@ -287,13 +288,14 @@ def to_run_config(composed: DictConfig) -> RunConfig:
 
 def _typed(values: Any) -> RunConfig:
     values = {key: value for key, value in values.items() if key not in ("hydra", "grids", "tune")}
-    method = values.get("method") or {}
-    name = method.get("name") if isinstance(method, dict) else None
-    if name not in METHODS:
-        raise ConfigError(f"method.name={name} is not one of {', '.join(METHODS)}")
     schema = OmegaConf.structured(RunConfig)
     try:
-        schema.method = OmegaConf.structured(METHODS[name])
+        for group, kinds in (("method", METHODS), ("cluster", CLUSTERS)):
+            chosen = values.get(group) or {}
+            name = chosen.get("name") if isinstance(chosen, dict) else None
+            if name not in kinds:
+                raise ConfigError(f"{group}.name={name} is not one of {', '.join(kinds)}")
+            schema[group] = OmegaConf.structured(kinds[str(name)])
         config = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error

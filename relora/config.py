@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from relora.cluster import ClusterConfig, LocalConfig, SlurmConfig
 from relora.cost import Cost, LlamaShape, control_shape, cost, module_matches
 from relora.errors import ConfigError
 from relora.groups import (
     UNHASHED,
-    ClusterConfig,
     ControlConfig,
     DataConfig,
     GaLoreConfig,
@@ -44,7 +44,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     trainer: TrainerConfig
-    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=UNHASHED)
+    cluster: ClusterConfig = field(default_factory=lambda: LocalConfig(name="local"), metadata=UNHASHED)
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata=UNHASHED)
     runs_dir: str = field(default="runs", metadata=UNHASHED)
     study: str | None = field(default=None, metadata=UNHASHED)
@@ -53,6 +53,7 @@ class RunConfig:
         self._check_targets()
         self._check_control()
         self._check_clock()
+        self._check_processes()
         if self.data.sequence_length_tokens > self.model.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length_tokens={self.data.sequence_length_tokens} exceeds "
@@ -129,6 +130,16 @@ class RunConfig:
                 f"the last restart, at step {warm + last}, leaves {phase - last} steps, fewer than "
                 f"schedule.restart_warmup_steps={rewarm}; change method.reset_interval_steps={interval} or "
                 f"trainer.total_steps={total}"
+            )
+
+    def _check_processes(self) -> None:
+        if not isinstance(self.cluster, SlurmConfig):
+            return
+        processes, whole = self.cluster.processes, self.trainer.sequences_per_step
+        if whole % processes:
+            raise ConfigError(
+                f"trainer.sequences_per_step={whole} cannot be shared evenly by cluster.nodes * cluster.tasks_per_node "
+                f"= {processes} processes; take a multiple of {processes}"
             )
 
     @property

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 PLAIN_INTERVAL_SECONDS = 10.0
 
 
-def _duration(seconds: float) -> str:
+def is_terminal() -> bool:
+    """Whether a person sees what is printed as it is printed."""
+    return sys.stdout.isatty()
+
+
+def duration(seconds: float) -> str:
+    """m:ss, or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -26,7 +32,7 @@ def describe(progress: Progress, tokens_per_step: int) -> str:
     restart = f"  next restart {progress.next_restart}" if progress.next_restart is not None else ""
     return (
         f"loss {progress.loss:.3f}  lr {progress.learning_rate:.2e}  "
-        f"{progress.tokens_per_second:,.0f} tokens/s  {_duration(left)} left{restart}"
+        f"{progress.tokens_per_second:,.0f} tokens/s  {duration(left)} left{restart}"
     )
 
 
@@ -38,7 +44,7 @@ class Console:
         self._bar: ProgressBar | None = None
         self._task: TaskID | None = None
         self._last_line = 0.0
-        self._live = sys.stdout.isatty()
+        self._live = is_terminal()
 
     def progress(self, progress: Progress) -> None:
         """Move the bar; without a terminal, a line every ten seconds."""

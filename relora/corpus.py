@@ -78,7 +78,7 @@ def prepare(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Co
     Raises CorpusError for text that cannot be read or is too little.
     """
     files = _source_files(config)
-    folder = corpora / f"{config.name}-{_fingerprint(config, files)}"
+    folder = _folder(config, files, corpora)
     if not (folder / "meta.json").exists():
         corpora.mkdir(parents=True, exist_ok=True)
         with FileLock(corpora / f"{folder.name}.lock"):
@@ -87,6 +87,15 @@ def prepare(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Co
     meta = json.loads((folder / "meta.json").read_text())
     names = ("corpus_digest", "tokenizer_digest", "vocab_size", "end_of_text_id", "dtype", "splits")
     return Corpus(folder=folder, **{name: meta[name] for name in names})
+
+
+def folder_of(config: DataConfig, corpora: Path) -> Path:
+    """Where the corpus stands or will stand; it is prepared when its meta.json is there."""
+    return _folder(config, _source_files(config), corpora)
+
+
+def _folder(config: DataConfig, files: list[Path], corpora: Path) -> Path:
+    return corpora / f"{config.name}-{_fingerprint(config, files)}"
 
 
 # ---------------------------------------------------------------------------------------------------- documents

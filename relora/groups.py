@@ -17,7 +17,6 @@ SOURCES = ("stdlib", "text")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".parquet")
 TRACKERS = ("mlflow", "jsonl")
-CLUSTERS = ("local", "debug")
 REINITS = ("kaiming", "orthogonal")
 RESET_MODES = ("none", "zero", "random", "magnitude")
 RESET_MOMENTS = ("joint", "independent")
@@ -26,22 +25,26 @@ UNHASHED = {"identity": False}
 """Metadata of a field that does not change the mathematics."""
 
 
-def _at_least(name: str, value: float | None, minimum: float, remedy: str = "") -> None:
+def at_least(name: str, value: float | None, minimum: float, remedy: str = "") -> None:
+    """Raise ConfigError for a value below `minimum`; None passes."""
     if value is not None and not value >= minimum:
         raise ConfigError(f"{name}={value} must be at least {minimum}{remedy}")
 
 
-def _positive(name: str, value: float | None) -> None:
+def positive(name: str, value: float | None) -> None:
+    """Raise ConfigError for a value that is not positive and finite; None passes."""
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{name}={value} must be positive")
 
 
-def _fraction(name: str, value: float) -> None:
+def fraction(name: str, value: float) -> None:
+    """Raise ConfigError for a value outside 0 to 1."""
     if not 0.0 <= value <= 1.0:
         raise ConfigError(f"{name}={value} must be between 0 and 1")
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError for a value that is none of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}")
 
@@ -74,13 +77,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "layers", "heads", "vocab_size", "max_position_embeddings"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
+            at_least(f"model.{name}", getattr(self, name), 1)
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} must be an even multiple of model.heads={self.heads} "
                 "(rotary embeddings turn pairs)"
             )
-        _positive("model.rms_norm_eps", self.rms_norm_eps)
+        positive("model.rms_norm_eps", self.rms_norm_eps)
 
     def shape(self, vocab_size: int) -> LlamaShape:
         """The sizes that costs are computed from."""
@@ -103,9 +106,9 @@ class OptimizerResetConfig:
     reset_step: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("method.optimizer_reset.mode", self.mode, RESET_MODES)
-        _one_of("method.optimizer_reset.moments", self.moments, RESET_MOMENTS)
-        _fraction("method.optimizer_reset.pruning_ratio", self.pruning_ratio)
+        one_of("method.optimizer_reset.mode", self.mode, RESET_MODES)
+        one_of("method.optimizer_reset.moments", self.moments, RESET_MOMENTS)
+        fraction("method.optimizer_reset.pruning_ratio", self.pruning_ratio)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,8 +120,8 @@ class MethodConfig:
     warm_start_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least("method.warm_start_steps", self.warm_start_steps, 0)
-        _positive("method.warm_start_learning_rate", self.warm_start_learning_rate)
+        at_least("method.warm_start_steps", self.warm_start_steps, 0)
+        positive("method.warm_start_learning_rate", self.warm_start_learning_rate)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,7 +142,7 @@ class TargetedConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        _at_least("method.rank", self.rank, 1)
+        at_least("method.rank", self.rank, 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,8 +159,8 @@ class GaLoreConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         TargetedConfig.__post_init__(self)
-        _at_least("method.update_interval_steps", self.update_interval_steps, 1)
-        _positive("method.scale", self.scale)
+        at_least("method.update_interval_steps", self.update_interval_steps, 1)
+        positive("method.scale", self.scale)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -171,8 +174,8 @@ class LoRAConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         TargetedConfig.__post_init__(self)
-        _positive("method.alpha", self.alpha)
-        _one_of("method.reinit", self.reinit, REINITS)
+        positive("method.alpha", self.alpha)
+        one_of("method.reinit", self.reinit, REINITS)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"method.dropout={self.dropout} must be at least 0 and below 1")
 
@@ -186,7 +189,7 @@ class ReLoRAMethodConfig(LoRAConfig):
 
     def __post_init__(self) -> None:
         LoRAConfig.__post_init__(self)
-        _at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
+        at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
 
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -216,13 +219,13 @@ class DataConfig:
     test_fraction: float = 0.02
 
     def __post_init__(self) -> None:
-        _one_of("data.name", self.name, SOURCES)
+        one_of("data.name", self.name, SOURCES)
         if self.name == "text" and not self.path:
             raise ConfigError("data=text needs data.path=FILE_OR_FOLDER")
         if self.name == "stdlib" and self.path:
             raise ConfigError(f"data.path={self.path} has no meaning with data=stdlib; use data=text")
-        _at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
-        _at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
+        at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
+        at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
         for name in ("validation_fraction", "test_fraction"):
             if not 0.0 < getattr(self, name) <= 0.4:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be above 0 and at most 0.4")
@@ -245,13 +248,13 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw",))
+        one_of("optimizer.name", self.name, ("adamw",))
         for name in ("learning_rate", "embedding_learning_rate", "epsilon", "max_grad_norm"):
-            _positive(f"optimizer.{name}", getattr(self, name))
+            positive(f"optimizer.{name}", getattr(self, name))
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
-        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -264,10 +267,10 @@ class ScheduleConfig:
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _one_of("schedule.name", self.name, ("jagged_cosine",))
-        _at_least("schedule.warmup_steps", self.warmup_steps, 0)
-        _at_least("schedule.restart_warmup_steps", self.restart_warmup_steps, 0, " (0: no re-warm-up)")
-        _fraction("schedule.min_lr_ratio", self.min_lr_ratio)
+        one_of("schedule.name", self.name, ("jagged_cosine",))
+        at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        at_least("schedule.restart_warmup_steps", self.restart_warmup_steps, 0, " (0: no re-warm-up)")
+        fraction("schedule.min_lr_ratio", self.min_lr_ratio)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -291,38 +294,22 @@ class TrainerConfig:
             raise ConfigError("the run has no budget; set trainer.total_steps or trainer.total_tokens")
         if self.total_tokens is not None:
             parse_count("trainer.total_tokens", self.total_tokens)
-        _at_least("trainer.sequences_per_step", self.sequences_per_step, 1)
+        at_least("trainer.sequences_per_step", self.sequences_per_step, 1)
         micro = self.sequences_per_micro_step
-        _at_least("trainer.sequences_per_micro_step", micro, 1)
+        at_least("trainer.sequences_per_micro_step", micro, 1)
         if micro is not None and self.sequences_per_step % micro:
             divisors = [n for n in range(1, self.sequences_per_step + 1) if self.sequences_per_step % n == 0]
             raise ConfigError(
                 f"trainer.sequences_per_micro_step={micro} does not divide "
                 f"trainer.sequences_per_step={self.sequences_per_step}; take one of {divisors}"
             )
-        _one_of("trainer.precision", self.precision, tuple(STORAGE_BYTES))
+        one_of("trainer.precision", self.precision, tuple(STORAGE_BYTES))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"trainer.device={self.device} is not one of auto, cpu, cuda, cuda:N")
-        _at_least("trainer.seed", self.seed, 0)
+        at_least("trainer.seed", self.seed, 0)
         for name in ("total_steps", "log_interval_steps", "validation_interval_steps", "checkpoint_interval_steps"):
-            _at_least(f"trainer.{name}", getattr(self, name), 1)
-        _at_least("trainer.max_consecutive_skipped_updates", self.max_consecutive_skipped_updates, 1)
-
-
-@dataclass(kw_only=True, slots=True)
-class ClusterConfig:
-    """Where a sweep's runs are executed; a single run always trains in the process that launched it.
-
-    "local" gives each a process of its own on this machine, `max_parallel` at a time; "debug" runs them one after the
-    other in the launching process.
-    """
-
-    name: str = "local"
-    max_parallel: int = 1
-
-    def __post_init__(self) -> None:
-        _one_of("cluster.name", self.name, CLUSTERS)
-        _at_least("cluster.max_parallel", self.max_parallel, 1)
+            at_least(f"trainer.{name}", getattr(self, name), 1)
+        at_least("trainer.max_consecutive_skipped_updates", self.max_consecutive_skipped_updates, 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -337,7 +324,7 @@ class TrackerConfig:
     experiment: str = "relora"
 
     def __post_init__(self) -> None:
-        _one_of("tracker.name", self.name, TRACKERS)
+        one_of("tracker.name", self.name, TRACKERS)
         if self.uri is not None and not re.match(r"(sqlite:///.|(https?|postgresql|mysql|mssql)[+a-z]*://.)", self.uri):
             raise ConfigError(
                 f"tracker.uri={self.uri} is no store; write sqlite:///FILE, http://HOST:PORT or a database's URI"

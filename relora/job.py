@@ -19,7 +19,7 @@ from relora.config import RunConfig
 from relora.console import Console
 from relora.errors import ConfigError, RunError
 from relora.metrics import Broadcast, MetricsLog
-from relora.rundir import RunDir, Status, read_json, write_json
+from relora.rundir import PROBE_SECONDS, RunDir, Status, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 SAMPLE_TOKENS = 80
 SAMPLE_TEMPERATURE = 0.8
+
+NODE_LOCK_SECONDS = 60.0
+"""How long a requeued job waits for its killed predecessor's lock."""
+
+STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR2: "SIGUSR2"}
+
+WARM_START_STANDS = "the warm start is trained; the runs that share it go on from there"
 
 MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """A full disk and its kin: nothing a traceback could explain."""
@@ -49,13 +56,16 @@ def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
     return job(run.path)
 
 
-def job(path: Path) -> Status:
+def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> Status:
     """Train the frozen run in `path` to its end and tell how it went; returns the final status.
+
+    `on_node`: this is a cluster's node, which may come before the last attempt's process is quite gone and opens no
+    MLflow store that is a file. `warm_start_only`: stop when the warm start stands for all runs that share it.
 
     Raises RunError when another process trains it. Any failure inside is told, recorded and returned, not raised.
     """
     run = RunDir(path)
-    with run.locked():
+    with run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
         config, previous = compose.thaw(run.config_file), run.status
         if previous is not None and previous.state == "finished":
             print(_already_done(run, previous))
@@ -65,16 +75,18 @@ def job(path: Path) -> Status:
         if previous is not None:
             status.attempt, status.started_ms = previous.attempt + 1, previous.started_ms
             status.corpus = previous.corpus
+        status.slurm_job_id = os.environ.get("SLURM_JOB_ID", "") if on_node else ""
         run.status = status
-        _Attempt(run, config, status).run_to_end()
+        _Attempt(run, config, status, on_node=on_node, warm_start_only=warm_start_only).run_to_end()
         return status
 
 
 class _Attempt:
     """One try at a run: builds the parts, trains, exports, and leaves a true status whatever happens."""
 
-    def __init__(self, run: RunDir, config: RunConfig, status: Status) -> None:
+    def __init__(self, run: RunDir, config: RunConfig, status: Status, *, on_node: bool, warm_start_only: bool) -> None:
         self.run, self.config, self.status = run, config, status
+        self.on_node, self.warm_start_only = on_node, warm_start_only
         self.console = Console(config.tokens_per_step)
         self.signals = StopSignals(self.console.say)
         self.began = time.perf_counter()
@@ -106,7 +118,7 @@ class _Attempt:
             print(f"{self.run.path} still says that the run is running: {error}", flush=True)
 
     def _start_mirror(self) -> "MirrorThread | None":
-        if self.config.tracker.name != "mlflow":
+        if self.config.tracker.name != "mlflow" or (self.on_node and self.config.mlflow_uri.startswith("sqlite:")):
             return None
         from relora.tracking import Mirror, MirrorThread
 
@@ -116,8 +128,10 @@ class _Attempt:
         from relora.trainer import Interrupted
 
         self.console.close()
-        self.status.state = "failed"
-        if isinstance(error, Interrupted):
+        self.status.state, self.status.stopped_by = "failed", self.signals.reason or ""
+        if isinstance(error, WarmStartTrained):
+            self.status.state, self.status.message = "interrupted", WARM_START_STANDS
+        elif isinstance(error, Interrupted):
             self.status.state = "interrupted"
             self.status.message = f"{error}; a checkpoint is written"
         elif isinstance(error, KeyboardInterrupt):
@@ -157,6 +171,8 @@ class _Attempt:
             warmstart.shared(config, self.run, origin, say) as publish_warm_start,
             MetricsLog.opened(self.run.metrics_file, exact=device.type == "cpu") as log,
         ):
+            if self.warm_start_only:
+                publish_warm_start = _then_stop(publish_warm_start)
             trainer = Trainer(
                 config,
                 build(
@@ -256,8 +272,27 @@ class _Attempt:
         return {"test_loss": test.loss, "test_perplexity": test.perplexity, "sample": text}
 
 
+class WarmStartTrained(Exception):  # noqa: N818 -- no error
+    """The warm start stands, and this job was to do no more."""
+
+
+def _then_stop(publish: Callable[[], None] | None) -> Callable[[], None]:
+    """`publish`, and then no further; at once where there is nothing to publish."""
+    if publish is None:
+        raise WarmStartTrained
+
+    def publish_and_stop() -> None:
+        publish()
+        raise WarmStartTrained
+
+    return publish_and_stop
+
+
 class StopSignals:
-    """Ctrl-C and SIGTERM: a wish while the trainer asks for it, an interruption elsewhere and the second time."""
+    """Ctrl-C, SIGTERM and SLURM's SIGUSR2: a wish while the trainer asks for it, an interruption elsewhere.
+
+    The same signal once more is an interruption too, but for SIGUSR2, which SLURM may send at any time.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -265,15 +300,17 @@ class StopSignals:
         self._asking = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.reason = self.reason is not None, "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        name = STOP_SIGNALS[signal.Signals(number)]
+        again = self.reason == name and number != signal.SIGUSR2
+        self.reason = name
         if again or not self._asking:
             raise KeyboardInterrupt
         self.say(f"{self.reason}: stopping after this update, with a checkpoint (once more: at once, without)")
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle both signals inside."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handle them inside."""
+        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -388,7 +425,8 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
     ]
     if config.tracker.name == "mlflow":
         rows.append(("MLflow UI", _verb("ui", run=run)))
-    if config.method.name != "full":
+    # In a study the baselines come by themselves.
+    if config.method.name != "full" and "-m" not in _overrides(run):
         rows.append(("baseline", baseline_command(run)))
     text = "\n".join(f"  | {line}" for line in found["sample"].splitlines())
     width = max(len(name) for name, _ in rows)

@@ -1,109 +1,80 @@
-"""A study on this machine: its runs and their baselines, each in a process of its own."""
+"""Launching: a run, or a study's runs and their baselines, here or on SLURM."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
-
-from relora import compose
-from relora.compare import Study, load_study, study_dir
+from relora.cluster import SlurmConfig
+from relora.compare import study_dir
 from relora.compose import Sweep
 from relora.config import RunConfig
 from relora.errors import RunError
 from relora.job import job
-from relora.metrics import read_rows
-from relora.rundir import RunDir, Status, read_json, write_json
+from relora.publish import join_study, publish_report
+from relora.rundir import read_json
+from relora.state import State, observe
+from relora.status import render_plain, show_progress
+from relora.study import Planned, plan, prepare, write_manifest
 
 POLL_SECONDS = 1.0
+SLURM_POLL_SECONDS = 10.0
 WAIT_FOR_STOP_SECONDS = 120.0
 """How long an interrupted sweep waits for its runs to write their checkpoints."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """A run of a study: an arm that was asked for, or a baseline that came by itself."""
-
-    config: RunConfig
-    role: str
-
-    @property
-    def run(self) -> RunDir:
-        """Its folder."""
-        return RunDir(self.config.run_dir)
-
-    @property
-    def state(self) -> str:
-        """Its status, where a "running" one that nobody trains is interrupted and one never begun is missing."""
-        status = self.run.status
-        if status is None:
-            return "missing"
-        if status.state == "running" and not self.run.is_locked:
-            return "interrupted"
-        return status.state
-
-
-def plan(sweep: Sweep) -> list[Planned]:
-    """The sweep's runs, and before them the full-rank run of every comparison key and seed that has none among them."""
-    have = {
-        (run.comparison_key, run.trainer.seed)
-        for run in sweep.runs
-        if run.method.name == "full" and not run.method.warm_start_steps
-    }
-    baselines: list[Planned] = []
-    for config in sweep.runs:
-        key = (config.comparison_key, config.trainer.seed)
-        if key not in have:
-            have.add(key)
-            arguments = sweep.arguments.get(config.config_hash, [])
-            baselines.append(Planned(config=compose.baseline(config, arguments), role="baseline"))
-    return [*baselines, *(Planned(config=config, role="arm") for config in sweep.runs)]
-
-
 def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
-    """Train what is missing, failed or interrupted of the study, and nothing else; whether all of it is finished.
+    """Train or submit what is missing, failed or interrupted of the study, and nothing else.
 
-    Ctrl-C and SIGTERM stop every run with a checkpoint; the same launch again goes on.
+    Returns whether nothing is left to launch: all finished, or all submitted. Ctrl-C and SIGTERM stop every run here
+    with a checkpoint; the same launch again goes on.
     """
     planned = plan(sweep)
-    runs_dir, cluster = Path(planned[0].config.runs_dir), planned[0].config.cluster
+    runs_dir = Path(planned[0].config.runs_dir)
+    if isinstance(planned[0].config.cluster, SlurmConfig):
+        from relora.submit import check
+
+        check(planned[0].config.cluster)
+    states = observe([item.run for item in planned])
+    pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
     write_manifest(runs_dir, sweep, planned, overrides)
-    pending = [item for item in planned if item.state not in ("finished", "running")]
-    states, baselines = [item.state for item in planned], sum(item.role == "baseline" for item in planned)
+    prepare(pending, ["-m", *overrides])
+    join_study([item for item in planned if item not in pending], sweep.study)
+    return launch_planned(sweep.study, planned, pending, states)
+
+
+def launch_planned(study: str, planned: Sequence[Planned], pending: Sequence[Planned], states: Sequence[State]) -> bool:
+    """The prepared runs `pending` of a study, as its cluster settings say; whether nothing is left to launch."""
+    config = planned[0].config
+    if isinstance(config.cluster, SlurmConfig):
+        return _submit_study(study, planned, pending, states, config.cluster)
+    names, baselines = [state.name for state in states], sum(item.role == "baseline" for item in planned)
     print(
-        f"study {sweep.study}: {len(planned)} runs, {baselines} of them baselines that came by themselves; "
-        f"{states.count('finished')} finished already, {states.count('running')} running",
+        f"study {study}: {len(planned)} runs, {baselines} of them baselines that came by themselves; "
+        f"{names.count('finished')} finished already, {names.count('running')} running",
         flush=True,
     )
-    prepare(pending, overrides)
-    _join_study([item for item in planned if item not in pending], sweep.study)
-    if cluster.name == "debug":
+    for item in pending:
+        item.run.submission_file.unlink(missing_ok=True)
+    if config.cluster.name == "debug":
         _one_after_the_other(pending)
     else:
-        _Processes(planned, pending, cluster.max_parallel).run()
+        _Processes(planned, pending, config.cluster.max_parallel).run()
+    return _conclude(study, planned)
+
+
+def _conclude(study: str, planned: Sequence[Planned]) -> bool:
+    """The table and the report of a study whose runs have ended; whether all are finished."""
     print(render_plain(planned), flush=True)
-    publish_report(runs_dir, sweep.study)
-    unfinished = [item for item in planned if item.state != "finished"]
+    publish_report(Path(planned[0].config.runs_dir), study)
+    unfinished = [state for state in observe([item.run for item in planned]) if state.name != "finished"]
     if unfinished:
         print(f"{len(unfinished)} runs are not finished; the same command goes on with them", flush=True)
     return not unfinished
-
-
-def prepare(pending: Sequence[Planned], overrides: Sequence[str]) -> None:
-    """Freeze each config into its run's folder, unless another launcher has begun it meanwhile."""
-    for item in pending:
-        item.run.path.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(RunError), item.run.locked():
-            compose.freeze(item.config, item.run.config_file)
-            write_json(item.run.launch_file, {"overrides": ["-m", *overrides]})
 
 
 def _one_after_the_other(pending: Sequence[Planned]) -> None:
@@ -116,63 +87,66 @@ def _one_after_the_other(pending: Sequence[Planned]) -> None:
             print(f"{item.config.name}: {error}", flush=True)
 
 
-def publish_report(runs_dir: Path, name: str) -> Study:
-    """Write the study's report, attach it in MLflow, and tell where it is and what came out."""
-    from relora.report import answer, write_report
-
-    study = load_study(runs_dir, name)
-    folder = write_report(study, runs_dir)
-    mirrored = [m for m in study.members if m.run.config and m.run.config.tracker.name == "mlflow" and m.run.finished]
-    if mirrored:
-        from relora.tracking import attach_report
-
-        config = mirrored[-1].run.config
-        assert config is not None
-        gaps = {m.run.path: m.tokens.relative for m in mirrored}
-        try:
-            attach_report(config, name, folder, gaps)
-        except Exception as error:  # whatever MLflow raises
-            print(f"the report could not be attached in MLflow at {config.mlflow_uri}: {error}", flush=True)
-    print("\n".join(["", *answer(study), f"report: {folder / 'report.html'}"]), flush=True)
-    return study
+# ------------------------------------------------------------------------------------------------------------ SLURM
 
 
-def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], overrides: Sequence[str]) -> None:
-    """Add the runs to study.json; a study that is launched again with more arms grows."""
-    folder = study_dir(runs_dir, sweep.study)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        manifest = read_json(folder / "study.json")
-        runs: dict[str, Any] = manifest.get("runs", {})
-        for item in planned:
-            known = runs.get(item.config.name, {})
-            role = "arm" if "arm" in (item.role, known.get("role")) else "baseline"
-            runs[item.config.name] = {
-                "role": role,
-                "config_hash": item.config.config_hash,
-                "comparison_key": item.config.comparison_key,
-                "variant": item.config.variant,
-                "seed": item.config.trainer.seed,
-            }
-        launches = [*manifest.get("launches", []), list(overrides)]
-        unique = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
-        question = sweep.question or manifest.get("question", "")
-        values = {"study": sweep.study, "question": question, "launches": unique, "runs": runs}
-        write_json(folder / "study.json", values)
+def _submit_study(
+    study: str, planned: Sequence[Planned], pending: Sequence[Planned], states: Sequence[State], cluster: SlurmConfig
+) -> bool:
+    from relora.submit import submit
+
+    runs_dir = Path(planned[0].config.runs_dir)
+    if not pending and all(state.name == "finished" for state in states):
+        return _conclude(study, planned)
+    under_way = [
+        read_json(item.run.submission_file)["job"].partition("_")[0]
+        for item, state in zip(planned, states, strict=True)
+        if state.name in ("queued", "running") and item.run.submission_file.exists()
+    ]
+    done = ", ".join(
+        f"{count} {word}"
+        for word, name in (("already done", "finished"), ("running", "running"), ("queued", "queued"))
+        if (count := sum(state.name == name for state in states))
+    )
+    if pending:
+        made = submit(pending, study_dir(runs_dir, study) / "jobs", study=study, after=sorted(set(under_way)))
+        told = f"submitted {len(pending)} runs as {made.describe()}"
+    else:
+        told = "submitted nothing"
+    where = f" runs_dir={runs_dir}" if runs_dir != Path("runs").absolute() else ""
+    print(f"{told}{f' ({done})' if done else ''}; relora status {study}{where}", flush=True)
+    if not cluster.wait:
+        return True
+    _wait(planned)
+    return _conclude(study, planned)
 
 
-def _join_study(planned: Sequence[Planned], study: str) -> None:
-    """Tag the runs that an earlier launch, or another study, has recorded in MLflow already."""
-    recorded = [item for item in planned if item.run.mirror_file.exists()]
-    if not recorded:
-        return
-    from relora.tracking import tag_study
+def _wait(planned: Sequence[Planned]) -> None:
+    """Show the runs until none is in the queue or running; Ctrl-C leaves them to SLURM."""
+    show = show_progress(planned)
+    try:
+        while any(state.name in ("queued", "running") for state in observe([item.run for item in planned])):
+            time.sleep(SLURM_POLL_SECONDS)
+            show(False)
+    finally:
+        show(True)
 
-    for item in recorded:
-        try:
-            tag_study(item.run, item.config, study)
-        except Exception as error:  # whatever MLflow raises
-            print(f"{item.config.name} could not be tagged study.{study} in MLflow: {error}", flush=True)
+
+def submit_run(config: RunConfig, overrides: Sequence[str]) -> bool:
+    """A single run as a SLURM job. Returns whether it is submitted, or was so already."""
+    from relora.submit import check, submit
+
+    assert isinstance(config.cluster, SlurmConfig)
+    item = Planned(config=config, role="arm")
+    (state,) = observe([item.run])
+    if not state.needs_launch:
+        print(f"{item.run.path} is {state.name} already; relora logs {item.config.name}", flush=True)
+        return True
+    check(config.cluster)
+    prepare([item], overrides)
+    made = submit([item], item.run.path / "jobs", study=None)
+    print(f"submitted {config.name} as job {made.arrays[0]}; relora logs {config.name}", flush=True)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -186,7 +160,7 @@ class _Processes:
         self.running: list[tuple[Planned, subprocess.Popen[bytes]]] = []
 
     def run(self) -> None:
-        show = _live_table(self.planned) if sys.stdout.isatty() else _plain_lines(self.planned)
+        show = show_progress(self.planned)
         try:
             with stoppable():
                 while self.waiting or self.running:
@@ -236,80 +210,3 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# ----------------------------------------------------------------------------------------------------------- tables
-
-COLUMNS = ("run", "role", "state", "step", "validation", "test", "gap to full", "tokens/s", "memory")
-
-
-def rows(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
-    """How each run stands, as text under COLUMNS."""
-    statuses = [item.run.status for item in planned]
-    finished: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for item, status in zip(planned, statuses, strict=True):
-        method = item.config.method
-        if method.name == "full" and not method.warm_start_steps and status is not None and status.state == "finished":
-            key = (item.config.comparison_key, item.config.trainer.seed)
-            finished.setdefault(key, []).append(status.summary)
-    full = {key: min(found, key=lambda run: run["eval_loss"])["test_perplexity"] for key, found in finished.items()}
-    return [
-        (item.config.name, item.role, item.state, *_figures(item, status, full))
-        for item, status in zip(planned, statuses, strict=True)
-    ]
-
-
-def _figures(item: Planned, status: Status | None, full: dict[tuple[str, int], float]) -> tuple[str, ...]:
-    total = item.config.total_steps
-    if status is None or status.state != "finished":
-        recorded = read_rows(item.run.metrics_file)
-        step = max((row["step"] for row in recorded), default=0)
-        perplexities = [row["eval/perplexity"] for row in recorded if "eval/perplexity" in row]
-        rates = [row["perf/tokens_per_second"] for row in recorded[-5:] if "perf/tokens_per_second" in row]
-        return (
-            f"{step}/{total}",
-            f"{perplexities[-1]:.2f}" if perplexities else "",
-            "",
-            "",
-            f"{rates[-1]:,.0f}" if rates else "",
-            "",
-        )
-    found = status.summary
-    baseline = full.get((item.config.comparison_key, item.config.trainer.seed))
-    return (
-        f"{total}/{total}",
-        f"{found['eval_perplexity']:.2f}",
-        f"{found['test_perplexity']:.2f}",
-        "" if baseline is None else f"{found['test_perplexity'] / baseline - 1:+.1%}",
-        f"{found['tokens'] / found['training_seconds']:,.0f}",
-        f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB",
-    )
-
-
-def render_plain(planned: Sequence[Planned]) -> str:
-    """The table as aligned text."""
-    table = [COLUMNS, *rows(planned)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join(lines)
-
-
-def _plain_lines(planned: Sequence[Planned]) -> Callable[[bool], None]:
-    """A line whenever a run's state changes."""
-    told: dict[str, str] = {}
-
-    def show(last: bool) -> None:
-        for item in planned:
-            state = item.state
-            if told.get(item.config.name, "missing") != state:
-                print(f"{item.config.name}: {state}", flush=True)
-            told[item.config.name] = state
-
-    return show
-
-
-def _live_table(planned: Sequence[Planned]) -> Callable[[bool], None]:
-    """The table, redrawn in place."""
-    from relora.console import live_table
-
-    return live_table(COLUMNS, lambda: rows(planned))

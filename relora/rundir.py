@@ -16,23 +16,25 @@ from relora.errors import ConfigError, RunError
 PROBE_SECONDS = 1.0
 """Longer than another process asks whether a run is locked, which takes the lock for a moment."""
 
-STATES = ("running", "finished", "failed", "interrupted")
-
 
 @dataclass(kw_only=True)
 class Status:
     """How a run stands. A "running" one whose lock is free was killed."""
 
     state: str
+    """running, finished, failed, interrupted (it goes on when it is launched again) or cancelled."""
     attempt: int = 1
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     device: str = ""
+    slurm_job_id: str = ""
     git_commit: str | None = None
     corpus: dict[str, str] = field(default_factory=dict)
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     """Of the first attempt."""
     ended_ms: int | None = None
+    stopped_by: str = ""
+    """The signal that interrupted it, as in STOP_SIGNALS."""
     message: str = ""
     """Why a run failed or was interrupted."""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +63,11 @@ class RunDir:
         return self.path / "mlflow.json"
 
     @property
+    def submission_file(self) -> Path:
+        """The SLURM job that the run was submitted as, {"job": id, "log": path, "submitted_ms": time}."""
+        return self.path / "submission.json"
+
+    @property
     def launch_file(self) -> Path:
         """The overrides that the run was launched with."""
         return self.path / "launch.json"
@@ -87,11 +94,11 @@ class RunDir:
         write_json(self.path / "status.json", asdict(status))
 
     @contextmanager
-    def locked(self):
-        """Hold the run for this process. Raises RunError when another one trains it."""
+    def locked(self, wait_seconds: float = PROBE_SECONDS):
+        """Hold the run for this process. Raises RunError when another one trains it for longer than `wait_seconds`."""
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=PROBE_SECONDS)
+            lock.acquire(timeout=wait_seconds)
         except Timeout:
             status = self.status
             who = f"process {status.pid} on {status.host}" if status else "another process"

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from relora.config import RunConfig
 from relora.errors import RunError
-from relora.metrics import row_metrics
+from relora.metrics import complete_bytes, row_metrics
 from relora.rundir import RunDir, Status, read_json, write_json
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 VALUE_LENGTH = 6000
 
-MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "cancelled": "KILLED",
+}
 
 
 def quiet_mlflow() -> None:
@@ -139,6 +145,8 @@ class Mirror:
         }
         if config.study is not None:
             tags[f"study.{config.study}"] = "1"
+        if status.slurm_job_id:
+            tags["slurm_job_id"] = status.slurm_job_id
         if status.message:
             tags["message"] = status.message[:VALUE_LENGTH]
         return tags
@@ -208,6 +216,35 @@ def _knows(client: "MlflowClient", run_id: str) -> bool:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
+
+
+def mirror_all(runs: Sequence[tuple[RunDir, RunConfig]], say: Callable[[str], None]) -> None:
+    """Send what MLflow lacks of runs that do not mirror themselves: dead ones, and SLURM's where the store is a file.
+
+    What fails is told once a store and costs the other stores nothing.
+    """
+    broken: set[str] = set()
+    for run, config in runs:
+        uri = config.mlflow_uri
+        by_others = run.submission_file.exists() and uri.startswith("sqlite:")
+        if uri in broken or not _is_behind(run, uri) or (not by_others and run.is_locked):
+            continue
+        try:
+            with FileLock(run.path / ".mirror.lock"):
+                Mirror(run, config).sync()
+        except Exception as error:  # whatever MLflow raises
+            broken.add(uri)
+            say(f"MLflow at {uri} fails ({_brief(error)}); relora sync sends the rest later")
+
+
+def _is_behind(run: RunDir, uri: str) -> bool:
+    """Whether the run's files have more than was sent."""
+    status, sent = run.status, read_json(run.mirror_file)
+    if status is None or status.attempt == 0:
+        return False
+    has = (uri, complete_bytes(run.metrics_file), MLFLOW_STATUS[status.state], status.message[:VALUE_LENGTH])
+    told = sent.get("tags", {}).get("message", "")
+    return has != (sent.get("uri"), sent.get("sent_bytes"), sent.get("status"), told)
 
 
 def tag_study(run: RunDir, config: RunConfig, study: str) -> None:

@@ -18,21 +18,13 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from relora import compose
-from relora.compare import mean
+from relora.compare import mean, study_dir
 from relora.compose import Search, Sweep
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
-from relora.launch import (
-    POLL_SECONDS,
-    Planned,
-    prepare,
-    start_process,
-    stoppable,
-    study_dir,
-    wait_for_stop,
-    write_manifest,
-)
+from relora.launch import POLL_SECONDS, start_process, stoppable, wait_for_stop
 from relora.metrics import read_rows
+from relora.study import Planned, prepare, write_manifest
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -69,6 +61,8 @@ def tune(search: Search, overrides: Sequence[str]) -> bool:
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweeps=tune_learning_rate needs optuna; install it with: pip install -e '.[tune]'")
     first = _runs(search, {name: low for name, (low, _) in search.ranges.items()})[0].config
+    if first.cluster.name == "slurm":
+        raise ConfigError("a search trains its trials on the machine it runs on; take cluster=local, inside a job")
     folder = study_dir(Path(first.runs_dir), search.study)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder), stoppable():
@@ -161,7 +155,7 @@ def _run_trials(study: "Study", search: Search, overrides: Sequence[str], max_pa
 def _enrol(search: Search, runs: Sequence[Planned], overrides: Sequence[str]) -> None:
     sweep = Sweep(study=search.study, question=search.question, runs=[item.config for item in runs])
     write_manifest(Path(runs[0].config.runs_dir), sweep, runs, overrides)
-    prepare([item for item in runs if item.state != "finished"], overrides)
+    prepare([item for item in runs if item.state != "finished"], ["-m", *overrides])
 
 
 def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:

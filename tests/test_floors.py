@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "relora"
 FLOORS = [
     ["errors", "cost", "schedule"],
     ["lowrank", "reset", "galore"],
-    ["groups", "config", "model", "data", "rundir", "metrics", "checkpoint", "warmstart", "evaluate"],
+    ["groups", "cluster", "config", "model", "data", "rundir", "metrics", "checkpoint", "warmstart", "evaluate"],
     ["methods", "trainer"],
-    ["compose", "compare", "tracking", "corpus", "console", "report"],
-    ["job", "launch", "tune", "clean", "cli"],
+    ["compose", "slurm", "state", "compare", "study", "tracking", "corpus", "console", "status", "report"],
+    ["job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
 ]
 """From the ground up; a module imports from floors below its own, or from one that stands before it on its own."""
 
@@ -30,6 +30,7 @@ HOMES = {
     "rich": "console",
     "matplotlib": "report",
     "optuna": "tune",
+    "submitit": "submit",
 }
 """The one module that imports each of these libraries."""
 

@@ -1,0 +1,90 @@
+"""Where runs are executed: the choices of the `cluster` group, each checked for what can be wrong with it alone."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from relora.errors import ConfigError
+from relora.groups import at_least, one_of, positive
+
+START_UP_SECONDS = 60
+"""What a job is given to import, load its checkpoint and make its first update."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """What every choice has: how many runs of a study are trained at a time."""
+
+    name: str
+    max_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("cluster.name", self.name, tuple(CLUSTERS))
+        at_least("cluster.max_parallel", self.max_parallel, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalConfig(ClusterConfig):
+    """A process on this machine for each run of a study; a single run trains in the process that launched it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DebugConfig(ClusterConfig):
+    """The runs of a study one after the other in the process that launched it."""
+
+    def __post_init__(self) -> None:
+        ClusterConfig.__post_init__(self)
+        if self.max_parallel != 1:
+            raise ConfigError(f"cluster.max_parallel={self.max_parallel} must be 1 with cluster=debug: one process")
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig(ClusterConfig):
+    """A SLURM job for each run; None leaves a setting to the cluster's own default.
+
+    A run is trained by nodes * tasks_per_node processes, each with a share of every update's batch.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    timeout_minutes: int = 240
+    """Walltime of one attempt; a run that needs more is requeued and goes on."""
+    nodes: int = 1
+    tasks_per_node: int = 1
+    cpus_per_task: int = 1
+    gpus_per_node: int | None = None
+    mem_gb: float | None = None
+    """Of a node."""
+    signal_delay_seconds: int = 120
+    """How long before the end of its walltime a job is told, to write its checkpoint and be requeued."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the job's command: modules, containers, environment."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Any other option of sbatch, by its long name: {constraint: a100, exclude: n7}."""
+    wait: bool = False
+    """Stay until the last run ends, with the table of the runs, instead of returning when all are submitted."""
+
+    def __post_init__(self) -> None:
+        ClusterConfig.__post_init__(self)
+        for name in ("timeout_minutes", "nodes", "tasks_per_node", "cpus_per_task"):
+            at_least(f"cluster.{name}", getattr(self, name), 1)
+        at_least("cluster.gpus_per_node", self.gpus_per_node, 0)
+        positive("cluster.mem_gb", self.mem_gb)
+        at_least("cluster.signal_delay_seconds", self.signal_delay_seconds, 1)
+        if self.timeout_minutes * 60 < self.signal_delay_seconds + START_UP_SECONDS:
+            raise ConfigError(
+                f"cluster.timeout_minutes={self.timeout_minutes} is below what a checkpoint needs: "
+                f"{START_UP_SECONDS} s to start and cluster.signal_delay_seconds={self.signal_delay_seconds} to write "
+                "it; raise the walltime or lower the delay"
+            )
+        for name in ("dependency", "array", "output", "error", "signal"):
+            if name in self.options:
+                raise ConfigError(f"cluster.options.{name} is set by relora itself; leave it out")
+
+    @property
+    def processes(self) -> int:
+        """That train one run."""
+        return self.nodes * self.tasks_per_node
+
+
+CLUSTERS: dict[str, type[ClusterConfig]] = {"local": LocalConfig, "debug": DebugConfig, "slurm": SlurmConfig}

@@ -1,0 +1,130 @@
+"""What one does with a launched study: see how it stands, read its logs, cancel it, try again what failed."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from relora import compose, slurm
+from relora.compare import studies, study_dir
+from relora.console import is_terminal
+from relora.errors import ConfigError, RunError
+from relora.launch import launch_planned
+from relora.publish import mirror_runs
+from relora.rundir import RunDir, read_json
+from relora.state import observe
+from relora.status import render_plain, standings
+from relora.study import Planned, of_manifest, prepare
+
+WATCH_SECONDS = 5.0
+
+
+def runs_of(runs_dir: Path, name: str) -> list[Planned]:
+    """The runs of a study, or the one run of that name. Raises ConfigError where there is neither."""
+    if name in studies(runs_dir):
+        return of_manifest(runs_dir, name)
+    return [find_run(runs_dir, name)]
+
+
+def find_run(runs_dir: Path, name: str) -> Planned:
+    """The run called `name` or STUDY/NAME, where NAME may be any part that only one run has. Raises ConfigError."""
+    study, _, part = name.rpartition("/")
+    if study:
+        candidates = of_manifest(runs_dir, study)
+    else:
+        files = sorted(runs_dir.glob(f"*{_escaped(part)}*/config.yaml"))
+        candidates = [Planned(config=compose.thaw(file), role="arm") for file in files]
+    found = [item for item in candidates if item.config.name == part] or [
+        item for item in candidates if part in item.config.name
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{name} may be {', '.join(item.config.name for item in found)}; write more of the name")
+    known = ", ".join([*studies(runs_dir), *(item.config.name for item in candidates)]) or "nothing"
+    raise ConfigError(f"there is no study or run {name} in {runs_dir}; there is {known}")
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in text)
+
+
+def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
+    """Print how the runs stand, with `watch` until all have ended; whether none failed."""
+    while True:
+        planned = runs_of(runs_dir, name)
+        text = render_plain(planned)
+        if watch and is_terminal():
+            print("\x1b[2J\x1b[H", end="")
+        print(text, flush=True)
+        names = [state.name for state in observe([item.run for item in planned])]
+        if not watch or not {"queued", "running"} & set(names):
+            mirror_runs(planned)
+            return not {"failed", "cancelled"} & set(names)
+        time.sleep(WATCH_SECONDS)
+
+
+def status_json(runs_dir: Path, name: str) -> list[dict[str, object]]:
+    """How the runs stand, as records."""
+    planned = runs_of(runs_dir, name)
+    rows = [row.as_json() for row in standings(planned)]
+    mirror_runs(planned)
+    return rows
+
+
+def log_file(runs_dir: Path, name: str) -> Path:
+    """Where a run's output goes. Raises ConfigError for one that has none yet."""
+    run = find_run(runs_dir, name).run
+    submission = read_json(run.submission_file)
+    file = Path(submission["log"]) if submission else run.path / "log.txt"
+    if file.is_file():
+        return file
+    (state,) = observe([run])
+    why = f"{state.name}{f' ({state.message})' if state.message else ''}"
+    raise ConfigError(f"{run.path.name} has written no log: it is {why}; a run in the foreground prints it")
+
+
+def cancel(runs_dir: Path, name: str) -> list[str]:
+    """Stop what is queued or running; returns the runs' names. Raises RunError where that cannot be done from here."""
+    planned = runs_of(runs_dir, name)
+    states = observe([item.run for item in planned])
+    active = [item for item, state in zip(planned, states, strict=True) if state.name in ("queued", "running")]
+    jobs: list[str] = []
+    for item in active:
+        submission = read_json(item.run.submission_file)
+        if submission:
+            jobs.append(submission["job"])
+        else:
+            _terminate(item.run)
+    beside = read_json(study_dir(runs_dir, name) / "submissions.json").get("beside", [])
+    jobs += [job for job, entry in slurm.jobs(beside).items() if entry.alive] if beside and slurm.is_here() else []
+    if jobs:
+        slurm.cancel(jobs)
+    return [item.config.name for item in active]
+
+
+def _terminate(run: RunDir) -> None:
+    """Ask a process of this machine to stop, with a checkpoint."""
+    status = run.status
+    if status is None or status.host != socket.gethostname():
+        raise RunError(f"{run.path.name} is trained on {status.host if status else 'another machine'}; cancel it there")
+    os.kill(status.pid, signal.SIGTERM)
+
+
+def retry(runs_dir: Path, name: str, overrides: Sequence[str]) -> bool:
+    """Launch again, from their frozen configs, the runs that are neither finished nor under way.
+
+    Where they run is what the study's last launch said, changed by the cluster settings among `overrides`.
+    """
+    planned = of_manifest(runs_dir, name)
+    states = observe([item.run for item in planned])
+    last = read_json(study_dir(runs_dir, name) / "study.json")["launches"][-1]
+    chosen = [text for text in [*last, *overrides] if text.startswith("cluster")]
+    cluster = compose.compose([f"runs_dir={runs_dir}", *chosen]).cluster
+    planned = [replace(item, config=replace(item.config, cluster=cluster)) for item in planned]
+    pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
+    prepare(pending, ["-m", *last])
+    return launch_planned(name, planned, pending, states)

@@ -1,0 +1,174 @@
+"""What SLURM says of jobs, and what it is told about them: squeue, sacct, scontrol, scancel, sbatch --test-only."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from relora.errors import ConfigError, RunError
+
+COMMAND_SECONDS = 60
+IDS_PER_COMMAND = 500
+DEFAULT_MAX_ARRAY_SIZE = 1001
+"""SLURM's own."""
+
+WAITING = ("PENDING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
+ACTIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING")
+WHY_DEAD = {
+    "OUT_OF_MEMORY": "out of memory: SLURM killed it; raise cluster.mem_gb or lower trainer.sequences_per_micro_step",
+    "TIMEOUT": "timed out: it was killed at the end of its walltime; raise cluster.timeout_minutes",
+    "NODE_FAIL": "its node failed",
+    "BOOT_FAIL": "its node did not boot",
+    "DEADLINE": "it missed its deadline",
+    "PREEMPTED": "preempted and not requeued",
+    "REVOKED": "its cluster revoked it",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as SLURM knows it."""
+
+    state: str
+    """SLURM's word: PENDING, RUNNING, COMPLETED, FAILED, ..."""
+    reason: str = ""
+    """Why it waits, or by whom it was cancelled."""
+    exit_code: str = ""
+    """CODE:SIGNAL."""
+    node: str = ""
+    requeues: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue."""
+        return self.state in WAITING
+
+    @property
+    def alive(self) -> bool:
+        """Whether it may still write."""
+        return self.waits or self.state in ACTIVE
+
+    @property
+    def why_dead(self) -> str:
+        """How a job ended that did not tell so itself, for people."""
+        if self.state == "CANCELLED":
+            return f"cancelled {self.reason}".strip()
+        if self.state in WHY_DEAD:
+            return WHY_DEAD[self.state]
+        code, _, number = self.exit_code.partition(":")
+        if number not in ("", "0"):
+            return f"killed by signal {number}{f' on {self.node}' if self.node else ''}"
+        return f"its process ended with exit code {code or 'unknown'} and said nothing"
+
+
+def is_here() -> bool:
+    """Whether this machine can ask SLURM."""
+    return shutil.which("squeue") is not None
+
+
+def jobs(ids: Sequence[str]) -> dict[str, Job]:
+    """Each job that SLURM knows, by id ("4711", or "4711_3" in an array). Raises RunError without SLURM.
+
+    squeue knows the queue at once and sacct what has left it; without accounting, ended jobs are missing.
+    """
+    wanted = set(ids)
+    if not wanted:
+        return {}
+    found: dict[str, Job] = {}
+    masters = sorted({job.partition("_")[0] for job in wanted}, key=int)
+    for start in range(0, len(masters), IDS_PER_COMMAND):
+        chosen = ",".join(masters[start : start + IDS_PER_COMMAND])
+        fields = "JobID,State,ExitCode,NodeList"
+        for line in _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True):
+            shown, state, exit_code, node = line.split("|")
+            word, _, by = state.partition(" ")
+            for job in _expanded(shown):
+                requeues = found[job].requeues + 1 if job in found else 0
+                found[job] = Job(state=word, reason=by, exit_code=exit_code, node=node, requeues=requeues)
+    # All of the user's: squeue refuses a list in which one id has left the queue long ago.
+    for line in _lines("squeue", "-h", "-r", "--me", "-o", "%i|%T|%r|%N"):
+        job, state, reason, node = line.split("|")
+        if job in wanted:
+            requeues = found[job].requeues if job in found else 0
+            found[job] = Job(state=state, reason="" if reason == "None" else reason, node=node, requeues=requeues)
+    return {job: entry for job, entry in found.items() if job in wanted}
+
+
+def _expanded(shown: str) -> list[str]:
+    """4711_[2-4,7%16] as its tasks."""
+    match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", shown)
+    if match is None:
+        return [shown]
+    tasks: list[str] = []
+    for part in match[2].split(","):
+        low, _, high = part.partition("-")
+        tasks += [f"{match[1]}_{task}" for task in range(int(low), int(high or low) + 1)]
+    return tasks
+
+
+def _lines(*command: str, may_fail: bool = False) -> list[str]:
+    done = _run(*command)
+    if done.returncode and not may_fail:
+        raise RunError(f"{command[0]} fails: {_last_line(done.stderr)}")
+    return [] if done.returncode else [line for line in done.stdout.splitlines() if line.strip()]
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which(command[0]) is None:
+        raise RunError(f"{command[0]} is not installed here: this machine is no SLURM submit node; take cluster=local")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{command[0]} does not answer within {COMMAND_SECONDS} s") from None
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+def check_script(text: str, folder: Path) -> None:
+    """Let sbatch judge a script without submitting it. Raises ConfigError with what it says.
+
+    That names unknown partitions, accounts and options, and requests that no node can meet.
+    """
+    script = folder / "check.sh"
+    script.write_text(text)
+    done = _run("sbatch", "--test-only", os.fspath(script))
+    if done.returncode:
+        said = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in done.stderr.splitlines() if line.strip()]
+        raise ConfigError(f"SLURM would refuse these jobs: {'; '.join(said)}; see the cluster.* settings")
+
+
+def max_array_size() -> int:
+    """How many tasks an array may have."""
+    for line in _lines("scontrol", "show", "config"):
+        match = re.match(r"MaxArraySize\s*=\s*(\d+)", line)
+        if match:
+            return int(match[1])
+    return DEFAULT_MAX_ARRAY_SIZE
+
+
+def cancel(ids: Iterable[str]) -> None:
+    """scancel. Raises RunError."""
+    chosen = list(ids)
+    for start in range(0, len(chosen), IDS_PER_COMMAND):
+        done = _run("scancel", *chosen[start : start + IDS_PER_COMMAND])
+        if done.returncode:
+            raise RunError(f"scancel fails: {_last_line(done.stderr)}")
+
+
+def requeue(job: str) -> None:
+    """Put a running job back into the queue; its processes are ended. Raises RunError."""
+    done = _run("scontrol", "requeue", job)
+    if done.returncode:
+        raise RunError(f"scontrol requeue {job} fails: {_last_line(done.stderr)}")
+
+
+def is_being_preempted(job: str) -> bool:
+    """Whether SLURM is taking this running job's nodes for another one."""
+    text = " ".join(_lines("scontrol", "show", "job", "-o", job, may_fail=True))
+    match = re.search(r"PreemptTime=(\S+)", text)
+    return match is not None and match[1] not in ("None", "Unknown")

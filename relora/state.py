@@ -1,0 +1,98 @@
+"""How runs stand: by their own files and, where they were submitted to SLURM, by what SLURM says of their jobs."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from relora import slurm
+from relora.errors import RunError
+from relora.rundir import RunDir, Status, read_json
+
+ACCOUNTING_SECONDS = 60
+"""How long a job may be unknown to both squeue and sacct after it was submitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """How one run stands."""
+
+    name: str
+    """missing (never begun), queued, running, finished, failed, interrupted or cancelled."""
+    message: str = ""
+    """Why, where there is more to say."""
+    requeues: int = 0
+    """How often SLURM has put its job back into the queue."""
+
+    @property
+    def needs_launch(self) -> bool:
+        """Whether nothing is under way that would finish the run."""
+        return self.name not in ("queued", "running", "finished")
+
+
+def observe(runs: Sequence[RunDir]) -> list[State]:
+    """How each run stands now. Raises RunError where SLURM has to be asked and does not answer.
+
+    A run whose process died without a word gets the status that says how: nothing stays "running" for ever.
+    """
+    submissions = [read_json(run.submission_file) for run in runs]
+    asked = [
+        submission["job"]
+        for run, submission in zip(runs, submissions, strict=True)
+        if submission and (run.status is None or run.status.state != "finished")
+    ]
+    # SLURM first: what a job wrote before it ended is there when its files are read after this.
+    jobs = slurm.jobs(asked) if asked and slurm.is_here() else {}
+    return [_of(run, submission, jobs) for run, submission in zip(runs, submissions, strict=True)]
+
+
+def _of(run: RunDir, submission: dict[str, Any], jobs: dict[str, slurm.Job]) -> State:
+    status = run.status
+    if status is not None and status.state == "finished":
+        return State(name="finished")
+    if not submission:
+        return _of_local(run, status)
+    if not slurm.is_here():
+        message = f"as its files say: its SLURM job {submission['job']} cannot be asked about from this machine"
+        return State(name=status.state if status else "queued", message=message)
+    # What was cancelled before it began stands under the number of its array alone.
+    job = jobs.get(submission["job"]) or jobs.get(submission["job"].partition("_")[0])
+    if job is None:
+        if time.time() * 1000 - submission["submitted_ms"] < 1000 * ACCOUNTING_SECONDS:
+            return State(name="queued", message="submitted")
+        return _settled(run, status, "failed", f"SLURM does not know its job {submission['job']} any more")
+    if job.waits:
+        return State(name="queued", message=job.reason, requeues=job.requeues)
+    if job.alive:
+        return State(name="running", message=f"on {job.node}" if job.node else "", requeues=job.requeues)
+    if job.state in ("COMPLETED", "FAILED") and status is not None and status.state in ("failed", "interrupted"):
+        return State(name=status.state, message=status.message, requeues=job.requeues)
+    name = "cancelled" if job.state == "CANCELLED" else "failed"
+    return _settled(run, status, name, job.why_dead, job.requeues)
+
+
+def _of_local(run: RunDir, status: Status | None) -> State:
+    if status is None:
+        return State(name="missing")
+    if status.state == "running" and not run.is_locked:
+        return _settled(run, status, "interrupted", "its process died; the newest checkpoint stands")
+    return State(name=status.state, message=status.message)
+
+
+def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues: int = 0) -> State:
+    """Write down how a run ended that could not do so itself, unless it could after all."""
+    try:
+        with run.locked(wait_seconds=0):
+            status = run.status
+            if status is not None and seen is not None and status.state != seen.state:
+                return State(name=status.state, message=status.message, requeues=requeues)
+            status = status or Status(state=name, attempt=0, host="", pid=0)
+            if (status.state, status.message) != (name, message):
+                status.state, status.message = name, message
+                status.ended_ms = status.ended_ms or time.time_ns() // 1_000_000
+                run.status = status
+    except RunError:
+        return State(name="running", requeues=requeues)
+    except OSError:
+        pass  # a folder of somebody else's: the answer is right all the same
+    return State(name=name, message=message, requeues=requeues)

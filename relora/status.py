@@ -1,0 +1,151 @@
+"""A study as a table: how each run stands, how far it is, and what is wrong with it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from relora.console import duration, is_terminal, live_table
+from relora.metrics import read_rows
+from relora.rundir import Status
+from relora.state import State, observe
+from relora.study import Planned
+
+NOTE_CHARACTERS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """One row: what is not known yet is None."""
+
+    run: str
+    role: str
+    state: State
+    step: int
+    total_steps: int
+    seconds_left: float | None = None
+    attempts: int = 0
+    validation_perplexity: float | None = None
+    test_perplexity: float | None = None
+    gap_to_full: float | None = None
+    """At equal tokens: test perplexity over full rank's of the same setting and seed, less 1."""
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat, for `relora status --json`."""
+        state = {"state": self.state.name, "message": self.state.message, "requeues": self.state.requeues}
+        return {**vars(self), **state}
+
+
+def standings(planned: Sequence[Planned]) -> list[Standing]:
+    """How each run stands."""
+    states = observe([item.run for item in planned])
+    statuses = [item.run.status for item in planned]
+    full = _full_rank_perplexities(planned, statuses)
+    return [
+        _finished(item, state, status, full) if status and status.state == "finished" else _begun(item, state, status)
+        for item, state, status in zip(planned, states, statuses, strict=True)
+    ]
+
+
+def _full_rank_perplexities(
+    planned: Sequence[Planned], statuses: Sequence[Status | None]
+) -> dict[tuple[str, int], float]:
+    """By comparison key and seed, the test perplexity of the full-rank run that is best on validation."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for item, status in zip(planned, statuses, strict=True):
+        method = item.config.method
+        if method.name == "full" and not method.warm_start_steps and status is not None and status.state == "finished":
+            key = (item.config.comparison_key, item.config.trainer.seed)
+            found.setdefault(key, []).append(status.summary)
+    return {key: min(runs, key=lambda run: run["eval_loss"])["test_perplexity"] for key, runs in found.items()}
+
+
+def _finished(item: Planned, state: State, status: Status, full: dict[tuple[str, int], float]) -> Standing:
+    found, baseline = status.summary, full.get((item.config.comparison_key, item.config.trainer.seed))
+    return Standing(
+        run=item.config.name,
+        role=item.role,
+        state=state,
+        step=item.config.total_steps,
+        total_steps=item.config.total_steps,
+        attempts=status.attempt,
+        validation_perplexity=found["eval_perplexity"],
+        test_perplexity=found["test_perplexity"],
+        gap_to_full=None if baseline is None else found["test_perplexity"] / baseline - 1,
+        tokens_per_second=found["tokens"] / found["training_seconds"],
+        peak_memory_bytes=found["peak_memory_bytes"],
+    )
+
+
+def _begun(item: Planned, state: State, status: Status | None) -> Standing:
+    recorded = read_rows(item.run.metrics_file)
+    step = max((row["step"] for row in recorded), default=0)
+    perplexities = [row["eval/perplexity"] for row in recorded if "eval/perplexity" in row]
+    rates = [row["perf/tokens_per_second"] for row in recorded[-5:] if "perf/tokens_per_second" in row]
+    left = (item.config.total_steps - step) * item.config.tokens_per_step / rates[-1] if rates else None
+    return Standing(
+        run=item.config.name,
+        role=item.role,
+        state=state,
+        step=step,
+        total_steps=item.config.total_steps,
+        seconds_left=left if state.name == "running" else None,
+        attempts=status.attempt if status else 0,
+        validation_perplexity=perplexities[-1] if perplexities else None,
+        tokens_per_second=rates[-1] if rates else None,
+    )
+
+
+COLUMNS = (
+    *("run", "role", "state", "step", "left", "attempts", "validation", "test", "gap to full", "tokens/s", "memory"),
+    "note",
+)
+
+
+def _cells(row: Standing) -> tuple[str, ...]:
+    def shown(value: float | None, form: Callable[[float], str]) -> str:
+        return "" if value is None else form(value)
+
+    return (
+        row.run,
+        row.role,
+        row.state.name,
+        f"{row.step}/{row.total_steps}",
+        shown(row.seconds_left, duration),
+        str(row.attempts or ""),
+        shown(row.validation_perplexity, lambda value: f"{value:.2f}"),
+        shown(row.test_perplexity, lambda value: f"{value:.2f}"),
+        shown(row.gap_to_full, lambda value: f"{value:+.1%}"),
+        shown(row.tokens_per_second, lambda value: f"{value:,.0f}"),
+        shown(row.peak_memory_bytes, lambda value: f"{value / 2**20:,.0f} MiB"),
+        row.state.message.splitlines()[0][:NOTE_CHARACTERS] if row.state.message else "",
+    )
+
+
+def table(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
+    """The rows under COLUMNS, as text."""
+    return [_cells(row) for row in standings(planned)]
+
+
+def render_plain(planned: Sequence[Planned]) -> str:
+    """The table as aligned text; columns with nothing in them are left out."""
+    cells = [COLUMNS, *table(planned)]
+    used = [column for column in range(len(COLUMNS)) if any(row[column] for row in cells[1:])]
+    widths = {column: max(len(row[column]) for row in cells) for column in used}
+    return "\n".join("  ".join(row[column].ljust(widths[column]) for column in used).rstrip() for row in cells)
+
+
+def show_progress(planned: Sequence[Planned]) -> Callable[[bool], None]:
+    """What is called again and again (and last with True) while runs are trained: a live table, or a line a change."""
+    if is_terminal():
+        return live_table(COLUMNS, lambda: table(planned))
+    told: dict[str, str] = {}
+
+    def show(last: bool) -> None:
+        for item, state in zip(planned, observe([item.run for item in planned]), strict=True):
+            if told.get(item.config.name, "missing") != state.name:
+                print(f"{item.config.name}: {state.name}", flush=True)
+            told[item.config.name] = state.name
+
+    return show

@@ -1,0 +1,100 @@
+"""A study's runs before they are trained: which there are, what baselines they need, and the manifest of them."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from relora import compose
+from relora.compare import studies, study_dir
+from relora.compose import Sweep
+from relora.config import RunConfig
+from relora.errors import ConfigError, RunError
+from relora.rundir import RunDir, read_json, write_json
+from relora.state import observe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run of a study: an arm that was asked for, or a baseline that came by itself."""
+
+    config: RunConfig
+    role: str
+
+    @property
+    def run(self) -> RunDir:
+        """Its folder."""
+        return RunDir(self.config.run_dir)
+
+    @property
+    def state(self) -> str:
+        """How it stands now. Ask `observe` where there are many: each question costs SLURM one."""
+        return observe([self.run])[0].name
+
+
+def plan(sweep: Sweep) -> list[Planned]:
+    """The sweep's runs, and before them the full-rank run of every comparison key and seed that has none among them."""
+    have = {
+        (run.comparison_key, run.trainer.seed)
+        for run in sweep.runs
+        if run.method.name == "full" and not run.method.warm_start_steps
+    }
+    baselines: list[Planned] = []
+    for config in sweep.runs:
+        key = (config.comparison_key, config.trainer.seed)
+        if key not in have:
+            have.add(key)
+            arguments = sweep.arguments.get(config.config_hash, [])
+            baselines.append(Planned(config=compose.baseline(config, arguments), role="baseline"))
+    return [*baselines, *(Planned(config=config, role="arm") for config in sweep.runs)]
+
+
+def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
+    """Freeze each config into its run's folder, unless another launcher has begun it meanwhile.
+
+    `command`: what stood behind run.py, and resumes the run.
+    """
+    for item in pending:
+        item.run.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(RunError), item.run.locked():
+            compose.freeze(item.config, item.run.config_file)
+            write_json(item.run.launch_file, {"overrides": list(command)})
+
+
+def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], overrides: Sequence[str]) -> None:
+    """Add the runs to study.json; a study that is launched again with more arms grows."""
+    folder = study_dir(runs_dir, sweep.study)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        manifest = read_json(folder / "study.json")
+        runs: dict[str, Any] = manifest.get("runs", {})
+        for item in planned:
+            known = runs.get(item.config.name, {})
+            role = "arm" if "arm" in (item.role, known.get("role")) else "baseline"
+            runs[item.config.name] = {
+                "role": role,
+                "config_hash": item.config.config_hash,
+                "comparison_key": item.config.comparison_key,
+                "variant": item.config.variant,
+                "seed": item.config.trainer.seed,
+            }
+        launches = [*manifest.get("launches", []), list(overrides)]
+        unique = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
+        question = sweep.question or manifest.get("question", "")
+        values = {"study": sweep.study, "question": question, "launches": unique, "runs": runs}
+        write_json(folder / "study.json", values)
+
+
+def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
+    """The runs of a study that was launched, as they were frozen. Raises ConfigError for one that was not."""
+    manifest = read_json(study_dir(runs_dir, study) / "study.json")
+    if not manifest:
+        known = ", ".join(studies(runs_dir)) or "none"
+        raise ConfigError(f"no study {study} was launched in {runs_dir}; there are: {known}")
+    return [
+        Planned(config=compose.thaw(runs_dir / name / "config.yaml"), role=entry["role"])
+        for name, entry in manifest["runs"].items()
+    ]

@@ -1,0 +1,273 @@
+"""Runs as SLURM jobs: the one importer of submitit.
+
+A job is given the path of what it works on and nothing else; its config stands frozen in the run's folder, and what it
+resumes from in its checkpoints. A job that SLURM stops early writes a checkpoint and puts itself back into the queue.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from relora import compose, slurm, warmstart
+from relora.cluster import SlurmConfig
+from relora.errors import RunError
+from relora.job import EXIT_CODES, WARM_START_STANDS, job
+from relora.rundir import RunDir, Status, read_json, write_json
+from relora.study import Planned
+
+T = TypeVar("T")
+
+# ------------------------------------------------------------------------------------------------- what a node runs
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """Train a prepared run; with `warm_start_only` no further than its warm start."""
+
+    path: Path
+    warm_start_only: bool = False
+
+    def __call__(self) -> None:
+        """Ends with the exit code that makes SLURM's state true, or back in the queue."""
+        from submitit.helpers import TorchDistributedEnvironment
+
+        rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
+        began, run = time.monotonic(), RunDir(self.path)
+        before = _progress(run)
+        try:
+            status = job(self.path, on_node=True, warm_start_only=self.warm_start_only)
+        except RunError as error:
+            sys.exit(f"relora: {error}")
+        if status.state == "finished" or status.message == WARM_START_STANDS:
+            return
+        if status.state == "interrupted":
+            # The first rank alone speaks to SLURM, and a rank that fails would end it before it has.
+            if rank:
+                return
+            self._go_on(run, status, seconds=time.monotonic() - began, progressed=_progress(run) > before)
+        sys.exit(EXIT_CODES[status.state])
+
+    def _go_on(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
+        """Requeue a job that SLURM stopped before its run was done, unless it would come no further the next time."""
+        number, cluster = os.environ["SLURM_JOB_ID"], compose.thaw(run.config_file).cluster
+        assert isinstance(cluster, SlurmConfig)
+        at_its_end = seconds > 0.5 * (60 * cluster.timeout_minutes - cluster.signal_delay_seconds)
+        if status.stopped_by == "SIGUSR2" and at_its_end and not progressed:
+            status.state = "failed"
+            status.message = (
+                f"no update was made in cluster.timeout_minutes={cluster.timeout_minutes}, so a requeued job would "
+                "come no further; raise it"
+            )
+            run.status = status
+            print(f"failed: {status.message}", flush=True)
+        elif status.stopped_by == "SIGUSR2" or slurm.is_being_preempted(number):
+            print(f"putting job {number} back into the queue", flush=True)
+            slurm.requeue(number)
+
+
+def _progress(run: RunDir) -> int:
+    from relora.checkpoint import latest_step
+
+    return latest_step(run.checkpoints) or 0
+
+
+@dataclass(frozen=True)
+class CorpusTask:
+    """Prepare the text of a run."""
+
+    path: Path
+
+    def __call__(self) -> None:
+        """Raises RunError for text that cannot be read."""
+        from relora.corpus import prepare
+
+        config = compose.thaw(RunDir(self.path).config_file)
+        prepare(config.data, Path(config.runs_dir) / "corpora", print)
+
+
+@dataclass(frozen=True)
+class ReportTask:
+    """Write the report of a study, however its runs ended."""
+
+    runs_dir: Path
+    study: str
+
+    def __call__(self) -> None:
+        """MLflow gets it from here where it is a server, else from the next command on the submitting machine."""
+        from relora.publish import publish_report
+
+        publish_report(self.runs_dir, self.study, on_node=True)
+
+
+# -------------------------------------------------------------------------------------------------------- submitting
+
+
+@dataclass(kw_only=True)
+class Submission:
+    """What was submitted."""
+
+    arrays: list[str]
+    """SLURM's job numbers of the runs."""
+    preparations: list[str]
+    """Of jobs that the runs wait for: the corpus, shared warm starts."""
+    report: str | None = None
+
+    def describe(self) -> str:
+        """Job numbers, for people."""
+        return f"{'array' if len(self.arrays) == 1 else 'arrays'} {', '.join(self.arrays)}"
+
+
+def check(cluster: SlurmConfig) -> None:
+    """Raises ConfigError for what SLURM would refuse, RunError without SLURM."""
+    with tempfile.TemporaryDirectory() as folder:
+        # submitit has no other way to see what it would hand to sbatch.
+        text = _executor(cluster, Path(folder), "check", [])._make_submission_file_text("true", "check")
+        slurm.check_script(text, Path(folder))
+
+
+def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after: Sequence[str] = ()) -> Submission:
+    """Submit prepared runs, with what they need before them and the study's report behind them; returns at once.
+
+    `after`: jobs of the study that are under way already, which the report waits for too. Raises RunError where SLURM
+    does not take them; `check` tells why before anything is written.
+    """
+    cluster = pending[0].config.cluster
+    assert isinstance(cluster, SlurmConfig)
+    corpora = _submit_corpora(pending, cluster, folder)
+    groups: dict[tuple[str, ...], list[Planned]] = defaultdict(list)
+    warm_starts = _submit_warm_starts(pending, cluster, folder, corpora)
+    for item in pending:
+        needed = (corpora.get(_corpus_key(item)), warm_starts.get(warmstart.key(item.config)))
+        groups[tuple(number for number in needed if number)].append(item)
+    size = slurm.max_array_size()
+    chunks = [
+        (needed, items[start : start + size])
+        for needed, items in groups.items()
+        for start in range(0, len(items), size)
+    ]
+    submitted = Submission(arrays=[], preparations=sorted({*corpora.values(), *warm_starts.values()}))
+    for number, (needed, items) in enumerate(chunks):
+        share = max(1, cluster.max_parallel * len(items) // len(pending))
+        conditions = [("afterok", needed)]
+        if number >= cluster.max_parallel:  # arrays know no common limit: one waits for another instead
+            conditions.append(("afterany", (submitted.arrays[number - cluster.max_parallel],)))
+        names = _submit_all(
+            [RunTask(item.run.path) for item in items],
+            _executor(cluster, folder, study or items[0].config.name, conditions, array_parallelism=share),
+        )
+        submitted.arrays.append(names[0].partition("_")[0])
+        for item, name in zip(items, names, strict=True):
+            _record(item.run, name, folder)
+    if study is not None:
+        executor = _executor(_alone(cluster), folder, f"{study}-report", [("afterany", (*submitted.arrays, *after))])
+        task = ReportTask(Path(pending[0].config.runs_dir), study)
+        (submitted.report,) = _submit_all([task], executor)
+        file = folder.parent / "submissions.json"
+        beside = [*read_json(file).get("beside", []), *submitted.preparations, submitted.report]
+        write_json(file, {"beside": beside})
+    return submitted
+
+
+def _corpus_key(item: Planned) -> Path:
+    from relora.corpus import folder_of
+
+    return folder_of(item.config.data, Path(item.config.runs_dir) / "corpora")
+
+
+def _submit_corpora(pending: Sequence[Planned], cluster: SlurmConfig, folder: Path) -> dict[Path, str]:
+    """A job for every text that is not prepared yet."""
+    found: dict[Path, str] = {}
+    for item in pending:
+        key = _corpus_key(item)
+        if key not in found and not (key / "meta.json").exists():
+            (found[key],) = _submit_all([CorpusTask(item.run.path)], _executor(_alone(cluster), folder, "corpus", []))
+    return found
+
+
+def _submit_warm_starts(
+    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, corpora: dict[Path, str]
+) -> dict[str | None, str]:
+    """A job for every warm start that several runs share and that is not trained yet; one of the runs trains it."""
+    sharing: dict[str, list[Planned]] = defaultdict(list)
+    for item in pending:
+        key = warmstart.key(item.config)
+        if key is not None and not (warmstart.folder_of(item.config) / "meta.json").exists():
+            sharing[key].append(item)
+    found: dict[str | None, str] = {}
+    for key, items in sharing.items():
+        if len(items) > 1:
+            needed = corpora.get(_corpus_key(items[0]))
+            executor = _executor(cluster, folder, f"warm-start-{key}", [("afterok", (needed,) if needed else ())])
+            (found[key],) = _submit_all([RunTask(items[0].run.path, warm_start_only=True)], executor)
+    return found
+
+
+def _record(run: RunDir, name: str, folder: Path) -> None:
+    log = folder / f"{name}_0_log.out"
+    write_json(run.submission_file, {"job": name, "log": str(log), "submitted_ms": time.time_ns() // 1_000_000})
+
+
+def _alone(cluster: SlurmConfig) -> SlurmConfig:
+    """One process."""
+    return replace(cluster, nodes=1, tasks_per_node=1)
+
+
+def _executor(
+    cluster: SlurmConfig,
+    folder: Path,
+    name: str,
+    conditions: Sequence[tuple[str, Sequence[str]]],
+    *,
+    array_parallelism: int = 1,
+) -> Any:
+    """submitit's, set up for jobs of this kind."""
+    from submitit import SlurmExecutor
+
+    threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}"
+    dependency = ",".join(":".join([kind, *numbers]) for kind, numbers in conditions if numbers)
+    extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.options}
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "time": cluster.timeout_minutes,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": cluster.gpus_per_node,
+        "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
+        "signal_delay_s": cluster.signal_delay_seconds,
+        "setup": [threads, *cluster.setup],
+        "dependency": dependency or None,
+        "array_parallelism": array_parallelism,
+        "stderr_to_stdout": True,
+        # Since SLURM 22.05 srun does not inherit the batch job's CPUs for each task.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"],
+        "additional_parameters": extra,
+    }
+    try:
+        executor = SlurmExecutor(folder=folder)
+    except RuntimeError:
+        raise RunError("srun is not installed here: this machine is no SLURM submit node; take cluster=local") from None
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    return executor
+
+
+def _submit_all(tasks: Sequence[Callable[[], None]], executor: Any) -> list[str]:
+    """One job, or an array; returns their names ("4711", or "4711_0", "4711_1", ...). Raises RunError."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.helpers import clean_env
+
+    try:
+        with clean_env(), executor.batch():
+            submitted = [executor.submit(task) for task in tasks]
+        return [entry.job_id for entry in submitted]
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        raise RunError(f"SLURM did not take the jobs: {str(error).strip()}") from error
