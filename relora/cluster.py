@@ -6,7 +6,7 @@ from typing import Any
 from relora.errors import ConfigError
 from relora.groups import at_least, one_of, positive
 
-START_UP_SECONDS = 60
+START_UP_SECONDS = 30
 """What a job is given to import, load its checkpoint and make its first update."""
 
 

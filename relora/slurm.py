@@ -59,6 +59,9 @@ class Job:
         if self.state in WHY_DEAD:
             return WHY_DEAD[self.state]
         code, _, number = self.exit_code.partition(":")
+        # srun passes on a signal that killed a task as its exit code; our own are 0, 1, 2 and 130.
+        if number in ("", "0") and code.isdigit() and 2 < int(code) < 32:
+            number = code
         if number not in ("", "0"):
             return f"killed by signal {number}{f' on {self.node}' if self.node else ''}"
         return f"its process ended with exit code {code or 'unknown'} and said nothing"

@@ -1,8 +1,10 @@
 """How runs stand: by their own files and, where they were submitted to SLURM, by what SLURM says of their jobs."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from relora import slurm
@@ -37,9 +39,10 @@ def observe(runs: Sequence[RunDir]) -> list[State]:
     """
     submissions = [read_json(run.submission_file) for run in runs]
     asked = [
-        submission["job"]
+        job
         for run, submission in zip(runs, submissions, strict=True)
         if submission and (run.status is None or run.status.state != "finished")
+        for job in (submission["job"], *submission["needs"])
     ]
     # SLURM first: what a job wrote before it ended is there when its files are read after this.
     jobs = slurm.jobs(asked) if asked and slurm.is_here() else {}
@@ -67,8 +70,27 @@ def _of(run: RunDir, submission: dict[str, Any], jobs: dict[str, slurm.Job]) -> 
         return State(name="running", message=f"on {job.node}" if job.node else "", requeues=job.requeues)
     if job.state in ("COMPLETED", "FAILED") and status is not None and status.state in ("failed", "interrupted"):
         return State(name=status.state, message=status.message, requeues=job.requeues)
+    for number, what in submission["needs"].items():
+        needed = jobs.get(number)
+        if needed is not None and not needed.alive and needed.state != "COMPLETED":
+            why = _why_dead(needed, log_of(Path(submission["log"]).parent, number))
+            return _settled(run, status, "failed", f"the {what} that it needs was not made (job {number}): {why}")
     name = "cancelled" if job.state == "CANCELLED" else "failed"
-    return _settled(run, status, name, job.why_dead, job.requeues)
+    return _settled(run, status, name, _why_dead(job, Path(submission["log"])), job.requeues)
+
+
+def log_of(folder: Path, job: str) -> Path:
+    """Where submitit writes what a job prints."""
+    return folder / f"{job}_0_log.out"
+
+
+def _why_dead(job: slurm.Job, log: Path) -> str:
+    """What SLURM says, but for memory, which some of its configurations tell in the log alone."""
+    if log.is_file() and job.state != "COMPLETED":
+        last_attempt = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
+        if re.search(r"slurmstepd.*(exceeded memory limit|oom.kill)", last_attempt, re.IGNORECASE):
+            return slurm.WHY_DEAD["OUT_OF_MEMORY"]
+    return job.why_dead
 
 
 def _of_local(run: RunDir, status: Status | None) -> State:

@@ -19,6 +19,7 @@ from relora.cluster import SlurmConfig
 from relora.errors import RunError
 from relora.job import EXIT_CODES, WARM_START_STANDS, job
 from relora.rundir import RunDir, Status, read_json, write_json
+from relora.state import log_of
 from relora.study import Planned
 
 T = TypeVar("T")
@@ -140,8 +141,9 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
     cluster = pending[0].config.cluster
     assert isinstance(cluster, SlurmConfig)
     corpora = _submit_corpora(pending, cluster, folder)
-    groups: dict[tuple[str, ...], list[Planned]] = defaultdict(list)
     warm_starts = _submit_warm_starts(pending, cluster, folder, corpora)
+    made_by = {**dict.fromkeys(corpora.values(), "corpus"), **dict.fromkeys(warm_starts.values(), "warm start")}
+    groups: dict[tuple[str, ...], list[Planned]] = defaultdict(list)
     for item in pending:
         needed = (corpora.get(_corpus_key(item)), warm_starts.get(warmstart.key(item.config)))
         groups[tuple(number for number in needed if number)].append(item)
@@ -163,7 +165,7 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
         )
         submitted.arrays.append(names[0].partition("_")[0])
         for item, name in zip(items, names, strict=True):
-            _record(item.run, name, folder)
+            _record(item.run, name, folder, {job: made_by[job] for job in needed})
     if study is not None:
         executor = _executor(_alone(cluster), folder, f"{study}-report", [("afterany", (*submitted.arrays, *after))])
         task = ReportTask(Path(pending[0].config.runs_dir), study)
@@ -208,9 +210,11 @@ def _submit_warm_starts(
     return found
 
 
-def _record(run: RunDir, name: str, folder: Path) -> None:
-    log = folder / f"{name}_0_log.out"
-    write_json(run.submission_file, {"job": name, "log": str(log), "submitted_ms": time.time_ns() // 1_000_000})
+def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str]) -> None:
+    """`needs`: the jobs that it waits for, and what each makes."""
+    submitted_ms = time.time_ns() // 1_000_000
+    log = str(log_of(folder, name))
+    write_json(run.submission_file, {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms})
 
 
 def _alone(cluster: SlurmConfig) -> SlurmConfig:

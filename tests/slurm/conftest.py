@@ -1,0 +1,35 @@
+"""A SLURM of two nodes for the tests of this folder; without one they are skipped, or fail where it is required."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from jobs import CLUSTER
+
+NEEDED = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "ip", "nsenter")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cluster() -> Iterator[None]:
+    """Up for the session. Its nodes are different hosts where network namespaces can be made."""
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    reason = f"{', '.join(missing)} missing; see tests/slurm/cluster.sh" if missing else ""
+    if not missing and os.geteuid() != 0:
+        reason = "a cluster of one's own needs root"
+    if reason:
+        if "slurm" in os.environ.get("RELORA_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    os.environ["NETNS"] = "1" if _namespaces_work() else "0"
+    subprocess.run(["bash", CLUSTER, "down"], check=False, capture_output=True)
+    subprocess.run(["bash", CLUSTER, "up"], check=True)
+    yield
+    subprocess.run(["bash", CLUSTER, "down"], check=False, capture_output=True)
+
+
+def _namespaces_work() -> bool:
+    made = subprocess.run(["ip", "netns", "add", "relora-probe"], check=False, capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", "relora-probe"], check=False, capture_output=True)
+    return made

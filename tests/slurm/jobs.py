@@ -1,0 +1,125 @@
+"""What the SLURM tests share: runs as a user launches them, what SLURM says of them, and undisturbed runs beside."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from small import REPOSITORY
+
+from relora.compose import compose
+from relora.rundir import RunDir, read_json
+
+T = TypeVar("T")
+
+CLUSTER = Path(__file__).with_name("cluster.sh")
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+"""Sums, and so weights, are the same to the bit only for the same number of threads."""
+
+SLOW = ("trainer.total_steps=3000", "trainer.validation_interval_steps=1000", "method.reset_interval_steps=500")
+"""Long enough, about half a minute, to be disturbed; checkpoints every 100 steps."""
+
+
+def relora(*arguments: str, code: int = 0) -> str:
+    """What a verb prints."""
+    command = [sys.executable, "-m", "relora", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_py(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> str:
+    """What `python run.py` prints."""
+    command = [sys.executable, "run.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD, cwd=cwd)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def standing(runs_dir: Path, name: str) -> list[dict[str, Any]]:
+    """`relora status --json`."""
+    return json.loads(relora("status", name, "--json", f"runs_dir={runs_dir}"))
+
+
+def eventually(question: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
+    """The first answer that is true."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.5)
+
+
+def ended(runs_dir: Path, name: str, seconds: float = 180.0) -> list[dict[str, Any]]:
+    """How the runs stand once none is queued or running."""
+
+    def all_ended() -> list[dict[str, Any]] | None:
+        rows = standing(runs_dir, name)
+        return None if {"queued", "running"} & {row["state"] for row in rows} else rows
+
+    return eventually(all_ended, f"{name} has ended", seconds)
+
+
+def folder(overrides: list[str]) -> RunDir:
+    """The run that the overrides describe."""
+    return RunDir(compose(overrides).run_dir)
+
+
+def job_of(run: RunDir) -> str:
+    """Its SLURM job."""
+    return read_json(run.submission_file)["job"]
+
+
+def accounted(job: str, field: str = "State") -> list[str]:
+    """What sacct keeps of a job, an entry for each time it was in the queue."""
+    command = ["sacct", "-n", "-P", "-X", "-D", "-j", job, "-o", field]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+
+
+def states_of(job: str) -> list[str]:
+    """How each attempt of a job ended, once the last has."""
+
+    def states() -> list[str] | None:
+        found = accounted(job)
+        return None if not found or found[-1] in ("PENDING", "RUNNING", "COMPLETING") else found
+
+    return eventually(states, f"job {job} has left its node", 30)
+
+
+def trains(run: RunDir, steps: int = 250) -> bool:
+    """Whether it has come some way, past a checkpoint or two."""
+    rows = run.metrics_file.read_bytes().count(b"\n") if run.metrics_file.exists() else 0
+    return rows > steps
+
+
+def weights(run: RunDir) -> bytes:
+    """Of the finished model."""
+    return (run.model / "model.safetensors").read_bytes()
+
+
+_UNDISTURBED: dict[str, bytes] = {}
+
+
+def undisturbed(overrides: list[str], tmp_path: Path) -> bytes:
+    """The weights of the same run, trained here from first to last in a process of its own."""
+    runs_dir = tmp_path / "undisturbed"
+    plain = [text for text in overrides if not text.startswith(("cluster", "runs_dir=", "tracker", "study="))]
+    here = [*plain, f"runs_dir={runs_dir}", "tracker=jsonl"]
+    key = compose(here).config_hash
+    if key not in _UNDISTURBED:
+        run_py(*here)
+        _UNDISTURBED[key] = weights(folder(here))
+    return _UNDISTURBED[key]
+
+
+def steps_logged(run: RunDir) -> list[int]:
+    """Of every row with a training loss, in the order they were written."""
+    rows = map(json.loads, run.metrics_file.read_text().splitlines())
+    return [row["step"] for row in rows if "train/loss" in row]

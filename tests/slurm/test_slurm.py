@@ -1,0 +1,309 @@
+"""Runs on a real SLURM: what becomes of them when they are left alone, and when they are not.
+
+However a run was disturbed, its model equals, to the bit, that of a run of the same config that was not.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import (
+    CLUSTER,
+    ONE_THREAD,
+    SLOW,
+    accounted,
+    ended,
+    eventually,
+    folder,
+    job_of,
+    relora,
+    run_py,
+    standing,
+    states_of,
+    steps_logged,
+    trains,
+    undisturbed,
+    weights,
+)
+from small import REPOSITORY
+
+from relora.compose import compose
+from relora.corpus import prepare
+from relora.tracking import open_store
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def one(tiny: list[str]) -> list[str]:
+    """A run of seconds as a job."""
+    return [*tiny, "cluster=slurm", "cluster.timeout_minutes=10"]
+
+
+@pytest.fixture
+def slow(one: list[str]) -> list[str]:
+    """A run that there is time to disturb."""
+    return [*one, *SLOW, "trainer.checkpoint_interval_steps=100"]
+
+
+def occupy(nodes: int = 2) -> str:
+    """A job of a higher partition on whole nodes; returns its number."""
+    command = ["sbatch", "--parsable", "-p", "high", "--exclusive", "-N", str(nodes), "-o", "/dev/null"]
+    done = subprocess.run([*command, "--wrap", "sleep 600"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def release(job: str) -> None:
+    subprocess.run(["scancel", job], check=True)
+
+
+def wait_for_finish(runs_dir: Path, name: str) -> None:
+    rows = ended(runs_dir, name)
+    assert {row["state"] for row in rows} == {"finished"}, rows
+
+
+# -------------------------------------------------------------------------------------------------- left alone
+
+
+def test_a_single_run_is_submitted_and_told(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    run = folder(one)
+    assert f"submitted {run.path.name} as job" in run_py(*one)
+    assert "is queued already" in run_py(*one) or "is running already" in run_py(*one)
+    wait_for_finish(runs_dir, run.path.name)
+    assert states_of(job_of(run)) == ["COMPLETED"]
+    assert "perplexity" in relora("logs", run.path.name, f"runs_dir={runs_dir}")
+    assert weights(run) == undisturbed(one, tmp_path)
+
+
+def test_a_study_is_arrays_behind_their_corpus_and_warm_start(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    study = [*one, "method.rank=2,3,4", "study=ranks", "cluster.max_parallel=2"]
+    shown = run_py("-m", *study)
+    assert "submitted 4 runs as arrays" in shown
+    assert "relora status ranks" in shown
+    names = subprocess.run(["squeue", "-h", "-o", "%j"], capture_output=True, text=True, check=True).stdout.split()
+    assert {"corpus", "ranks", "ranks-report"} <= set(names)
+    assert any(name.startswith("warm-start-") for name in names)
+    again = run_py("-m", *study)
+    assert "submitted nothing" in again
+    rows = standing(runs_dir, "ranks")
+    wait_for_finish(runs_dir, "ranks")
+    arms = [row["run"] for row in rows if row["role"] == "arm"]
+    logs = [relora("logs", f"ranks/{name}", f"runs_dir={runs_dir}") for name in arms]
+    assert all("waiting for the warm start" not in log for log in logs), "no node waits on a lock"
+    report = runs_dir / "studies" / "ranks" / "report" / "report.md"
+    eventually(lambda: report.exists(), "the report job")
+    assert "Full rank" in report.read_text()
+    assert run_py("-m", *study).count("finished") >= 4, "a study that is done says so"
+    for rank in (2, 4):
+        overrides = [*one, f"method.rank={rank}"]
+        assert weights(folder(overrides)) == undisturbed(overrides, tmp_path)
+
+
+def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for part in ("conf", "relora", "experiments", "sweeps"):
+        shutil.copytree(REPOSITORY / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "run.py", checkout)
+    blocker = occupy()
+    command = [sys.executable, "run.py", *one]
+    env = {**ONE_THREAD, "PYTHONPATH": str(checkout)}
+    subprocess.run(command, check=True, cwd=checkout, env=env)
+    for file in checkout.glob("conf/**/*.yaml"):
+        file.write_text("nonsense: [")
+    assert standing(runs_dir, folder(one).path.name)[0]["state"] == "queued"
+    release(blocker)
+    wait_for_finish(runs_dir, folder(one).path.name)
+    assert weights(folder(one)) == undisturbed(one, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.partition=nowhere", "nowhere"),
+        ("cluster.timeout_minutes=1", "cluster.timeout_minutes=1 is below what a checkpoint needs"),
+        ("cluster.mem_gb=500", "SLURM would refuse these jobs"),
+        ("+cluster.options.no-such-option=1", "no-such-option"),
+        ("+cluster.options.array=1", "is set by relora itself"),
+        ("cluster.nodes=3", "cannot be shared evenly by cluster.nodes * cluster.tasks_per_node = 3"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_queued(
+    one: list[str], runs_dir: Path, override: str, message: str
+) -> None:
+    for arguments in ([*one, override], ["-m", *one, "method.rank=2,4", "study=x", override]):
+        assert message in run_py(*arguments, code=2)
+    assert not runs_dir.exists()
+
+
+# -------------------------------------------------------------------------------------------------- disturbed
+
+
+def test_a_python_exception_is_failed_with_its_traceback(one: list[str], runs_dir: Path) -> None:
+    run = folder(one)
+    blocker = occupy()
+    run_py(*one)
+    (run.path / "checkpoints").write_text("a file where a folder should be")
+    release(blocker)
+    (row,) = ended(runs_dir, run.path.name)
+    assert row["state"] == "failed"
+    assert "Error" in row["message"]
+    assert states_of(job_of(run)) == ["FAILED"]
+    assert "Traceback" in relora("logs", run.path.name, f"runs_dir={runs_dir}")
+    (run.path / "checkpoints").unlink()
+    run_py(*one)
+    wait_for_finish(runs_dir, run.path.name)
+
+
+def test_a_killed_process_is_told_and_retried(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    overrides = [*slow, "method.rank=4,5", "study=killed"]
+    run = folder([*slow, "method.rank=5"])
+    run_py("-m", *overrides)
+    eventually(lambda: trains(run), "some steps")
+    assert run.status is not None
+    os.kill(run.status.pid, signal.SIGKILL)
+    rows = ended(runs_dir, "killed")
+    by_name = {row["run"]: row for row in rows}
+    assert by_name[run.path.name]["state"] == "failed"
+    assert "killed by signal 9 on n" in by_name[run.path.name]["message"]
+    assert [row["state"] for row in rows].count("finished") == 2
+    assert "submitted 1 runs" in relora("retry", "killed", f"runs_dir={runs_dir}")
+    wait_for_finish(runs_dir, "killed")
+    assert steps_logged(run) == list(range(1, 3001))
+    assert weights(run) == undisturbed([*slow, "method.rank=5"], tmp_path)
+
+
+@pytest.mark.parametrize("grace_seconds", [20, 0])
+def test_a_preempted_run_goes_on(slow: list[str], runs_dir: Path, tmp_path: Path, grace_seconds: int) -> None:
+    """With grace SLURM signals first; without, it kills at once and the last periodic checkpoint has to do."""
+    subprocess.run(["scontrol", "update", "partition=debug", f"GraceTime={grace_seconds}"], check=True)
+    run = folder(slow)
+    run_py(*slow)
+    eventually(lambda: trains(run), "some steps")
+    blocker = occupy()
+    eventually(lambda: standing(runs_dir, run.path.name)[0]["state"] == "queued", "preempted")
+    if grace_seconds:
+        assert run.status is not None
+        assert run.status.stopped_by in ("SIGUSR2", "SIGTERM")
+    release(blocker)
+    wait_for_finish(runs_dir, run.path.name)
+    states = states_of(job_of(run))
+    assert len(states) >= 2
+    assert states[-1] == "COMPLETED"
+    assert steps_logged(run) == list(range(1, 3001))
+    assert weights(run) == undisturbed(slow, tmp_path)
+
+
+def test_a_run_longer_than_its_walltime_goes_on(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    steps = "trainer.total_steps=6000"
+    overrides = [*slow, steps, "cluster.timeout_minutes=1", "cluster.signal_delay_seconds=15"]
+    run = folder(overrides)
+    run_py(*overrides)
+    rows = ended(runs_dir, run.path.name, seconds=400)
+    assert rows[0]["state"] == "finished"
+    assert rows[0]["requeues"] >= 1
+    assert states_of(job_of(run))[-1] == "COMPLETED"
+    assert steps_logged(run) == list(range(1, 6001))
+    assert weights(run) == undisturbed([*slow, steps], tmp_path)
+
+
+def test_a_cancelled_run_says_so_and_can_be_launched_again(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    overrides = [*slow, "method.rank=4,5", "study=stop", "cluster.max_parallel=1", "tracker=mlflow"]
+    run_py("-m", *overrides)
+    eventually(lambda: any(row["step"] > 250 for row in standing(runs_dir, "stop")), "some steps")
+    assert "3 runs cancelled" in relora("cancel", "stop", f"runs_dir={runs_dir}")
+    rows = ended(runs_dir, "stop")
+    assert {row["state"] for row in rows} == {"cancelled"}
+    assert all(row["message"].startswith("cancelled by") for row in rows)
+    eventually(lambda: not subprocess.run(["squeue", "-h"], capture_output=True).stdout.strip(), "an empty queue")
+    client = open_store(compose([*slow, "tracker=mlflow"]).mlflow_uri, runs_dir)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert {found.info.status for found in client.search_runs(experiments)} == {"KILLED"}
+    relora("report", "stop", f"runs_dir={runs_dir}")
+    assert "cancelled by" in (runs_dir / "studies" / "stop" / "report" / "report.md").read_text()
+    run_py("-m", *overrides[:-2], "cluster.max_parallel=4", "tracker=mlflow")
+    wait_for_finish(runs_dir, "stop")
+    states = [found.info.status for found in client.search_runs(experiments, "tags.`study.stop` = '1'")]
+    assert states == ["FINISHED"] * 3
+    assert weights(folder([*slow, "method.rank=5"])) == undisturbed([*slow, "method.rank=5"], tmp_path)
+
+
+def test_a_run_that_takes_too_much_memory_is_named(one: list[str], runs_dir: Path) -> None:
+    run = folder(one)
+    run_py(*one, "cluster.mem_gb=0.05")
+    (row,) = ended(runs_dir, run.path.name)
+    assert row["state"] == "failed"
+    assert "the corpus that it needs was not made" in row["message"]
+    assert "out of memory" in row["message"]
+    prepare(compose(one).data, runs_dir / "corpora", print)
+    run_py(*one, "cluster.mem_gb=0.05")
+    (row,) = ended(runs_dir, run.path.name)
+    assert row["state"] == "failed"
+    assert row["message"].startswith("out of memory")
+    assert run.status is not None
+    assert run.status.message == row["message"]
+    run_py(*one, "cluster.mem_gb=2")
+    wait_for_finish(runs_dir, run.path.name)
+
+
+@pytest.mark.skipif(os.environ.get("NETNS") == "0", reason="its nodes are one host, which cannot die alone")
+def test_a_run_whose_node_dies_goes_on_at_another(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    run = folder(slow)
+    run_py(*slow)
+    eventually(lambda: trains(run), "some steps")
+    (node,) = accounted(job_of(run), "NodeList")
+    subprocess.run(["bash", CLUSTER, "kill-node", node.removeprefix("n")], check=True)
+    try:
+        wait_for_finish(runs_dir, run.path.name)
+    finally:
+        subprocess.run(["bash", CLUSTER, "start-node", node.removeprefix("n")], check=True)
+    states = states_of(job_of(run))
+    assert "NODE_FAIL" in states[0]
+    assert states[-1] == "COMPLETED"
+    assert steps_logged(run) == list(range(1, 3001))
+    assert weights(run) == undisturbed(slow, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- MLflow
+
+
+def test_an_mlflow_server_takes_sixteen_runs_at_once_and_a_restart(one: list[str], runs_dir: Path) -> None:
+    host = "10.99.0.1" if os.environ["NETNS"] == "1" else "127.0.0.1"
+
+    def serve() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "relora", "ui", "--host", host, "--port", "5055", f"runs_dir={runs_dir}"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+        assert server.stdout is not None
+        assert f"http://{host}:5055" in server.stdout.readline()
+        return server
+
+    server = serve()
+    try:
+        seeds = ",".join(map(str, range(16)))
+        overrides = [*one, "method=full", f"trainer.seed={seeds}", "study=many", "cluster.max_parallel=16"]
+        run_py("-m", *overrides, "tracker=mlflow", f"tracker.uri=http://{host}:5055", "trainer.total_steps=60")
+        eventually(lambda: any(row["state"] == "finished" for row in standing(runs_dir, "many")), "a first run")
+        server.send_signal(signal.SIGTERM)
+        server.wait()
+        server = serve()
+        wait_for_finish(runs_dir, "many")
+        relora("report", "many", f"runs_dir={runs_dir}")
+        client = open_store(f"sqlite:///{runs_dir / 'mlflow.db'}", runs_dir)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(experiments, "tags.`study.many` = '1'")
+        assert sorted(run.info.status for run in found) == ["FINISHED"] * 16
+        for run in found:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+            assert sorted(steps) == list(range(1, 61))
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait()
