@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "relora"
 FLOORS = [
     ["errors", "cost", "schedule"],
     ["lowrank", "reset", "galore"],
-    ["groups", "config", "model", "data", "rundir", "metrics", "checkpoint", "warmstart", "evaluate"],
+    ["groups", "config", "model", "data", "rundir", "metrics", "checkpoint", "warmstart", "distributed", "evaluate"],
     ["methods", "trainer"],
     ["compose", "compare", "tracking", "corpus", "console", "report"],
-    ["job", "launch", "tune", "clean", "cli"],
+    ["ranks", "job", "launch", "tune", "clean", "cli"],
 ]
 """From the ground up; a module imports from floors below its own, or from one that stands before it on its own."""
 
