@@ -18,9 +18,10 @@ from relora.lowrank import low_rank_layers
 from relora.metrics import read_rows, row_metrics
 from relora.rundir import RunDir
 
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-5, 2e-4
-"""Absolute. Another number of ranks adds fp32 gradients up in another order: 1e-7 of each, which Adam (whose updates do
-not shrink with the gradient) and 14 steps carry into the weights. The ranks of one run are equal to the bit."""
+TOLERANCE = 1e-5
+"""Absolute, of losses and weights. Another number of ranks adds fp32 gradients up in another order; 14 steps made of
+it 4e-7 in the losses and 2e-7 in the weights. A restart may turn such a difference into more: the pruning of the
+optimizer's state has a threshold, and a value beside it falls on either side. The ranks of one run are bit-equal."""
 
 LONG = ["trainer.total_steps=2003", "method.reset_interval_steps=1000", "trainer.validation_interval_steps=1000"]
 
@@ -135,8 +136,8 @@ def test_another_number_of_ranks_learns_the_same(undisturbed: dict[int, RunDir],
     alone, together = undisturbed[1], undisturbed[size]
     losses, others = series(alone, "train/loss"), series(together, "train/loss")
     assert losses.keys() == others.keys()
-    assert max(abs(losses[step] - others[step]) for step in losses) < LOSS_TOLERANCE
-    assert 0 < weight_gap(alone, together) < WEIGHT_TOLERANCE
+    assert max(abs(losses[step] - others[step]) for step in losses) < TOLERANCE
+    assert 0 < weight_gap(alone, together) < TOLERANCE
 
 
 def test_evaluation_gives_the_same_bits_for_any_number_of_ranks(undisturbed: dict[int, RunDir]) -> None:
@@ -229,8 +230,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         run = trained(size, [*few, f"runs_dir={folder}"])
         assert "resumed at step 8 of 14" in (folder / "log.txt").read_text()
         losses, others = series(run, "train/loss"), series(undisturbed[2], "train/loss")
-        assert max(abs(losses[step] - others[step]) for step in losses) < LOSS_TOLERANCE
-        assert 0 < weight_gap(run, undisturbed[2]) < WEIGHT_TOLERANCE
+        assert max(abs(losses[step] - others[step]) for step in losses) < TOLERANCE
+        assert 0 < weight_gap(run, undisturbed[2]) < TOLERANCE
 
 
 # ------------------------------------------------------------------------------------------------- stopped and failed
