@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relora import compose
+from relora.distributed import World
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json
 
@@ -36,19 +37,24 @@ def run(argv: Sequence[str]) -> int:
 
 def _told(action: Callable[[], int]) -> int:
     """Run a command; what a person can mend becomes one message and an exit code, never a traceback."""
+
+    def tell(message: object) -> None:
+        if World.here().is_first:
+            print(f"relora: {message}", file=sys.stderr)
+
     try:
         return action()
     except ConfigError as error:
-        print(f"relora: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except RunError as error:
-        print(f"relora: {error}", file=sys.stderr)
+        tell(error)
         return 1
     except KeyboardInterrupt:
-        print("relora: interrupted", file=sys.stderr)
+        tell("interrupted")
         return 130
     except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"relora: {error}", file=sys.stderr)
+        tell(error)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,6 +143,8 @@ def _train(argv: Sequence[str]) -> int:
     options = [argument for argument in argv if argument.startswith("-")]
     hydras = any(argument.startswith(("hydra/launcher=", "hydra/sweeper=")) for argument in argv)
     if options in (["-m"], ["--multirun"]) and not hydras:
+        if World.here().size > 1:
+            raise ConfigError("-m starts the runs of a study by itself; give torchrun a single run, or leave it out")
         from relora.launch import launch_study
         from relora.tune import tune
 
@@ -187,13 +195,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from relora.corpus import prepare
     from relora.evaluate import evaluate
-    from relora.job import choose_device
     from relora.model import load_pretrained
+    from relora.ranks import choose_device
 
     def say(message: str) -> None:
         print(message, file=sys.stderr)
 
-    device = choose_device(config.trainer.device)
+    device = choose_device(config.trainer.device, World())
     corpus = prepare(config.data, Path(config.runs_dir) / "corpora", say)
     result = evaluate(
         load_pretrained(folder, device),

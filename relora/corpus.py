@@ -84,6 +84,11 @@ def prepare(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Co
         with FileLock(corpora / f"{folder.name}.lock"):
             if not (folder / "meta.json").exists():
                 _build(config, files, folder, say)
+    return load(folder)
+
+
+def load(folder: Path) -> Corpus:
+    """A corpus that stands already."""
     meta = json.loads((folder / "meta.json").read_text())
     names = ("corpus_digest", "tokenizer_digest", "vocab_size", "end_of_text_id", "dtype", "splits")
     return Corpus(folder=folder, **{name: meta[name] for name in names})

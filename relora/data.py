@@ -71,7 +71,14 @@ class TokenSequences:
         window_BxT1 = torch.from_numpy(self.tokens[offsets].astype(np.int64))
         return window_BxT1[:, :-1], window_BxT1[:, 1:]
 
-    def training_batch(self, step: int, sequences_per_step: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The batch of the update at `step`: the same for every caller, whatever was read before."""
-        positions = np.arange(step * sequences_per_step, (step + 1) * sequences_per_step, dtype=np.int64)
+    def training_batch(
+        self, step: int, sequences_per_step: int, seed: int, *, rank: int = 0, ranks: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The batch of the update at `step`: the same for every caller, whatever was read before.
+
+        Of its `ranks` equal slices, the one of `rank`.
+        """
+        share = sequences_per_step // ranks
+        first = step * sequences_per_step + rank * share
+        positions = np.arange(first, first + share, dtype=np.int64)
         return self.batch(permuted(positions, self.count, seed))

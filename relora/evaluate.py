@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from relora.data import TokenSequences
-from relora.model import precision_context, summed_cross_entropy
+from relora.distributed import World
+from relora.model import fits, precision_context, summed_cross_entropy
+
+ALONE = World()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +29,37 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: TokenSequences, *, sequences_per_batch: int, precision: str, device: torch.device
+    model: nn.Module,
+    data: TokenSequences,
+    *,
+    sequences_per_batch: int,
+    precision: str,
+    device: torch.device,
+    world: World = ALONE,
 ) -> Evaluation:
-    """Every sequence of `data` exactly once, the last batch smaller where it must be; the sum is kept in float64."""
+    """Every sequence of `data` exactly once, the last batch smaller where it must be.
+
+    The batches are dealt to the ranks of `world`. Their sums are added up in float64 and in the order of the batches,
+    so that the result is the same to the bit for any number of ranks. Raises torch.OutOfMemoryError, on all ranks,
+    where a batch did not fit into memory.
+    """
+    starts = range(0, data.count, sequences_per_batch)
+    sums_N = torch.zeros(len(starts), dtype=torch.float64, device=device)
+
+    def own_batches() -> None:
+        for number in range(world.rank, len(starts), world.size):
+            last = min(starts[number] + sequences_per_batch, data.count)
+            indices = np.arange(starts[number], last, dtype=np.int64)
+            inputs_BxT, targets_BxT = (tokens.to(device) for tokens in data.batch(indices))
+            with precision_context(precision, device):
+                sums_N[number] = summed_cross_entropy(model, inputs_BxT, targets_BxT).double()
+
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, data.count, sequences_per_batch):
-        indices = np.arange(start, min(start + sequences_per_batch, data.count), dtype=np.int64)
-        inputs_BxT, targets_BxT = (tokens.to(device) for tokens in data.batch(indices))
-        with precision_context(precision, device):
-            total += summed_cross_entropy(model, inputs_BxT, targets_BxT).double()
+    fitted = fits(own_batches)
     model.train(was_training)
+    total = 0.0
+    for batch_sum in world.sum(sums_N, fitted=fitted).tolist():
+        total += batch_sum
     tokens = data.count * data.sequence_length_tokens
-    return Evaluation(loss=total.item() / tokens, tokens=tokens)
+    return Evaluation(loss=total / tokens, tokens=tokens)

@@ -275,7 +275,10 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
-    """Budget, batch, precision and cadence; `total_tokens`, where given, decides instead of `total_steps`."""
+    """Budget, batch, precision and cadence; `total_tokens`, where given, decides instead of `total_steps`.
+
+    `sequences_per_step` are shared by all ranks; each takes at most `sequences_per_micro_step` of its share at a time.
+    """
 
     total_steps: int | None = field(default=None, metadata=UNHASHED)
     total_tokens: Any = field(default=None, metadata=UNHASHED)

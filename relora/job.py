@@ -1,6 +1,5 @@
 """One run from its folder to its end: the callable that every launcher runs."""
 
-import errno
 import os
 import shlex
 import signal
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from relora import compose
 from relora.config import RunConfig
 from relora.console import Console
-from relora.errors import ConfigError, RunError
+from relora.distributed import PeerLost, World
+from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
 from relora.metrics import Broadcast, MetricsLog
+from relora.ranks import build_trainer, choose_device, in_words, take_part, then_stop
 from relora.rundir import PROBE_SECONDS, RunDir, Status, read_json, write_json
 
 if TYPE_CHECKING:
-    import torch
-
     from relora.corpus import Corpus
     from relora.tracking import MirrorThread
     from relora.trainer import Trainer
@@ -37,11 +36,6 @@ NODE_LOCK_SECONDS = 60.0
 
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR2: "SIGUSR2"}
 
-WARM_START_STANDS = "the warm start is trained; the runs that share it go on from there"
-
-MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-"""A full disk and its kin: nothing a traceback could explain."""
-
 MERGE_TOLERANCE = {"fp32": 1e-3, "bf16_autocast": 1e-3, "bf16": 5e-2}
 """How far the merged model's logits may be from the factored one's, relative to the largest: storage rounding."""
 
@@ -49,10 +43,11 @@ MERGE_TOLERANCE = {"fp32": 1e-3, "bf16_autocast": 1e-3, "bf16": 5e-2}
 def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
     """Freeze `config` into its run folder and run it here; the same launch again resumes or says that it is done."""
     run = RunDir(config.run_dir)
-    run.path.mkdir(parents=True, exist_ok=True)
-    with run.locked():
-        compose.freeze(config, run.config_file)
-        write_json(run.launch_file, {"overrides": list(overrides)})
+    if World.here().is_first:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with run.locked():
+            compose.freeze(config, run.config_file)
+            write_json(run.launch_file, {"overrides": list(overrides)})
     return job(run.path)
 
 
@@ -63,29 +58,39 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
     MLflow store that is a file. `warm_start_only`: stop when the warm start stands for all runs that share it.
 
     Raises RunError when another process trains it. Any failure inside is told, recorded and returned, not raised.
+    The processes of a relora.distributed.World that call it together train it together; rank 0 alone writes and tells.
     """
-    run = RunDir(path)
+    run, world = RunDir(path), World.here()
+    if not world.is_first:
+        signals = StopSignals(lambda message: None)
+        with signals.installed(), signals.asking():
+            return take_part(run, world, lambda: signals.reason, warm_start_only=warm_start_only)
     with run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
         config, previous = compose.thaw(run.config_file), run.status
         if previous is not None and previous.state == "finished":
             print(_already_done(run, previous))
             print(summary_text(run, config, previous))
             return previous
-        status = Status(state="running", git_commit=git_commit())
+        status = Status(state="running", git_commit=git_commit(), ranks=world.size)
         if previous is not None:
             status.attempt, status.started_ms = previous.attempt + 1, previous.started_ms
             status.corpus = previous.corpus
+            status.ranks = world.size if previous.ranks == world.size else 0
         status.slurm_job_id = os.environ.get("SLURM_JOB_ID", "") if on_node else ""
         run.status = status
-        _Attempt(run, config, status, on_node=on_node, warm_start_only=warm_start_only).run_to_end()
+        for rank in run.rank_errors:
+            run.error_file(rank).unlink()
+        _Attempt(run, config, status, world, on_node=on_node, warm_start_only=warm_start_only).run_to_end()
         return status
 
 
 class _Attempt:
     """One try at a run: builds the parts, trains, exports, and leaves a true status whatever happens."""
 
-    def __init__(self, run: RunDir, config: RunConfig, status: Status, *, on_node: bool, warm_start_only: bool) -> None:
-        self.run, self.config, self.status = run, config, status
+    def __init__(
+        self, run: RunDir, config: RunConfig, status: Status, world: World, *, on_node: bool, warm_start_only: bool
+    ) -> None:
+        self.run, self.config, self.status, self.world = run, config, status, world
         self.on_node, self.warm_start_only = on_node, warm_start_only
         self.console = Console(config.tokens_per_step)
         self.signals = StopSignals(self.console.say)
@@ -96,7 +101,8 @@ class _Attempt:
         with self.signals.installed():
             mirror = self._start_mirror()
             try:
-                self.status.summary = self._train_and_export()
+                with self.world.joined():
+                    self.status.summary = self._train_and_export()
                 self.status.state = "finished"
             except BaseException as error:  # the status must be true even for KeyboardInterrupt and SystemExit
                 self._record(error)
@@ -125,75 +131,61 @@ class _Attempt:
         return MirrorThread(Mirror(self.run, self.config), self.console.say)
 
     def _record(self, error: BaseException) -> None:
-        from relora.trainer import Interrupted
-
         self.console.close()
         self.status.state, self.status.stopped_by = "failed", self.signals.reason or ""
-        if isinstance(error, WarmStartTrained):
-            self.status.state, self.status.message = "interrupted", WARM_START_STANDS
+        causes = self.run.rank_errors if isinstance(error, (PeerLost, KeyboardInterrupt)) else {}
+        if causes:
+            told = "; ".join(f"rank {rank} failed: {message}" for rank, message in causes.items())
+            self.status.message = f"{told} (in full: {self.run.path}/rank-*.error)"
+        elif isinstance(error, WarmStartTrained):
+            self.status.state, self.status.message = "interrupted", str(error)
         elif isinstance(error, Interrupted):
             self.status.state = "interrupted"
             self.status.message = f"{error}; a checkpoint is written"
         elif isinstance(error, KeyboardInterrupt):
             self.status.state = "interrupted"
             self.status.message = f"{self.signals.reason or 'Ctrl-C'}; the newest checkpoint stands"
-        elif isinstance(error, (ConfigError, RunError)) or (
-            isinstance(error, OSError) and error.errno in MENDABLE_ERRNOS
-        ):
-            self.status.message = str(error)
         else:
-            traceback.print_exception(error)
-            self.status.message = f"{type(error).__name__}: {error}"
+            self.status.message = in_words(error)
+            if self.status.message != str(error):
+                traceback.print_exception(error)
 
     def _train_and_export(self) -> dict[str, Any]:
         import torch
 
         from relora import corpus as corpora
         from relora import warmstart
-        from relora.model import build, peak_memory_bytes
-        from relora.trainer import Trainer
+        from relora.model import peak_memory_bytes
 
-        config, say = self.config, self.console.say
-        device = choose_device(config.trainer.device)
+        config, say, world = self.config, self.console.say, self.world
+        world.share(config.trainer.sequences_per_step)  # refused before hours go into the preparation of a text
+        device = choose_device(config.trainer.device, world)
         self.status.device = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
         corpus = corpora.prepare(config.data, Path(config.runs_dir) / "corpora", say)
         self._check_corpus(corpus.identity)
-        vocab_size = config.model.vocab_size or corpus.vocab_size
-        if vocab_size < corpus.vocab_size:
-            raise RunError(
-                f"model.vocab_size={vocab_size} is below the tokenizer's {corpus.vocab_size}; "
-                "leave model.vocab_size null"
-            )
-        length = config.data.sequence_length_tokens
-        training = corpus.sequences("train", length)
         origin = {**corpus.identity, "device": device.type}
+        exact = device.type == "cpu" and self.status.ranks == world.size
         with (
             warmstart.shared(config, self.run, origin, say) as publish_warm_start,
-            MetricsLog.opened(self.run.metrics_file, exact=device.type == "cpu") as log,
+            MetricsLog.opened(self.run.metrics_file, exact=exact) as log,
         ):
+            world.told_by_first((os.fspath(corpus.folder), publish_warm_start is not None))
             if self.warm_start_only:
-                publish_warm_start = _then_stop(publish_warm_start)
-            trainer = Trainer(
+                publish_warm_start = then_stop(publish_warm_start)
+            trainer = build_trainer(
+                self.run,
                 config,
-                build(
-                    config.model,
-                    config.trained_shape(vocab_size),
-                    end_of_text_id=corpus.end_of_text_id,
-                    seed=config.trainer.seed,
-                ),
-                training,
-                corpus.sequences("validation", length),
+                corpus,
                 Broadcast([log, self.console]),
-                vocab_size=vocab_size,
-                checkpoint_folder=self.run.checkpoints,
+                world=world,
                 device=device,
                 stop=lambda: self.signals.reason,
                 on_warm_start=publish_warm_start,
             )
-            epochs = config.total_steps * config.trainer.sequences_per_step / training.count
-            cost = trainer.method_cost
+            epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
+            cost, ranks = trainer.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
             say(
-                f"{config.method.name} on {device}: {cost.parameters / 1e6:.2f}M parameters, "
+                f"{config.method.name} on {ranks}{device}: {cost.parameters / 1e6:.2f}M parameters, "
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
                 f"{config.tokens_per_step:,} tokens, {epochs:.2f} epochs of the training text"
             )
@@ -272,22 +264,6 @@ class _Attempt:
         return {"test_loss": test.loss, "test_perplexity": test.perplexity, "sample": text}
 
 
-class WarmStartTrained(Exception):  # noqa: N818 -- no error
-    """The warm start stands, and this job was to do no more."""
-
-
-def _then_stop(publish: Callable[[], None] | None) -> Callable[[], None]:
-    """`publish`, and then no further; at once where there is nothing to publish."""
-    if publish is None:
-        raise WarmStartTrained
-
-    def publish_and_stop() -> None:
-        publish()
-        raise WarmStartTrained
-
-    return publish_and_stop
-
-
 class StopSignals:
     """Ctrl-C, SIGTERM and SLURM's SIGUSR2: a wish while the trainer asks for it, an interruption elsewhere.
 
@@ -319,28 +295,20 @@ class StopSignals:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Inside, the first signal only sets `reason`."""
+        """Inside, the first signal only sets `reason`; so it does after an error, to leave its recording undisturbed.
+
+        For a launcher sends SIGTERM to all ranks as soon as one has died.
+        """
         self._asking = True
         try:
             yield
-        finally:
-            self._asking = False
+        except BaseException:
+            self.say = lambda message: None
+            raise
+        self._asking = False
 
 
 # ------------------------------------------------------------------------------------------------ small questions
-
-
-def choose_device(name: str) -> "torch.device":
-    """The device that `trainer.device` means here. Raises RunError where there is none."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda"):
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(name.partition(":")[2] or 0) >= seen:
-            raise RunError(f"trainer.device={name}: torch sees {seen} CUDA devices; take trainer.device=auto or cpu")
-    return torch.device(name)
 
 
 def prompt_for(config: RunConfig) -> str:
@@ -437,4 +405,4 @@ if __name__ == "__main__":
     try:
         sys.exit(EXIT_CODES[job(Path(sys.argv[1])).state])
     except (ConfigError, RunError) as problem:
-        sys.exit(f"relora: {problem}")
+        sys.exit(f"relora: {problem}" if World.here().is_first else 1)

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,18 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def fits(action: Callable[[], None]) -> bool:
+    """Do `action`; False where memory ran out in it, on the GPU or the CPU."""
+    try:
+        action()
+    except (RuntimeError, MemoryError) as error:
+        # The CPU allocator raises a RuntimeError that only its text tells.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        return False
+    return True
 
 
 def logits(model: nn.Module, inputs_BxT: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class Status:
     device: str = ""
     slurm_job_id: str = ""
     git_commit: str | None = None
+    ranks: int = 1
+    """Processes that train it together; 0 once attempts differed in that, and with it steps that are replayed."""
     corpus: dict[str, str] = field(default_factory=dict)
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     """Of the first attempt."""
@@ -76,6 +78,16 @@ class RunDir:
     def checkpoints(self) -> Path:
         """State to resume from."""
         return self.path / "checkpoints"
+
+    def error_file(self, rank: int) -> Path:
+        """What ended a rank other than the first in this attempt: a line for people, and the traceback."""
+        return self.path / f"rank-{rank}.error"
+
+    @property
+    def rank_errors(self) -> dict[int, str]:
+        """The line for people of every rank that left one."""
+        files = sorted((int(file.stem.removeprefix("rank-")), file) for file in self.path.glob("rank-*.error"))
+        return {rank: file.read_text().partition("\n")[0] for rank, file in files}
 
     @property
     def model(self) -> Path:

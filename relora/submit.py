@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from relora import compose, slurm, warmstart
 from relora.cluster import SlurmConfig
-from relora.errors import RunError
-from relora.job import EXIT_CODES, WARM_START_STANDS, job
+from relora.errors import RunError, WarmStartTrained
+from relora.job import EXIT_CODES, job
 from relora.rundir import RunDir, Status, read_json, write_json
 from relora.state import log_of
 from relora.study import Planned
@@ -45,7 +45,7 @@ class RunTask:
             status = job(self.path, on_node=True, warm_start_only=self.warm_start_only)
         except RunError as error:
             sys.exit(f"relora: {error}")
-        if status.state == "finished" or status.message == WARM_START_STANDS:
+        if status.state == "finished" or status.message == str(WarmStartTrained()):
             return
         if status.state == "interrupted":
             # The first rank alone speaks to SLURM, and a rank that fails would end it before it has.

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relora import checkpoint
 from relora.config import RunConfig
 from relora.data import TokenSequences
-from relora.errors import RunError
-from relora.evaluate import Evaluation, evaluate
+from relora.distributed import World, digest
+from relora.errors import Interrupted, RunError
+from relora.evaluate import ALONE, Evaluation, evaluate
 from relora.groups import LoRAConfig
 from relora.lowrank import keyed_generator
 from relora.methods import build_method, build_optimizer, learning_rate_factor
 from relora.metrics import Progress, Tracker
-from relora.model import peak_memory_bytes, precision_context, summed_cross_entropy
+from relora.model import fits, peak_memory_bytes, precision_context, summed_cross_entropy
 
 T = TypeVar("T")
 
@@ -30,14 +31,6 @@ SMOOTHED_STEPS = 20
 
 class TrainingError(RunError):
     """Training cannot go on."""
-
-
-class Interrupted(Exception):  # noqa: N818 -- like KeyboardInterrupt, no error
-    """The run was asked to stop, and wrote a checkpoint first."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        super().__init__(f"{reason} after step {step}")
-        self.step, self.reason = step, reason
 
 
 @dataclass(kw_only=True)
@@ -58,7 +51,11 @@ class Trainer:
 
     `stop` is asked once a step and answers with a reason to stop, or None. `on_warm_start` is called when the warm
     start is trained and its checkpoint written. Construction picks up the newest checkpoint
-    of `checkpoint_folder`; on the CPU the continued run equals an uninterrupted one to the bit.
+    of `checkpoint_folder`; on the CPU the continued run equals an uninterrupted one of as many ranks to the bit.
+
+    Every rank of `world` makes a Trainer of its own with equal arguments, but for `tracker` and `stop`, and is equal to
+    the others to the bit after every update; rank 0 writes the checkpoints. A wish to stop, on any rank, stops all at
+    the same step. Raises RunError where the ranks cannot share a batch evenly.
     """
 
     def __init__(
@@ -74,9 +71,10 @@ class Trainer:
         device: torch.device,
         stop: Callable[[], str | None] = lambda: None,
         on_warm_start: Callable[[], None] | None = None,
+        world: World = ALONE,
     ) -> None:
         self.config, self.device, self.tracker, self.stop = config, device, tracker, stop
-        self.on_warm_start = on_warm_start
+        self.on_warm_start, self.world = on_warm_start, world
         self.training, self.validation, self.checkpoint_folder = training, validation, checkpoint_folder
         self.model = model.to(device, torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32)
         self.method = build_method(config)
@@ -84,13 +82,17 @@ class Trainer:
         self.factor = learning_rate_factor(config)
         self.warm_start_cost = config.cost(vocab_size, warm_start=True)
         self.method_cost = config.cost(vocab_size)
+        self.share = world.share(config.trainer.sequences_per_step)
         self.counters = Counters(
-            sequences_per_micro_step=config.trainer.sequences_per_micro_step or config.trainer.sequences_per_step
+            sequences_per_micro_step=self._micro_step(config.trainer.sequences_per_micro_step or self.share)
         )
         self.optimizer = build_optimizer(self.model, config, config.warm_start_learning_rate, warm_start=True)
         self.first_step = 0
         self._durations: deque[float] = deque(maxlen=SMOOTHED_STEPS)
+        self._own_wish: str | None = None
+        self._wishes = 0.0
         self._resume()
+        self.check_ranks(self.first_step)
 
     # ---------------------------------------------------------------------------------------------- Algorithm 1
 
@@ -101,7 +103,7 @@ class Trainer:
         for step in range(self.first_step, self.clock.total_steps):
             if step % settings.validation_interval_steps == 0:
                 self.validate(step)
-            stopping = self.stop()
+            stopping = self.stopping()
             if stopping or (step > self.first_step and step % settings.checkpoint_interval_steps == 0):
                 self.save(step)
             if stopping:
@@ -131,6 +133,7 @@ class Trainer:
         """The warm start is over: the method takes the model, with a new optimizer."""
         self.method.begin(self.model)
         self.optimizer = build_optimizer(self.model, self.config, self.config.optimizer.learning_rate)
+        self.check_ranks(step)
         if step:
             self.tracker.say(f"step {step}: the warm start ends, {self.config.method.name} begins")
 
@@ -138,6 +141,7 @@ class Trainer:
         """Merge, re-initialise and reset; the schedule ramps up again by itself."""
         number = self.clock.restarts_before(step + 1)
         done = self.method.restart(self.model, self.optimizer, number)
+        self.check_ranks(step)
         factor = self.factor(step)
         self.tracker.log(
             step,
@@ -157,26 +161,35 @@ class Trainer:
         )
 
     def forward_backward(self, step: int) -> float:
-        """Accumulate the gradient of the mean loss over the step's batch; return that loss."""
-        settings = self.config.trainer
-        inputs_BxT, targets_BxT = self.training.training_batch(step, settings.sequences_per_step, settings.seed)
-        if isinstance(self.config.method, LoRAConfig) and self.config.method.dropout > 0:
-            torch.manual_seed(keyed_generator(f"dropout/{settings.seed}/{step}").initial_seed())
+        """Accumulate the gradient of the mean loss over the step's batch, of all ranks; return that loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        fitted = fits(lambda: self._accumulate(step, total))
+        own = (total.item() / self.config.tokens_per_step, float(self._own_wish is not None))
+        loss, self._wishes = self.world.sum_gradients(self._parameters, own, fitted=fitted)
+        return loss
+
+    def _accumulate(self, step: int, total: Tensor) -> None:
+        """This rank's share: its part of the gradient, and its summed loss on top of `total`."""
+        settings, rank = self.config.trainer, self.world.rank
+        inputs_BxT, targets_BxT = self.training.training_batch(
+            step, settings.sequences_per_step, settings.seed, rank=rank, ranks=self.world.size
+        )
+        if isinstance(self.config.method, LoRAConfig) and self.config.method.dropout > 0:
+            key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
+            torch.manual_seed(keyed_generator(key).initial_seed())
         micro = self.counters.sequences_per_micro_step
         for inputs, targets in zip(inputs_BxT.split(micro), targets_BxT.split(micro), strict=True):
             with precision_context(settings.precision, self.device):
                 summed = summed_cross_entropy(self.model, inputs.to(self.device), targets.to(self.device))
-            (summed / targets_BxT.numel()).backward()
+            (summed / self.config.tokens_per_step).backward()
             total += summed.detach().double()
-        return total.item() / targets_BxT.numel()
 
     def update(self, step: int, loss: float) -> float:
         """Clip, set the learning rate and step; return the gradient norm. A non-finite update is skipped and counted.
 
         The clock is a function of the step, so a skipped update leaves it in phase.
         """
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = self._parameters
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         gradient_norm = norm.item()
@@ -192,6 +205,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return gradient_norm
 
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """What is trained, in the optimizer's order: the same on all ranks and in every attempt."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def stopping(self) -> str | None:
+        """Why to stop before this update. Several ranks told each other in the sum of the last one."""
+        self._own_wish = self.stop()
+        if self.world.size == 1:
+            return self._own_wish
+        return (self._own_wish or "another rank was asked to stop") if self._wishes else None
+
     # ------------------------------------------------------------------------------------------ what goes wrong
 
     def _skip(self, step: int, loss: float, gradient_norm: float) -> None:
@@ -206,31 +231,50 @@ class Trainer:
             )
 
     def within_memory(self, action: Callable[[], T]) -> T:
-        """The result of `action`, tried again with half as many sequences at a time whenever memory runs out."""
+        """The result of `action`, tried again with half as many sequences at a time whenever memory runs out.
+
+        `action` raises torch.OutOfMemoryError on all ranks or on none.
+        """
         while True:
             try:
                 return action()
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
+            except torch.OutOfMemoryError:
+                pass
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._halve_micro_step()
 
     def _halve_micro_step(self) -> None:
-        size, whole = self.counters.sequences_per_micro_step, self.config.trainer.sequences_per_step
+        size = self.counters.sequences_per_micro_step
         if size == 1:
             raise TrainingError(
                 f"out of memory on {self.device} with one sequence of {self.config.data.sequence_length_tokens} tokens "
                 "at a time; take a smaller model, shorter sequences or trainer.precision=bf16"
             )
-        smaller = next(n for n in range(size // 2, 0, -1) if whole % n == 0)
-        self.counters.sequences_per_micro_step = smaller
+        smaller = self.counters.sequences_per_micro_step = self._micro_step(size // 2)
         self.tracker.say(
             f"out of memory on {self.device} with {size} sequences at a time; going on with "
-            f"trainer.sequences_per_micro_step={smaller} (the batch of an update stays {whole})"
+            f"trainer.sequences_per_micro_step={smaller} (the batch of an update stays "
+            f"{self.config.trainer.sequences_per_step})"
         )
+
+    def _micro_step(self, wanted: int) -> int:
+        """The most sequences at a time, up to `wanted`, that divide this rank's share."""
+        return next(n for n in range(wanted, 0, -1) if self.share % n == 0)
+
+    def check_ranks(self, step: int) -> None:
+        """Raise TrainingError, on every rank, unless all are before the update of `step` with the same weights."""
+        if self.world.size == 1:
+            return
+        first, *others = self.world.gathered([step, digest(self.model.parameters())])
+        unequal = [rank for rank, found in enumerate(others, start=1) if found != first]
+        if unequal:
+            raise TrainingError(
+                f"step {step}: the weights of rank {', '.join(map(str, unequal))} are not those of rank 0, and they "
+                "must be, to the bit; give all ranks the same kind of machine, number of threads, versions of "
+                "libraries and runs_dir, and go on from the newest checkpoint"
+            )
 
     # ------------------------------------------------------------------------------------- what is told and kept
 
@@ -282,6 +326,7 @@ class Trainer:
                 sequences_per_batch=self.counters.sequences_per_micro_step,
                 precision=self.config.trainer.precision,
                 device=self.device,
+                world=self.world,
             )
         )
         self.tracker.log(
@@ -293,7 +338,13 @@ class Trainer:
         return result
 
     def save(self, step: int) -> None:
-        """Write the state before the update of `step`, metrics first."""
+        """Write the state before the update of `step`, metrics first; all ranks wait until it is written."""
+        self.check_ranks(step)
+        if self.world.is_first:
+            self._write(step)
+        self.world.barrier()
+
+    def _write(self, step: int) -> None:
         self.tracker.flush()
         self.counters.peak_memory_bytes = max(self.counters.peak_memory_bytes, peak_memory_bytes(self.device))
         state: dict[str, Any] = {
@@ -323,9 +374,6 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.counters = Counters(**state["counters"])
+        micro = self.counters.sequences_per_micro_step
+        self.counters.sequences_per_micro_step = self._micro_step(micro)  # there may be more ranks now
         self.tracker.say(f"resumed at step {self.first_step} of {self.clock.total_steps}")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception of its own; the CPU allocator raises a RuntimeError that only its text tells."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

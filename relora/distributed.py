@@ -1,0 +1,213 @@
+"""The processes that train one run together, under torchrun or whatever sets the environment as torchrun does.
+
+They are equal to the bit by construction: each computes the gradient of its share of a batch, one all-reduce of a flat
+buffer in a fixed order adds the shares up, and from there on all do the same. (With DDP's buckets, four ranks of gloo
+did not resume to the bit.) Loads torch only where there is more than one process.
+"""
+
+import hashlib
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from relora.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=24)
+"""The others wait so long for a rank 0 that prepares a corpus; a rank that dies is noticed at once, not by this."""
+
+
+class PeerLost(RunError):  # noqa: N818 -- what happened, seen from here
+    """Another rank is gone; what became of it is not known here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among those that train the run; by default it is alone, and then nothing here does anything."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes on this machine."""
+
+    @classmethod
+    def here(cls) -> "World":
+        """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; a process without them is alone."""
+        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+            return cls()
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return cls(rank=rank, size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.rank == 0
+
+    def share(self, sequences_per_step: int) -> int:
+        """Sequences of each update that are this rank's. Raises RunError where the ranks cannot share them evenly."""
+        if sequences_per_step % self.size:
+            divisors = [n for n in range(1, sequences_per_step + 1) if sequences_per_step % n == 0]
+            raise RunError(
+                f"trainer.sequences_per_step={sequences_per_step} is no multiple of the {self.size} ranks that were "
+                f"started; start one of {divisors} or change trainer.sequences_per_step"
+            )
+        return sequences_per_step // self.size
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Inside, the ranks are connected: tensors on the CPU go through gloo, those on GPUs through NCCL.
+
+        All leave together; one that leaves by an error lets the others know, who raise PeerLost. Raises RunError where
+        the ranks do not find each other at MASTER_ADDR:MASTER_PORT.
+        """
+        if self.size == 1:
+            yield
+            return
+        import torch
+        from torch import distributed
+
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            with _deadly_signals():
+                distributed.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise RunError(
+                f"rank {self.rank} of {self.size} could not join the others: {_first_line(error)}"
+            ) from error
+        try:
+            yield
+            self.barrier()
+        except BaseException:
+            # Closed connections wake the others. NCCL would wait for them here: the end of the process closes it.
+            if backend == "gloo":
+                distributed.destroy_process_group()
+            raise
+        distributed.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.size > 1:
+            import torch
+
+            self._all_reduce(torch.zeros(1))
+
+    def told_by_first(self, value: T) -> T:
+        """Rank 0's `value`, on every rank; the others wait for it."""
+        if self.size == 1:
+            return value
+        import torch
+        from torch import distributed
+
+        told = [value]
+        with _collective():
+            distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        return told[0]
+
+    def gathered(self, values: list[int]) -> list[list[int]]:
+        """The integers of every rank, by rank; all give as many."""
+        if self.size == 1:
+            return [values]
+        import torch
+
+        all_RxN = torch.zeros(self.size, len(values), dtype=torch.int64)
+        all_RxN[self.rank] = torch.tensor(values)
+        self._all_reduce(all_RxN)
+        return all_RxN.tolist()
+
+    def sum(self, values_N: "Tensor", *, fitted: bool) -> "Tensor":
+        """The sum over the ranks, the same bits on each; exact where all but one rank hold zeros.
+
+        Raises torch.OutOfMemoryError on every rank where one had not `fitted` into its memory: all try again alike.
+        """
+        if self.size > 1:
+            import torch
+
+            told = torch.cat([values_N, values_N.new_tensor([not fitted])])
+            self._all_reduce(told)
+            values_N, fitted = told[:-1], not told[-1].item()
+        _raise_unless(fitted)
+        return values_N
+
+    def sum_gradients(
+        self, parameters: "Sequence[nn.Parameter]", numbers: Sequence[float], *, fitted: bool
+    ) -> Sequence[float]:
+        """Add up the gradients of `parameters` over the ranks, in place, and `numbers`, returned, in one all-reduce.
+
+        In fp32, in the order given, which must be the same on all ranks. Raises as `sum` does.
+        """
+        if self.size > 1:
+            import torch
+
+            # A gradient that is missing (memory ran out before it came) has its place all the same.
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            rest = torch.tensor([*numbers, not fitted], dtype=torch.float32, device=gradients[0].device)
+            flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), rest])
+            self._all_reduce(flat)
+            *summed, rest = flat.split([*(gradient.numel() for gradient in gradients), len(rest)])
+            for gradient, values in zip(gradients, summed, strict=True):
+                gradient.copy_(values.view_as(gradient))
+            *numbers, misfits = rest.tolist()
+            fitted = not misfits
+        _raise_unless(fitted)
+        return numbers
+
+    def _all_reduce(self, tensor: "Tensor") -> None:
+        from torch import distributed
+
+        with _collective():
+            distributed.all_reduce(tensor)
+
+
+def digest(tensors: "Iterable[Tensor]") -> int:
+    """A digest of the tensors' bits, of 63 bits; all but a few bytes of the work are done on their device."""
+    import torch
+
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [tensor.detach().view(integers[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    hashed = hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(hashed) >> 1
+
+
+def _raise_unless(fitted: bool) -> None:
+    if not fitted:
+        import torch
+
+        raise torch.OutOfMemoryError("memory ran out, here or on another rank")
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Inside, what torch raises is that another rank is gone."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PeerLost(
+            f"another rank ended without a word (killed, or its machine is gone): {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def _deadly_signals() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the process at once: while torch waits for others, no handler of Python's runs."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

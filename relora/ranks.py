@@ -1,0 +1,165 @@
+"""A run's part on each rank: its device, its trainer, and all that the ranks other than the first do."""
+
+import errno
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relora import compose
+from relora.config import RunConfig
+from relora.distributed import PeerLost, World
+from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
+from relora.metrics import Broadcast, Tracker
+from relora.rundir import PROBE_SECONDS, RunDir, Status
+
+if TYPE_CHECKING:
+    import torch
+
+    from relora.corpus import Corpus
+    from relora.trainer import Trainer
+
+RECORDED_SECONDS = 10.0
+"""How long a rank that fails waits for rank 0 to record it; launchers give rank 0 some 30 s more then."""
+
+MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+"""A full disk and its kin: nothing a traceback could explain."""
+
+
+def take_part(run: RunDir, world: World, stop: Callable[[], str | None], *, warm_start_only: bool = False) -> Status:
+    """What a rank other than the first does: it trains its share, and writes nothing but what ended it alone.
+
+    Returns how it went, after rank 0 has recorded it.
+    """
+    previous = run.status
+    if previous is not None and previous.state == "finished":
+        return previous
+    status = Status(state="failed")
+    try:
+        with world.joined():
+            _train_share(run, world, stop, warm_start_only)
+        status.state = "finished"
+    except BaseException as error:  # whatever it is, rank 0 must be able to tell
+        status.message = in_words(error)
+        if isinstance(error, (Interrupted, WarmStartTrained)):
+            status.state = "interrupted"
+        elif not isinstance(error, (PeerLost, KeyboardInterrupt)):
+            trace = "".join(traceback.format_exception(error))
+            run.error_file(world.rank).write_text(f"{status.message}\n\n{trace}")
+    if status.state != "finished":
+        _wait_until_recorded(run)
+    return status
+
+
+def _train_share(run: RunDir, world: World, stop: Callable[[], str | None], warm_start_only: bool) -> None:
+    """Wait for rank 0 to prepare what there is to prepare, and train with it."""
+    from relora import corpus as corpora
+
+    folder, trains_warm_start = world.told_by_first(("", False))
+    on_warm_start = (lambda: None) if trains_warm_start else None
+    if warm_start_only:
+        on_warm_start = then_stop(on_warm_start)
+    config = compose.thaw(run.config_file)
+    trainer = build_trainer(
+        run,
+        config,
+        corpora.load(Path(folder)),
+        Broadcast([]),
+        world=world,
+        device=choose_device(config.trainer.device, world),
+        stop=stop,
+        on_warm_start=on_warm_start,
+    )
+    trainer.train()
+
+
+def then_stop(on_warm_start: Callable[[], None] | None) -> Callable[[], None]:
+    """`on_warm_start`, and no further. Raises WarmStartTrained at once where the warm start stands already."""
+    if on_warm_start is None:
+        raise WarmStartTrained
+
+    def stop_after_it() -> None:
+        on_warm_start()
+        raise WarmStartTrained
+
+    return stop_after_it
+
+
+def _wait_until_recorded(run: RunDir) -> None:
+    """Until rank 0 lets go of the run: launchers stop all ranks as soon as one has ended badly."""
+    limit = time.monotonic() + RECORDED_SECONDS
+    while run.is_locked and time.monotonic() < limit:
+        time.sleep(PROBE_SECONDS / 10)
+
+
+def build_trainer(
+    run: RunDir,
+    config: RunConfig,
+    corpus: "Corpus",
+    tracker: Tracker,
+    *,
+    world: World,
+    device: "torch.device",
+    stop: Callable[[], str | None],
+    on_warm_start: Callable[[], None] | None,
+) -> "Trainer":
+    """The same on every rank, but for `tracker`, `stop` and what `on_warm_start` does."""
+    from relora.model import build
+    from relora.trainer import Trainer
+
+    vocab_size = config.model.vocab_size or corpus.vocab_size
+    if vocab_size < corpus.vocab_size:
+        raise RunError(
+            f"model.vocab_size={vocab_size} is below the tokenizer's {corpus.vocab_size}; leave model.vocab_size null"
+        )
+    shape, end_of_text_id = config.trained_shape(vocab_size), corpus.end_of_text_id
+    return Trainer(
+        config,
+        build(config.model, shape, end_of_text_id=end_of_text_id, seed=config.trainer.seed),
+        corpus.sequences("train", config.data.sequence_length_tokens),
+        corpus.sequences("validation", config.data.sequence_length_tokens),
+        tracker,
+        vocab_size=vocab_size,
+        checkpoint_folder=run.checkpoints,
+        device=device,
+        stop=stop,
+        on_warm_start=on_warm_start,
+        world=world,
+    )
+
+
+def choose_device(name: str, world: World) -> "torch.device":
+    """The device that `trainer.device` means here; several ranks take a GPU each. Raises RunError where there is none.
+
+    A launcher that shows each rank its own GPU alone is fine too.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if world.size == 1:
+        if int(name.partition(":")[2] or 0) >= seen:
+            raise RunError(f"trainer.device={name}: torch sees {seen} CUDA devices; take trainer.device=auto or cpu")
+        return torch.device(name)
+    if ":" in name:
+        raise RunError(f"trainer.device={name} names one GPU for {world.size} ranks; take trainer.device=cuda")
+    own = 0 if seen == 1 else world.local_rank
+    if own >= seen:
+        raise RunError(
+            f"trainer.device={name}: rank {world.rank} is number {own} on its machine, where torch sees {seen} CUDA "
+            "devices; start a rank for each of them, or take trainer.device=cpu"
+        )
+    torch.cuda.set_device(own)
+    return torch.device("cuda", own)
+
+
+def in_words(error: BaseException) -> str:
+    """What a person reads of it: the message alone where that is meant to stand alone."""
+    mendable = isinstance(error, (ConfigError, RunError, Interrupted, WarmStartTrained)) or (
+        isinstance(error, OSError) and error.errno in MENDABLE_ERRNOS
+    )
+    return str(error) if mendable else f"{type(error).__name__}: {error}"

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from relora.data import TokenSequences
+from relora.distributed import World, digest
+from relora.errors import RunError
+from relora.ranks import choose_device
+
+
+def test_a_process_without_torchruns_variables_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.here() == World(rank=0, size=1, local_rank=0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert World.here() == World()
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert World.here() == World(rank=3, size=4, local_rank=1)
+    assert not World.here().is_first
+
+
+def test_alone_nothing_is_sent_and_nothing_changes() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.tensor([1.0, 2.0, 3.0])
+    world = World()
+    with world.joined():
+        world.barrier()
+        assert world.told_by_first("value") == "value"
+        assert world.gathered([5, 6]) == [[5, 6]]
+        assert world.sum_gradients([parameter], (0.1, 0.0), fitted=True) == (0.1, 0.0)
+        values = torch.tensor([0.1], dtype=torch.float64)
+        assert world.sum(values, fitted=True) is values
+    assert parameter.grad.tolist() == [1.0, 2.0, 3.0]
+    assert not torch.distributed.is_initialized()
+
+
+def test_memory_that_ran_out_is_an_error_alone_too() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        World().sum(torch.zeros(1), fitted=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        World().sum_gradients([], (0.0,), fitted=False)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused_with_a_remedy() -> None:
+    assert World(rank=1, size=4).share(12) == 3
+    with pytest.raises(RunError, match=r"sequences_per_step=12 is no multiple of the 5 ranks .*one of \[1, 2, 3, 4, 6"):
+        World(rank=1, size=5).share(12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_the_ranks_slices_are_the_batch(tmp_path, ranks: int) -> None:
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(torch.arange(200, dtype=torch.int16).numpy().tobytes())
+    data = TokenSequences(path, "uint16", 4)
+    whole = data.training_batch(3, 6, 0)
+    slices = [data.training_batch(3, 6, 0, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for part in (0, 1):
+        assert torch.equal(torch.cat([share[part] for share in slices]), whole[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_digest_sees_the_last_bit_of_any_tensor(dtype: torch.dtype) -> None:
+    tensors = [torch.ones(4, 3, dtype=dtype), torch.ones((), dtype=dtype), torch.zeros(2, dtype=dtype)]
+    before = digest(tensors)
+    assert before == digest([tensor.clone() for tensor in tensors])
+    for number, tensor in enumerate(tensors):
+        changed = [other.clone() for other in tensors]
+        changed[number].view(-1)[0] = torch.nextafter(tensor.view(-1)[0], torch.tensor(2.0, dtype=dtype))
+        assert digest(changed) != before
+
+
+def test_several_ranks_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    for name in ("auto", "cuda"):
+        assert choose_device(name, World(rank=3, size=4, local_rank=1)) == torch.device("cuda:1")
+    assert taken == [1, 1]
+    assert choose_device("cpu", World(rank=3, size=4, local_rank=1)) == torch.device("cpu")
+    with pytest.raises(RunError, match=r"names one GPU for 4 ranks; take trainer.device=cuda"):
+        choose_device("cuda:0", World(rank=3, size=4, local_rank=1))
+    with pytest.raises(RunError, match="rank 2 is number 2 on its machine, where torch sees 2 CUDA devices"):
+        choose_device("auto", World(rank=2, size=4, local_rank=2))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert choose_device("auto", World(rank=3, size=4, local_rank=1)) == torch.device("cuda:0")
