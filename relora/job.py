@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from relora import compose
+from relora import compose, slurm
 from relora.config import RunConfig
 from relora.console import Console
 from relora.distributed import PeerLost, World
@@ -76,7 +76,7 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
             status.attempt, status.started_ms = previous.attempt + 1, previous.started_ms
             status.corpus = previous.corpus
             status.ranks = world.size if previous.ranks == world.size else 0
-        status.slurm_job_id = os.environ.get("SLURM_JOB_ID", "") if on_node else ""
+        status.slurm_job_id = slurm.own_job() if on_node else ""
         run.status = status
         for rank in run.rank_errors:
             run.error_file(rank).unlink()

@@ -72,6 +72,12 @@ def is_here() -> bool:
     return shutil.which("squeue") is not None
 
 
+def own_job() -> str:
+    """The job that this process belongs to, empty outside one."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
+
+
 def jobs(ids: Sequence[str]) -> dict[str, Job]:
     """Each job that SLURM knows, by id ("4711", or "4711_3" in an array). Raises RunError without SLURM.
 

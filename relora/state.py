@@ -68,7 +68,8 @@ def _of(run: RunDir, submission: dict[str, Any], jobs: dict[str, slurm.Job]) -> 
         return State(name="queued", message=job.reason, requeues=job.requeues)
     if job.alive:
         return State(name="running", message=f"on {job.node}" if job.node else "", requeues=job.requeues)
-    if job.state in ("COMPLETED", "FAILED") and status is not None and status.state in ("failed", "interrupted"):
+    told_itself = job.state in ("COMPLETED", "FAILED")
+    if told_itself and status is not None and status.slurm_job_id == submission["job"] and status.state != "running":
         return State(name=status.state, message=status.message, requeues=job.requeues)
     for number, what in submission["needs"].items():
         needed = jobs.get(number)
@@ -111,7 +112,7 @@ def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues
             status = status or Status(state=name, attempt=0, host="", pid=0)
             if (status.state, status.message) != (name, message):
                 status.state, status.message = name, message
-                status.ended_ms = status.ended_ms or time.time_ns() // 1_000_000
+                status.ended_ms = time.time_ns() // 1_000_000
                 run.status = status
     except RunError:
         return State(name="running", requeues=requeues)

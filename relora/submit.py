@@ -4,7 +4,6 @@ A job is given the path of what it works on and nothing else; its config stands 
 resumes from in its checkpoints. A job that SLURM stops early writes a checkpoint and puts itself back into the queue.
 """
 
-import os
 import sys
 import tempfile
 import time
@@ -56,7 +55,7 @@ class RunTask:
 
     def _go_on(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
         """Requeue a job that SLURM stopped before its run was done, unless it would come no further the next time."""
-        number, cluster = os.environ["SLURM_JOB_ID"], compose.thaw(run.config_file).cluster
+        number, cluster = slurm.own_job(), compose.thaw(run.config_file).cluster
         assert isinstance(cluster, SlurmConfig)
         at_its_end = seconds > 0.5 * (60 * cluster.timeout_minutes - cluster.signal_delay_seconds)
         if status.stopped_by == "SIGUSR2" and at_its_end and not progressed:

@@ -86,7 +86,10 @@ def run_python(source: str) -> object:
 
 
 def test_every_module_of_the_package_stands_on_one_floor() -> None:
-    files = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    files = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")} - {
+        "__init__",
+        "__main__",
+    }
     assert sorted(ORDER) == sorted(files)
 
 

@@ -210,8 +210,10 @@ def test_a_run_longer_than_its_walltime_goes_on(slow: list[str], runs_dir: Path,
     run_py(*overrides)
     rows = ended(runs_dir, run.path.name, seconds=400)
     assert rows[0]["state"] == "finished"
-    assert rows[0]["requeues"] >= 1
-    assert states_of(job_of(run))[-1] == "COMPLETED"
+    assert rows[0]["attempts"] >= 2
+    states = states_of(job_of(run))
+    assert len(states) == rows[0]["attempts"]
+    assert states[-1] == "COMPLETED"
     assert steps_logged(run) == list(range(1, 6001))
     assert weights(run) == undisturbed([*slow, steps], tmp_path)
 
@@ -271,6 +273,62 @@ def test_a_run_whose_node_dies_goes_on_at_another(slow: list[str], runs_dir: Pat
     assert states[-1] == "COMPLETED"
     assert steps_logged(run) == list(range(1, 3001))
     assert weights(run) == undisturbed(slow, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- several ranks
+
+
+@pytest.fixture
+def two_by_two(slow: list[str]) -> list[str]:
+    """Four ranks on two nodes."""
+    return [*slow, "trainer.total_steps=1500", "cluster.nodes=2", "cluster.tasks_per_node=2"]
+
+
+def test_two_nodes_of_two_tasks_train_one_run_and_survive_preemption(
+    two_by_two: list[str], runs_dir: Path, tmp_path: Path
+) -> None:
+    run = folder(two_by_two)
+    run_py(*two_by_two)
+    eventually(lambda: trains(run), "some steps")
+    blocker = occupy()
+    eventually(lambda: standing(runs_dir, run.path.name)[0]["state"] == "queued", "preempted")
+    release(blocker)
+    wait_for_finish(runs_dir, run.path.name)
+    assert run.status is not None
+    assert run.status.ranks == 4
+    assert run.status.attempt >= 2
+    assert steps_logged(run) == list(range(1, 1501))
+    alone = [text for text in two_by_two if not text.startswith("runs_dir=")] + [f"runs_dir={tmp_path / 'again'}"]
+    run_py(*alone)
+    wait_for_finish(tmp_path / "again", run.path.name)
+    assert folder(alone).status.attempt == 1  # type: ignore[union-attr]
+    assert weights(run) == weights(folder(alone)), "undisturbed, of the same number of ranks"
+
+
+def test_a_dead_rank_ends_the_job_at_once(two_by_two: list[str], runs_dir: Path) -> None:
+    overrides = [*two_by_two, "trainer.total_steps=20000"]
+    run = folder(overrides)
+    run_py(*overrides)
+    eventually(lambda: trains(run), "some steps")
+    assert run.status is not None
+    own = run.status.pid
+    others = [
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if int(path.name) != own and b"submitit.core._submit" in _command_line(path)
+    ]
+    os.kill(max(others), signal.SIGKILL)
+    (row,) = ended(runs_dir, run.path.name, seconds=30)
+    assert row["state"] == "failed"
+    assert row["message"]
+    assert states_of(job_of(run)) == ["FAILED"]
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 # -------------------------------------------------------------------------------------------------- MLflow
