@@ -32,11 +32,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, data.count, sequences_per_batch):
-        indices = np.arange(start, min(start + sequences_per_batch, data.count), dtype=np.int64)
-        inputs_BxT, targets_BxT = (tokens.to(device) for tokens in data.batch(indices))
-        with precision_context(precision, device):
-            total += summed_cross_entropy(model, inputs_BxT, targets_BxT).double()
-    model.train(was_training)
+    try:
+        for start in range(0, data.count, sequences_per_batch):
+            indices = np.arange(start, min(start + sequences_per_batch, data.count), dtype=np.int64)
+            inputs_BxT, targets_BxT = (tokens.to(device) for tokens in data.batch(indices))
+            with precision_context(precision, device):
+                total += summed_cross_entropy(model, inputs_BxT, targets_BxT).double()
+    finally:
+        model.train(was_training)
     tokens = data.count * data.sequence_length_tokens
     return Evaluation(loss=total.item() / tokens, tokens=tokens)

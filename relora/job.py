@@ -150,7 +150,7 @@ class _Attempt:
 
         from relora import corpus as corpora
         from relora import warmstart
-        from relora.model import build, peak_memory_bytes
+        from relora.model import build, peak_memory_bytes, reset_peak_memory
         from relora.trainer import Trainer
 
         config, say = self.config, self.console.say
@@ -197,14 +197,14 @@ class _Attempt:
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
                 f"{config.tokens_per_step:,} tokens, {epochs:.2f} epochs of the training text"
             )
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            reset_peak_memory(device)
             with self.signals.asking():
                 validation = trainer.train()
             self.console.close()
             summary = {
                 "eval_loss": validation.loss,
                 "eval_perplexity": validation.perplexity,
+                "peak_memory_bytes": max(trainer.counters.peak_memory_bytes, peak_memory_bytes(device)),
                 **self._export(trainer, corpus),
                 **trainer.progress_metrics(config.total_steps),
                 "restarts": trainer.clock.restarts_before(config.total_steps),
@@ -214,7 +214,6 @@ class _Attempt:
                 "training_seconds": trainer.counters.training_seconds,
                 "tokens_per_second": config.total_steps * config.tokens_per_step / trainer.counters.training_seconds,
                 "wall_clock_seconds": time.perf_counter() - self.began,
-                "peak_memory_bytes": max(trainer.counters.peak_memory_bytes, peak_memory_bytes(device)),
             }
             summary = {name.removeprefix("progress/"): value for name, value in summary.items()}
             numbers = {f"summary/{name}": value for name, value in summary.items() if not isinstance(value, str)}

@@ -10,17 +10,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import REPOSITORY
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora import cli
+from relora import cli, methods
+from relora import model as models
 from relora.checkpoint import latest_step
 from relora.compose import compose
 from relora.corpus import prepare
 from relora.job import launch
+from relora.lowrank import low_rank_layers, unwrap
 from relora.metrics import read_rows, row_metrics
 from relora.rundir import RunDir
 
@@ -49,6 +53,58 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunD
 
 
 # ------------------------------------------------------------------------------------------------- a run that ends
+
+
+@pytest.mark.parametrize("method", ["full", "relora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16"])
+def test_every_precision_ends_with_a_model_of_the_logged_perplexity(
+    tiny: list[str], precision: str, method: str, capsys
+) -> None:
+    own = [item for item in tiny if method == "relora" or not item.startswith("method.")]
+    overrides = [*own, f"method={method}", f"trainer.precision={precision}"]
+    status = launch(compose(overrides), overrides)
+    assert status.state == "finished", status.message
+    data = [item for item in tiny if item.startswith(("data", "runs_dir"))]
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--json", str(run_of(overrides).model), *data, "trainer.device=cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["perplexity"] == pytest.approx(status.summary["test_perplexity"], rel=1e-9)
+
+
+@pytest.mark.parametrize("harm", ["weights", "merge"])
+def test_an_export_that_computes_something_else_fails_the_run(tiny: list[str], harm: str, monkeypatch, capsys) -> None:
+    if harm == "merge":
+        monkeypatch.setattr(methods.LowRank, "finish", lambda self, model: zero_factors_and_unwrap(model))
+    else:
+        save = models.save_pretrained
+
+        def corrupt(model, tokenizer_file: Path, folder: Path, run) -> None:
+            save(model, tokenizer_file, folder, run)
+            weights = load_file(folder / "model.safetensors")
+            weights["model.layers.0.mlp.up_proj.weight"][0] += 1.0
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+        monkeypatch.setattr(models, "save_pretrained", corrupt)
+    status = launch(compose(tiny), tiny)
+    assert status.state == "failed"
+    assert "does not compute what was trained" in status.message
+    assert latest_step(run_of(tiny).checkpoints) == 14
+    assert "the model writes" not in capsys.readouterr().out
+
+
+def zero_factors_and_unwrap(model) -> None:
+    for _, layer in low_rank_layers(model):
+        layer.lora_B.data.zero_()
+    unwrap(model)
+
+
+def test_the_peak_memory_is_the_runs_own(tiny: list[str]) -> None:
+    """Not that of what the process did before: another run of cluster=debug, or a corpus that had to be prepared."""
+    block = np.ones(2**29, dtype=np.uint8)
+    high = models.peak_memory_bytes(torch.device("cpu"))
+    del block
+    status = launch(compose(tiny), tiny)
+    assert 50e6 < status.summary["peak_memory_bytes"] < high - 2**28
 
 
 def test_the_model_loads_with_hugging_face_alone_and_computes_the_logged_perplexity(finished) -> None:
