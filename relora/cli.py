@@ -152,6 +152,8 @@ def _train(argv: Sequence[str]) -> int:
     if sweep is not None:
         raise ConfigError(f"{sweep} is a sweep and this is a single run; write python run.py -m {' '.join(argv)}")
     config = compose.compose(argv)
+    for remark in compose.untuned(argv, config):
+        print(f"note: {remark}")
     if config.cluster.name == "slurm":
         from relora.launch import submit_run
 

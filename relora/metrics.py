@@ -87,8 +87,9 @@ class MetricsLog:
     """Appends rows {"step", "time_ms", name: value, ...} to a JSONL file.
 
     A step that is replayed after a resume keeps its first row. With `exact`, a reproducible metric that differs on
-    replay raises ReplayError, up to the first row that is replayed with another MICRO_STEP. A line torn by a crash is cut off when the file is opened. Values that are not finite are
-    kept out of the numbers and named in the row's "nonfinite" list: they would wreck every chart.
+    replay raises ReplayError, up to the first row that is replayed with another MICRO_STEP. A line torn by a crash is
+    cut off when the file is opened. Values that are not finite are kept out of the numbers and named in the row's
+    "nonfinite" list: they would wreck every chart.
     """
 
     def __init__(self, path: Path, *, exact: bool) -> None:

@@ -521,8 +521,8 @@ def test_a_smaller_micro_step_asked_for_on_relaunch_is_taken(
     tmp_path: Path, before: str, after: str, taken: int
 ) -> None:
     path, changes = tmp_path / "metrics.jsonl", ("trainer.checkpoint_interval_steps=3",)
+    config = config_of(*changes, f"trainer.sequences_per_micro_step={before}")
     with MetricsLog.opened(path, exact=True) as log, pytest.raises(Interrupted):
-        config = config_of(*changes, f"trainer.sequences_per_micro_step={before}")
         trainer_of(config, tmp_path, tracker=log, stop=stop_after(8)).train()
     # The run is thrown back to step 6, as by a crash: two steps are replayed, with another micro-batch.
     max((tmp_path / "checkpoints").glob("step-*.pt")).unlink()
