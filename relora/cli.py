@@ -197,6 +197,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     device = choose_device(config.trainer.device)
     corpus = prepare(config.data, Path(config.runs_dir) / "corpora", say)
+    if run.get("corpus_digest", corpus.corpus_digest) != corpus.corpus_digest:
+        say(
+            f"note: data={config.data.name} is another text, or split in another way, than {run['run']} was trained on: "
+            "what is held out here may have been trained on, and no perplexity of that run compares"
+        )
     result = evaluate(
         load_pretrained(folder, device),
         corpus.sequences(arguments.split, config.data.sequence_length_tokens),

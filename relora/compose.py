@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,13 @@ from relora.cluster import CLUSTERS
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.groups import METHODS, FullConfig, check_files
+from relora.rundir import write_whole
 
 OF_A_SWEEP = ("grids", "tune")
 """Keys of sweeps/ files that are no settings of a run."""
+PRESET_HEAD = "# @package _global_"
+BEFORE = "before the search"
+"""Begins what was said of a preset's value that a search has replaced."""
 
 
 def conf_dir() -> Path:
@@ -302,14 +305,51 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
-    """Put `values` (by dotted key) into a preset, beside what it holds already; the file is whole at any time."""
-    kept = OmegaConf.load(file) if file.is_file() else OmegaConf.create({})
+    """Put `values` (by dotted key) into a preset, beside what it holds already, comments included.
+
+    What was said of a value that is replaced stays behind the new one, with the old one. The file is whole at any time.
+    """
+    old = file.read_text() if file.is_file() else ""
+    wanted = OmegaConf.create(old)
+    lines = old.splitlines()
     for key, value in values.items():
-        OmegaConf.update(kept, key, value, force_add=True)
+        OmegaConf.update(wanted, key, value, force_add=True)
+        lines = _with_value(lines, key, f"{value}")
+    if OmegaConf.create("\n".join(lines)) != wanted:  # laid out in another way than presets are
+        lines = [line for line in lines if line.startswith("#")] + OmegaConf.to_yaml(wanted).splitlines()
+    told = [f"# {line}".rstrip() for line in remark.split("\n")]
+    # An earlier search's remark begins with the same words.
+    beginnings = {" ".join(line.split()[:4]) for line in told}
+    lines = [
+        line
+        for line in lines
+        if line != PRESET_HEAD and not (line.startswith("#") and " ".join(line.split()[:4]) in beginnings)
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(f"# @package _global_\n# {remark}\n{OmegaConf.to_yaml(kept)}")
-    temporary.replace(file)
+    write_whole(file, "\n".join([PRESET_HEAD, *told, *lines]) + "\n")
+
+
+def _with_value(lines: list[str], key: str, value: str) -> list[str]:
+    """Lines of YAML in blocks, with `value` at a dotted key."""
+    parts, first, last, indent = key.split("."), 0, len(lines), ""
+    for number, part in enumerate(parts):
+        at = next((n for n in range(first, last) if lines[n].startswith(f"{indent}{part}:")), None)
+        if at is None:
+            missing = [f"{indent}{'  ' * depth}{name}:" for depth, name in enumerate(parts[number:])]
+            return [*lines[:last], *missing[:-1], f"{missing[-1]} {value}", *lines[last:]]
+        if number + 1 < len(parts):
+            inner = f"{indent}  "
+            first = at + 1
+            last = next((n for n in range(first, last) if lines[n].strip() and not lines[n].startswith(inner)), last)
+            indent = inner
+            continue
+        before, _, comment = lines[at].partition(":")[2].partition("#")
+        comment = comment.strip()
+        if comment and not comment.startswith(BEFORE):
+            comment = f"{BEFORE} {before.strip()}, {comment}"
+        told = f" # {comment}" if comment else ""
+        return [*lines[:at], f"{indent}{part}: {value}{told}", *lines[at + 1 :]]
+    return lines
 
 
 def _question(name: str | None) -> str:
@@ -466,9 +506,7 @@ def _collect(node: Any, prefix: str, names: set[str]) -> None:
 def freeze(config: RunConfig, path: Path) -> None:
     """Write the whole config; the file is whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    temporary.replace(path)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def thaw(path: Path) -> RunConfig:

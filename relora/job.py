@@ -156,7 +156,7 @@ class _Attempt:
         config, say = self.config, self.console.say
         device = choose_device(config.trainer.device)
         self.status.device = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
-        corpus = corpora.prepare(config.data, Path(config.runs_dir) / "corpora", say)
+        corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)
         self._check_corpus(corpus.identity)
         vocab_size = config.model.vocab_size or corpus.vocab_size
         if vocab_size < corpus.vocab_size:
