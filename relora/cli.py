@@ -199,7 +199,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     corpus = prepare(config.data, Path(config.runs_dir) / "corpora", say)
     if run.get("corpus_digest", corpus.corpus_digest) != corpus.corpus_digest:
         say(
-            f"note: data={config.data.name} is another text, or split in another way, than {run['run']} was trained on: "
+            f"note: data={config.data.name} is another text than {run['run']} was trained on, or split in another way: "
             "what is held out here may have been trained on, and no perplexity of that run compares"
         )
     result = evaluate(

@@ -23,7 +23,7 @@ from relora.rundir import write_whole
 OF_A_SWEEP = ("grids", "tune")
 """Keys of sweeps/ files that are no settings of a run."""
 PRESET_HEAD = "# @package _global_"
-BEFORE = "before the search"
+BEFORE = "before the search:"
 """Begins what was said of a preset's value that a search has replaced."""
 
 
@@ -315,7 +315,7 @@ def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
     for key, value in values.items():
         OmegaConf.update(wanted, key, value, force_add=True)
         lines = _with_value(lines, key, f"{value}")
-    if OmegaConf.create("\n".join(lines)) != wanted:  # laid out in another way than presets are
+    if not _says("\n".join(lines), wanted):  # laid out in another way than presets are
         lines = [line for line in lines if line.startswith("#")] + OmegaConf.to_yaml(wanted).splitlines()
     told = [f"# {line}".rstrip() for line in remark.split("\n")]
     # An earlier search's remark begins with the same words.
@@ -327,6 +327,13 @@ def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "\n".join([PRESET_HEAD, *told, *lines]) + "\n")
+
+
+def _says(text: str, wanted: DictConfig) -> bool:
+    try:
+        return OmegaConf.create(text) == wanted
+    except YAMLError:
+        return False
 
 
 def _with_value(lines: list[str], key: str, value: str) -> list[str]:

@@ -256,7 +256,7 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         return
     remark = (
         f"Learning rates: the best of {search.trials} trials on validation, {len(search.seeds)} seeds each "
-        f"(loss {study.best_value:.4f}), by\n#   python run.py -m {' '.join(_without_paths(overrides))}"
+        f"(loss {study.best_value:.4f}), by\n  python run.py -m {' '.join(_without_paths(overrides))}"
     )
     file = compose.conf_dir() / "presets" / search.experiment / f"{search.method}.yaml"
     try:

@@ -162,11 +162,24 @@ def test_evaluate_gives_the_perplexity_that_the_run_logged(finished, capsys) -> 
     run, overrides = finished
     data = [item for item in overrides if item.startswith(("data=", "data.path", "data.v", "data.t", "runs_dir"))]
     assert cli.main(["evaluate", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "note:" not in shown.err
+    told = json.loads(shown.out)
     assert told["perplexity"] == pytest.approx(run.status.summary["test_perplexity"], rel=1e-9)  # type: ignore[union-attr]
     assert cli.main(["evaluate", "--split", "validation", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["perplexity"] == pytest.approx(run.status.summary["eval_perplexity"], rel=1e-5)  # type: ignore[union-attr]
+
+
+def test_evaluate_on_another_text_than_the_runs_says_so(finished, tmp_path: Path, capsys) -> None:
+    run, overrides = finished
+    data = [item for item in overrides if item.startswith(("data=", "data.v", "data.t"))]
+    (tmp_path / "other.txt").write_text("".join(f"line {number} of another text\n" for number in range(2000)))
+    data += [f"data.path={tmp_path / 'other.txt'}", f"runs_dir={tmp_path / 'runs'}"]
+    assert cli.main(["evaluate", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
+    shown = capsys.readouterr()
+    assert f"note: data=text is another text than {run.path.name} was trained on" in shown.err
+    assert json.loads(shown.out)["perplexity"] > 1
 
 
 def test_sample_writes_on_from_the_prompt_and_the_same_for_the_same_seed(finished, capsys) -> None:
