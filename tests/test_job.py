@@ -498,15 +498,15 @@ def test_hydras_own_multirun_runs_every_job(tiny: list[str], tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]) -> None:
-    overrides = [*tiny, "trainer.total_steps=203", "method.reset_interval_steps=50"]
+def on_a_terminal(overrides: list[str], columns: int = 150) -> str:
+    """What python run.py shows on a terminal."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "run.py", *overrides],
         cwd=REPOSITORY,
         stdout=slave,
         stderr=slave,
-        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
+        env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm"},
     )
     os.close(slave)
     shown = b""
@@ -519,8 +519,27 @@ def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]
             break
         shown += piece
     os.close(master)
-    assert process.wait() == 0
-    text = shown.decode()
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]) -> None:
+    overrides = [*tiny, "trainer.total_steps=203", "method.reset_interval_steps=50"]
+    text = on_a_terminal(overrides)
     for part in ("203/203", "loss ", "lr ", "tokens/s", " left", "next restart 53"):
         assert part in text, part
     assert "restart 1, merged" in text
+
+
+def test_a_study_on_a_terminal_is_a_live_table(tiny: list[str]) -> None:
+    overrides = [*tiny, "method.rank=2,4", "study=ranks", "trainer.total_steps=203"]
+    text = on_a_terminal(["-m", *overrides, "method.reset_interval_steps=50"], columns=220)
+    drawn, _, last = text.rpartition("gap to full")
+    assert drawn.count("gap to full") > 3, "the table was drawn again and again"
+    for part in ("running", "missing", "/203", "baseline", "finished"):
+        assert part in drawn, part
+    assert "\x1b[" in drawn
+    rows = [line for line in last.splitlines() if "llama_tiny-" in line and "finished" in line]
+    assert len(rows) == 3
+    assert all("203/203" in row and "MiB" in row for row in rows)
+    assert "report.html" in last
