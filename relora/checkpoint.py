@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from relora.errors import RunError
+from relora.rundir import sync_folder
 
 KEPT = 2
 """The newest, and one to fall back on should its disk lie."""
@@ -81,15 +82,6 @@ class _Writer:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(path: Path) -> dict[str, Any]:

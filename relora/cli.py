@@ -160,6 +160,8 @@ def _train(argv: Sequence[str]) -> int:
     if sweep is not None:
         raise ConfigError(f"{sweep} is a sweep and this is a single run; write python run.py -m {' '.join(argv)}")
     config = compose.compose(argv)
+    for remark in compose.untuned(argv, config):
+        print(f"note: {remark}")
     if config.cluster.name == "slurm":
         from relora.launch import submit_run
 
@@ -203,6 +205,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     device = choose_device(config.trainer.device, World())
     corpus = prepare(config.data, Path(config.runs_dir) / "corpora", say)
+    if run.get("corpus_digest", corpus.corpus_digest) != corpus.corpus_digest:
+        say(
+            f"note: data={config.data.name} is another text than {run['run']} was trained on, or split in another way: "
+            "what is held out here may have been trained on, and no perplexity of that run compares"
+        )
     result = evaluate(
         load_pretrained(folder, device),
         corpus.sequences(arguments.split, config.data.sequence_length_tokens),

@@ -257,6 +257,8 @@ class Estimate:
     """Mean over seeds of a gap, and its interval where there are seeds enough. Relative differences of perplexity."""
 
     relative: float
+    deviation: float | None
+    """Over seeds; None for one."""
     low: float | None
     high: float | None
     seeds: int
@@ -304,7 +306,8 @@ class Arm:
 
             half = float(t.ppf(0.5 + CONFIDENCE / 2, len(losses) - 1)) * deviation(losses) / math.sqrt(len(losses))
             low, high = relative(mean(losses) - half), relative(mean(losses) + half)
-        return Estimate(relative=relative(mean(losses)), low=low, high=high, seeds=len(losses))
+        spread = deviation([relative(loss) for loss in losses]) if len(losses) > 1 else None
+        return Estimate(relative=relative(mean(losses)), deviation=spread, low=low, high=high, seeds=len(losses))
 
     def notes(self, axis: str) -> list[str]:
         """How its gaps were read, each once."""

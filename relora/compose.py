@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -19,6 +18,13 @@ from relora.cluster import CLUSTERS
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.groups import METHODS, FullConfig, check_files
+from relora.rundir import write_whole
+
+OF_A_SWEEP = ("grids", "tune")
+"""Keys of sweeps/ files that are no settings of a run."""
+PRESET_HEAD = "# @package _global_"
+BEFORE = "before the search:"
+"""Begins what was said of a preset's value that a search has replaced."""
 
 
 def conf_dir() -> Path:
@@ -38,18 +44,48 @@ def _search_path() -> str:
 
 
 def _composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
-    """What Hydra composes. Raises ConfigError."""
+    """What Hydra composes, overrides of a budget in steps taking the place of one in tokens. Raises ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
+    given = _given(overrides)
+    _check_choices(given)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra_compose("config", [_search_path(), *overrides], return_hydra_config=with_hydra)
+            texts = [_search_path(), *overrides, *_steps_alone(given)]
+            composed = hydra_compose("config", texts, return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
+    if "sweeps" not in given:
+        for key in OF_A_SWEEP:
+            if key in composed:
+                raise ConfigError(f"unknown key {key}; it belongs in a sweeps/ file, chosen with sweeps=NAME")
+    return composed
+
+
+def _given(overrides: Sequence[str]) -> dict[str, str]:
+    """Key -> value, both as they are written, the last of each."""
+    pairs = (text.partition("=") for text in overrides if "=" in text)
+    return {key.lstrip("+"): value for key, _, value in pairs}
+
+
+def _check_choices(given: dict[str, str]) -> None:
+    """Raise ConfigError for a value of a config group that cannot be the name of a choice."""
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()} | {"experiments", "sweeps"}
+    for key in given.keys() & groups:
+        if given[key].strip() in ("", "null") or given[key].startswith(("[", "{", "$")):
+            choices = ", ".join(_options(key))
+            raise ConfigError(f"{key}={given[key]} is no choice; leave {key} out, or choose {key}= one of {choices}")
+
+
+def _steps_alone(given: dict[str, str]) -> list[str]:
+    """What lets a budget in steps, of the command line or of a sweep, win over an experiment's budget in tokens."""
+    of_the_sweep = _own_settings(given["sweeps"]) if "sweeps" in given else {}
+    keys = {key for key, value in {**of_the_sweep, **given}.items() if value not in (None, "null")}
+    return ["trainer.total_tokens=null"] if "trainer.total_steps" in keys and "trainer.total_tokens" not in keys else []
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
@@ -71,6 +107,7 @@ def hydra_main(argv: Sequence[str], run: Callable[[DictConfig, list[str]], None]
     # Hydra's parser wants the overrides in one row; values of options (--cfg job) hold no "=".
     overrides = [argument for argument in argv if not argument.startswith("-") and "=" in argument]
     options = [argument for argument in argv if argument not in overrides]
+    overrides += _steps_alone(_given(overrides))
     sys.argv = [sys.argv[0], _search_path(), *overrides, *options]
     hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
 
@@ -88,29 +125,29 @@ class Sweep:
     runs: list[RunConfig]
     arguments: dict[str, list[str]] = field(default_factory=dict)
     """Config hash -> the overrides that the run was composed from."""
+    remarks: list[str] = field(default_factory=list)
+    """What may surprise whoever launches it."""
 
 
 def expand(overrides: Sequence[str]) -> Sweep:
     """Every run that `overrides` name: `key=a,b` on the command line times the grids of sweeps=NAME.
 
-    A sweeps/ file has one grid under hydra.sweeper.params or a union of grids under `grids`; a key given on the
-    command line replaces the file's. Each run is checked. Raises ConfigError, naming the run, for the first that is
-    wrong.
+    A sweeps/ file has one grid under hydra.sweeper.params or a union of grids under `grids`; what else it sets holds
+    for every run. The command line wins over both. Each run is checked. Raises ConfigError, naming the run, for the
+    first that is wrong.
     """
     given = _parsed(overrides)
     plain = [text for key, texts in given if len(texts) == 1 for text in texts]
-    name = next((text.partition("=")[2] for text in plain if text.startswith("sweeps=")), None)
+    name = _sweep_name(given)
     file = _composed(plain, with_hydra=True)
-    grids: list[Any] = [{}]
-    if name is not None:
-        params = OmegaConf.to_container(file.hydra.sweeper.params or OmegaConf.create({}))
-        listed = file.get("grids")
-        grids = [params] if listed is None else list(OmegaConf.to_container(listed))  # type: ignore[arg-type]
+    grids = [{}] if name is None else _grids(file, name)
     on_the_line = {key for key, _ in given}
     runs: dict[str, RunConfig] = {}
     led_to: dict[str, list[str]] = {}
+    remarks: list[str] = []
+    cells = 0
     swept = [key for key, texts in given if len(texts) > 1]
-    study = file.get("study") or name or "-".join(key.rpartition(".")[2] for key in swept)
+    study = _study(file) or name or "-".join(key.rpartition(".")[2] for key in swept)
     if not study:
         raise ConfigError("nothing is swept; write key=a,b,c or sweeps=NAME, or leave -m out for a single run")
     for grid in grids:
@@ -118,14 +155,78 @@ def expand(overrides: Sequence[str]) -> Sweep:
         axes = [*rows, *given]
         for cell in itertools.product(*(texts for _, texts in axes)):
             arguments = [text for text in cell if not text.startswith(("sweeps=", "study="))]
+            chosen = [text for (key, texts), text in zip(axes, cell, strict=True) if key in grid or len(texts) > 1]
             try:
-                config = compose([*arguments, f"study={study}"])
+                own = [] if name is None else [f"sweeps={name}"]
+                config = compose([*own, *arguments, f"study={study}"])
             except ConfigError as error:
-                chosen = [text for (key, texts), text in zip(axes, cell, strict=True) if key in grid or len(texts) > 1]
-                raise ConfigError(f"{' '.join(chosen)}: {error}") from error
+                raise ConfigError(f"{' '.join(chosen)}: {error}{_other_choices(name, rows, error)}") from error
+            cells += 1
             runs.setdefault(config.config_hash, config)
             led_to.setdefault(config.config_hash, arguments)
-    return Sweep(study=study, question=_question(name), runs=list(runs.values()), arguments=led_to)
+            remarks += untuned(arguments, config)
+    if cells > len(runs):
+        remarks.append(f"{cells} choices are {len(runs)} runs: the others would be the same again in this setting")
+    return Sweep(
+        study=study,
+        question=_question(name),
+        runs=list(runs.values()),
+        arguments=led_to,
+        remarks=list(dict.fromkeys(remarks)),
+    )
+
+
+def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], error: ConfigError) -> str:
+    """How to ask the question of a sweeps/ file where its choices do not fit."""
+    swept = [key for key, texts in rows if len(texts) > 1 and key != "method"]
+    at_fault = [key for key in swept if key in str(error)] or swept
+    if not at_fault:
+        return ""
+    others = " ".join(f"{key}=..." for key in at_fault)
+    return f"; where the choices of sweeps={name} do not fit, give others on the command line: {others}"
+
+
+def untuned(overrides: Sequence[str], config: RunConfig) -> list[str]:
+    """The remark that the experiment of `overrides` has no preset for the run's method, where it has none."""
+    experiment, method = _given(overrides).get("experiments"), config.method.name
+    if experiment is None or (conf_dir() / "presets" / experiment / f"{method}.yaml").is_file():
+        return []
+    return [
+        f"experiments={experiment} has no preset for method={method}: its rank and rates are those of the default run, "
+        f"tuned to another setting; write conf/presets/{experiment}/{method}.yaml or set them"
+    ]
+
+
+def _sweep_name(given: Sequence[tuple[str, list[str]]]) -> str | None:
+    """The NAME of sweeps=NAME. Raises ConfigError for several."""
+    names = [text.partition("=")[2] for key, texts in given if key == "sweeps" for text in texts]
+    if len(names) > 1:
+        raise ConfigError(f"sweeps={','.join(names)}: a launch asks one question; launch them one after the other")
+    return names[0] if names else None
+
+
+def _grids(file: DictConfig, name: str) -> list[dict[str, Any]]:
+    """The grids of a composed sweeps/ file. Raises ConfigError."""
+    listed: Any = file.hydra.sweeper.params if "grids" not in file else file.grids
+    grids: Any = OmegaConf.to_container(listed) if isinstance(listed, Container) else listed
+    grids = [grids or {}] if "grids" not in file else grids
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        raise ConfigError(f"grids={grids} must be a list of grids, each key: choices, as in sweeps/{name}.yaml")
+    return grids
+
+
+def _study(file: DictConfig) -> str | None:
+    try:
+        return file.get("study")
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"study: {_explain(error)}") from error
+
+
+def _own_settings(name: str) -> dict[str, Any]:
+    """What a sweeps/ file sets for every run, by dotted key."""
+    file = _home() / "sweeps" / f"{name}.yaml"
+    values = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+    return dict(_leaves({str(key): value for key, value in values.items()})) if isinstance(values, dict) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +252,19 @@ def search(overrides: Sequence[str]) -> Search | None:
     """
     given = _parsed(overrides)
     plain = [text for _, texts in given if len(texts) == 1 for text in texts]
-    name = next((text.partition("=")[2] for text in plain if text.startswith("sweeps=")), None)
+    name = _sweep_name(given)
     if name is None:
         return None
     file = _composed(plain)
-    wanted: Any = OmegaConf.to_container(file.tune) if "tune" in file else None
-    if wanted is None:
+    if "tune" not in file:
         return None
+    wanted: Any = OmegaConf.to_container(file)
+    wanted = wanted["tune"]
+    if not isinstance(wanted, dict) or not isinstance(wanted.get("ranges"), dict) or "trials" not in wanted:
+        raise ConfigError(f"tune={wanted} must hold trials and ranges, as in sweeps/tune_learning_rate.yaml")
     seeds = [text.partition("=")[2] for key, texts in given if key == "trainer.seed" for text in texts]
-    study = file.get("study") or name
-    not_of_a_run = ("sweeps=", "study=", "trainer.seed=", "tune.")
+    study = _study(file) or name
+    not_of_a_run = ("study=", "trainer.seed=", "tune.")
     plain_overrides = [*(text for text in plain if not text.startswith(not_of_a_run)), f"study={study}"]
     swept = [key for key, texts in given if len(texts) > 1 and key != "trainer.seed"]
     if swept:
@@ -201,14 +305,58 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
-    """Put `values` (by dotted key) into a preset, beside what it holds already; the file is whole at any time."""
-    kept = OmegaConf.load(file) if file.is_file() else OmegaConf.create({})
+    """Put `values` (by dotted key) into a preset, beside what it holds already, comments included.
+
+    What was said of a value that is replaced stays behind the new one, with the old one. The file is whole at any time.
+    """
+    old = file.read_text() if file.is_file() else ""
+    wanted = OmegaConf.create(old)
+    lines = old.splitlines()
     for key, value in values.items():
-        OmegaConf.update(kept, key, value, force_add=True)
+        OmegaConf.update(wanted, key, value, force_add=True)
+        lines = _with_value(lines, key, f"{value}")
+    if not _says("\n".join(lines), wanted):  # laid out in another way than presets are
+        lines = [line for line in lines if line.startswith("#")] + OmegaConf.to_yaml(wanted).splitlines()
+    told = [f"# {line}".rstrip() for line in remark.split("\n")]
+    # An earlier search's remark begins with the same words.
+    beginnings = {" ".join(line.split()[:4]) for line in told}
+    lines = [
+        line
+        for line in lines
+        if line != PRESET_HEAD and not (line.startswith("#") and " ".join(line.split()[:4]) in beginnings)
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(f"# @package _global_\n# {remark}\n{OmegaConf.to_yaml(kept)}")
-    temporary.replace(file)
+    write_whole(file, "\n".join([PRESET_HEAD, *told, *lines]) + "\n")
+
+
+def _says(text: str, wanted: DictConfig) -> bool:
+    try:
+        return OmegaConf.create(text) == wanted
+    except YAMLError:
+        return False
+
+
+def _with_value(lines: list[str], key: str, value: str) -> list[str]:
+    """Lines of YAML in blocks, with `value` at a dotted key."""
+    parts, first, last, indent = key.split("."), 0, len(lines), ""
+    for number, part in enumerate(parts):
+        at = next((n for n in range(first, last) if lines[n].startswith(f"{indent}{part}:")), None)
+        if at is None:
+            missing = [f"{indent}{'  ' * depth}{name}:" for depth, name in enumerate(parts[number:])]
+            return [*lines[:last], *missing[:-1], f"{missing[-1]} {value}", *lines[last:]]
+        if number + 1 < len(parts):
+            inner = f"{indent}  "
+            first = at + 1
+            last = next((n for n in range(first, last) if lines[n].strip() and not lines[n].startswith(inner)), last)
+            indent = inner
+            continue
+        before, _, comment = lines[at].partition(":")[2].partition("#")
+        comment = comment.strip()
+        if comment and not comment.startswith(BEFORE):
+            comment = f"{BEFORE} {before.strip()}, {comment}"
+        told = f" # {comment}" if comment else ""
+        return [*lines[:at], f"{indent}{part}: {value}{told}", *lines[at + 1 :]]
+    return lines
 
 
 def _question(name: str | None) -> str:
@@ -273,7 +421,11 @@ def baseline(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def to_run_config(composed: DictConfig) -> RunConfig:
     """Typed, completed and checked, with paths made absolute. Raises ConfigError."""
-    config = _typed(OmegaConf.to_container(composed, resolve=True))
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    config = _typed(values)
     config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
     for key in ("path", "tokenizer"):
         value = getattr(config.data, key)
@@ -287,7 +439,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
 
 
 def _typed(values: Any) -> RunConfig:
-    values = {key: value for key, value in values.items() if key not in ("hydra", "grids", "tune")}
+    values = {key: value for key, value in values.items() if key not in ("hydra", *OF_A_SWEEP)}
     schema = OmegaConf.structured(RunConfig)
     try:
         for group, kinds in (("method", METHODS), ("cluster", CLUSTERS)):
@@ -361,9 +513,7 @@ def _collect(node: Any, prefix: str, names: set[str]) -> None:
 def freeze(config: RunConfig, path: Path) -> None:
     """Write the whole config; the file is whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    temporary.replace(path)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def thaw(path: Path) -> RunConfig:

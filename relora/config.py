@@ -65,10 +65,13 @@ class RunConfig:
                 f"model.vocab_size={vocab_size} is below data.vocab_size={self.data.vocab_size}; "
                 "leave model.vocab_size null or lower data.vocab_size"
             )
-        if self.study is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.study):
-            raise ConfigError(
-                f"study={self.study} may hold letters, digits, '_', '.' and '-' alone, and not begin with '.' or '-'"
-            )
+        if not self.runs_dir:
+            raise ConfigError("runs_dir= is empty; name a folder, or leave it out for runs")
+        for key, name in (("study", self.study), ("model.name", self.model.name)):
+            if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+                raise ConfigError(
+                    f"{key}={name} may hold letters, digits, '_', '.' and '-' alone, and not begin with '.' or '-'"
+                )
 
     def _check_targets(self) -> None:
         method = self.method
@@ -275,8 +278,13 @@ class RunConfig:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Every field that changes the mathematics, flat, for a tracker's table; full rank has rank and interval 0."""
+        """Every field that changes the mathematics, flat, for a tracker's table.
+
+        What a method does not have of rank, interval and pruning ratio is 0: the UI's parallel coordinates leave out
+        whatever lacks one of its axes.
+        """
         return {
+            "method.optimizer_reset.pruning_ratio": 0.0,
             **_flat_fields(self, include_defaults=True),
             **self.identity,
             "method.rank": self.rank or 0,

@@ -8,8 +8,10 @@ import glob
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +36,8 @@ LONGEST_LINE_PIECES = 4
 TOKENIZER_TRAINING_BYTES = 200_000_000
 """A BPE vocabulary does not change any more beyond this much text."""
 BATCH_PIECES = 512
+TOLD = 3
+"""Exit code of a process that says on stderr what a person can mend."""
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -92,6 +96,33 @@ def load(folder: Path) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     names = ("corpus_digest", "tokenizer_digest", "vocab_size", "end_of_text_id", "dtype", "splits")
     return Corpus(folder=folder, **{name: meta[name] for name in names})
+
+
+def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Corpus:
+    """As `prepare`, but what is built is built by another process: its memory is none of this one's.
+
+    What a process has once held, its allocator does not give back whole, and the peak memory of the run that happens
+    to build the corpus would be measured on top of it.
+    """
+    if not (folder_of(config, corpora) / "meta.json").exists():
+        command = [sys.executable, "-m", "relora.corpus", json.dumps(asdict(config)), str(corpora)]
+        with tempfile.TemporaryFile("w+") as errors:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+                try:
+                    assert child.stdout is not None
+                    for line in child.stdout:
+                        say(line.rstrip("\n"))
+                    child.wait()
+                except BaseException:
+                    child.terminate()
+                    raise
+            errors.seek(0)
+            problem = errors.read()
+        if child.returncode == TOLD:
+            raise CorpusError(problem.strip())
+        if child.returncode:
+            raise RuntimeError(f"preparing the corpus ended with {child.returncode}:\n{problem}")
+    return prepare(config, corpora, say)
 
 
 def folder_of(config: DataConfig, corpora: Path) -> Path:
@@ -364,3 +395,17 @@ def _write_tokens(config: DataConfig, files: list[Path], plan: _Plan, folder: Pa
         "dtype": dtype,
         "splits": counts,
     }
+
+
+def _main(settings: str, corpora: str) -> int:
+    """`prepare` in this process; the exit code."""
+    try:
+        prepare(DataConfig(**json.loads(settings)), Path(corpora), lambda message: print(message, flush=True))
+    except (CorpusError, OSError) as error:
+        print(error, file=sys.stderr)
+        return TOLD
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

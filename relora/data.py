@@ -5,11 +5,13 @@ Nothing is iterated, so resuming replays nothing and neither micro-batch nor rep
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROUNDS = 4
 
@@ -65,15 +67,17 @@ class TokenSequences:
                 f"data.sequence_length_tokens={sequence_length_tokens}; take more text or shorter sequences"
             )
 
-    def batch(self, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def batch(self, sequences: NDArray[np.int64]) -> "tuple[Tensor, Tensor]":
         """(inputs_BxT, targets_BxT) of the named sequences, int64 on the CPU; targets are the inputs one token on."""
+        import torch  # here: preparing a corpus needs none of it
+
         offsets = sequences[:, None] * self.sequence_length_tokens + np.arange(self.sequence_length_tokens + 1)
         window_BxT1 = torch.from_numpy(self.tokens[offsets].astype(np.int64))
         return window_BxT1[:, :-1], window_BxT1[:, 1:]
 
     def training_batch(
         self, step: int, sequences_per_step: int, seed: int, *, rank: int = 0, ranks: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    ) -> "tuple[Tensor, Tensor]":
         """The batch of the update at `step`: the same for every caller, whatever was read before.
 
         Of its `ranks` equal slices, the one of `rank`.

@@ -56,8 +56,10 @@ def evaluate(
 
     was_training = model.training
     model.eval()
-    fitted = fits(own_batches)
-    model.train(was_training)
+    try:
+        fitted = fits(own_batches)
+    finally:
+        model.train(was_training)
     total = 0.0
     for batch_sum in world.sum(sums_N, fitted=fitted).tolist():
         total += batch_sum

@@ -155,13 +155,13 @@ class _Attempt:
 
         from relora import corpus as corpora
         from relora import warmstart
-        from relora.model import peak_memory_bytes
+        from relora.model import peak_memory_bytes, reset_peak_memory
 
         config, say, world = self.config, self.console.say, self.world
         world.share(config.trainer.sequences_per_step)  # refused before hours go into the preparation of a text
         device = choose_device(config.trainer.device, world)
         self.status.device = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
-        corpus = corpora.prepare(config.data, Path(config.runs_dir) / "corpora", say)
+        corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)
         self._check_corpus(corpus.identity)
         origin = {**corpus.identity, "device": device.type}
         exact = device.type == "cpu" and self.status.ranks == world.size
@@ -189,14 +189,14 @@ class _Attempt:
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
                 f"{config.tokens_per_step:,} tokens, {epochs:.2f} epochs of the training text"
             )
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            reset_peak_memory(device)
             with self.signals.asking():
                 validation = trainer.train()
             self.console.close()
             summary = {
                 "eval_loss": validation.loss,
                 "eval_perplexity": validation.perplexity,
+                "peak_memory_bytes": max(trainer.counters.peak_memory_bytes, peak_memory_bytes(device)),
                 **self._export(trainer, corpus),
                 **trainer.progress_metrics(config.total_steps),
                 "restarts": trainer.clock.restarts_before(config.total_steps),
@@ -206,7 +206,6 @@ class _Attempt:
                 "training_seconds": trainer.counters.training_seconds,
                 "tokens_per_second": config.total_steps * config.tokens_per_step / trainer.counters.training_seconds,
                 "wall_clock_seconds": time.perf_counter() - self.began,
-                "peak_memory_bytes": max(trainer.counters.peak_memory_bytes, peak_memory_bytes(device)),
             }
             summary = {name.removeprefix("progress/"): value for name, value in summary.items()}
             numbers = {f"summary/{name}": value for name, value in summary.items() if not isinstance(value, str)}

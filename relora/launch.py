@@ -33,6 +33,8 @@ def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
     Returns whether nothing is left to launch: all finished, or all submitted. Ctrl-C and SIGTERM stop every run here
     with a checkpoint; the same launch again goes on.
     """
+    for remark in sweep.remarks:
+        print(f"note: {remark}", flush=True)
     planned = plan(sweep)
     runs_dir = Path(planned[0].config.runs_dir)
     if isinstance(planned[0].config.cluster, SlurmConfig):

@@ -15,6 +15,9 @@ from relora.errors import RunError
 REPRODUCIBLE_PREFIXES = ("train/", "eval/", "restart/", "progress/")
 """Metrics that a replayed step must give again; perf/ is about the machine and may differ."""
 
+MICRO_STEP = "perf/sequences_per_micro_step"
+"""How many sequences a pass took: another number sums in another order and changes the last bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -84,8 +87,9 @@ class MetricsLog:
     """Appends rows {"step", "time_ms", name: value, ...} to a JSONL file.
 
     A step that is replayed after a resume keeps its first row. With `exact`, a reproducible metric that differs on
-    replay raises ReplayError. A line torn by a crash is cut off when the file is opened. Values that are not finite are
-    kept out of the numbers and named in the row's "nonfinite" list: they would wreck every chart.
+    replay raises ReplayError, up to the first row that is replayed with another MICRO_STEP. A line torn by a crash is
+    cut off when the file is opened. Values that are not finite are kept out of the numbers and named in the row's
+    "nonfinite" list: they would wreck every chart.
     """
 
     def __init__(self, path: Path, *, exact: bool) -> None:
@@ -100,6 +104,8 @@ class MetricsLog:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics that this step has no value for yet."""
         fresh: dict[str, float] = {}
+        if MICRO_STEP in metrics and self._seen.get((step, MICRO_STEP)) not in (None, metrics[MICRO_STEP]):
+            self.exact = False
         for name, value in metrics.items():
             first = self._seen.get((step, name))
             if first is None:

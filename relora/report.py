@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from relora.compare import Arm, Compared, Estimate, Run, Study, as_row, deviation, mean, study_dir
+from relora.compare import Arm, Compared, Estimate, Gap, Run, Study, as_row, deviation, mean, study_dir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -309,10 +309,12 @@ class Notes:
 
 
 def percent(estimate: Estimate | None, seeds: int | None = None) -> str:
-    """A gap, with its interval where there is one, and its seeds where they are not the arm's `seeds`."""
+    """A gap, ± its deviation over seeds, its interval where there is one, its seeds where they are not the arm's."""
     if estimate is None:
         return "-"
     text = f"{estimate.relative:+.1%}"
+    if estimate.deviation is not None:
+        text += f" ± {estimate.deviation:.1%}"
     if estimate.low is not None and estimate.high is not None:
         text += f" [{estimate.low:+.1%}, {estimate.high:+.1%}]"
     return text if seeds in (None, estimate.seeds) else f"{text} of {estimate.seeds} seeds"
@@ -410,7 +412,22 @@ ARM_COLUMNS = (
     "peak memory",
     "tokens/s",
 )
-RUN_COLUMNS = ("run", "arm", "seed", "state", "validation", "test", "gap, equal tokens", "measured against", "skipped")
+RUN_COLUMNS = (
+    "run",
+    "arm",
+    "seed",
+    "state",
+    "validation",
+    "test",
+    "gap, equal tokens",
+    "gap, equal FLOPs",
+    "gap, equal wall-clock",
+    "measured against",
+    "tokens to full rank's",
+    "trainable",
+    "peak memory",
+    "skipped",
+)
 FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
     ("gaps.png", draw_gaps, "Gap to full rank at equal tokens; points are seeds, dark lines 95% intervals."),
     ("heat_map.png", draw_heat_map, "Rank against reset interval."),
@@ -443,9 +460,16 @@ def _memory(value: float) -> str:
     return f"{value / GIB:.2f} GiB" if value >= 10 * GIB else f"{value / MIB:,.0f} MiB"
 
 
-def _run_row(member: Compared) -> list[str]:
-    run, gap = member.run, member.tokens.relative
-    finished = run.finished
+def _run_gap(member: Compared, axis: str, notes: Notes) -> str:
+    """A run's gap, and how it was read where that is not plain."""
+    gap: Gap = getattr(member, axis)
+    mark = f" ({notes.mark(gap.note)})" if axis != "tokens" and member.run.finished else ""
+    return ("-" if gap.relative is None else f"{gap.relative:+.1%}") + mark
+
+
+def _run_row(member: Compared, notes: Notes) -> list[str]:
+    run, finished = member.run, member.run.finished
+    reached = member.tokens_to_baseline
     return [
         run.name,
         member.label,
@@ -453,8 +477,11 @@ def _run_row(member: Compared) -> list[str]:
         run.state,
         f"{run.summary['eval_perplexity']:.2f}" if finished else "-",
         f"{run.summary['test_perplexity']:.2f}" if finished else "-",
-        "-" if gap is None else f"{gap:+.1%}",
+        *(_run_gap(member, axis, notes) for axis in ("tokens", "flops", "seconds")),
         "-" if member.baseline is None else "itself" if member.baseline is run else member.baseline.name,
+        "-" if member.baseline is None else "never" if reached is None else f"{reached:,}",
+        f"{run.summary['trainable_parameters'] / 1e6:.2f}M" if finished else "-",
+        _memory(run.summary["peak_memory_bytes"]) if finished else "-",
         str(run.summary["skipped_updates"]) if finished else "-",
     ]
 
@@ -472,11 +499,12 @@ def write_report(study: Study, runs_dir: Path) -> Path:
     page.listing(answer(study))
     page.heading("Arms")
     page.table(ARM_COLUMNS, [_arm_row(arm, notes) for arm in study.arms])
+    run_rows = [_run_row(member, notes) for member in study.members]
     page.paragraph(
         "A gap is test perplexity over that of the full-rank run of the same setting and seed, less 1, averaged over "
-        "seeds as a difference of losses; baselines have no warm start and are chosen on validation. Wall-clock is "
-        "that of updates and restarts, and means little where runs shared a machine; peak memory on a CPU is that of "
-        "the whole process."
+        "seeds as a difference of losses; baselines have no warm start and are chosen on validation. ± is the standard "
+        "deviation over seeds, brackets hold a 95% interval. Wall-clock is that of updates and restarts, and means "
+        "little where runs shared a machine; peak memory on a CPU is all that the process held while it trained."
     )
     page.listing([f"({notes.mark(text)}) {text}" for text in notes.texts])
     if study.unfinished:
@@ -493,7 +521,7 @@ def write_report(study: Study, runs_dir: Path) -> Path:
             figure.savefig(folder / file, dpi=110)
             page.figure(file, caption)
     page.heading("Runs")
-    page.table(RUN_COLUMNS, [_run_row(member) for member in study.members])
+    page.table(RUN_COLUMNS, run_rows)
     page.heading("To have this again")
     page.code("\n".join(f"python run.py -m {shlex.join(launch)}" for launch in study.launches))
     (folder / "report.md").write_text(page.markdown())

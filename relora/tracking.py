@@ -188,6 +188,9 @@ class Mirror:
 
         if not self.run.metrics_file.exists():
             return 0
+        # A file that is shorter than what was sent is another: a power cut took rows, or the run began anew.
+        if state["sent_bytes"] > self.run.metrics_file.stat().st_size:
+            state["sent_bytes"] = 0
         with self.run.metrics_file.open("rb") as file:
             file.seek(state["sent_bytes"])
             text = file.read()

@@ -20,7 +20,7 @@ from relora.evaluate import ALONE, Evaluation, evaluate
 from relora.groups import LoRAConfig
 from relora.lowrank import keyed_generator
 from relora.methods import build_method, build_optimizer, learning_rate_factor
-from relora.metrics import Progress, Tracker
+from relora.metrics import MICRO_STEP, Progress, Tracker
 from relora.model import fits, peak_memory_bytes, precision_context, summed_cross_entropy
 
 T = TypeVar("T")
@@ -76,7 +76,10 @@ class Trainer:
         self.config, self.device, self.tracker, self.stop = config, device, tracker, stop
         self.on_warm_start, self.world = on_warm_start, world
         self.training, self.validation, self.checkpoint_folder = training, validation, checkpoint_folder
-        self.model = model.to(device, torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32)
+        self.model = model.to(device)
+        # Buffers stay fp32: a model that is loaded again computes its rotary frequencies in it.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32)
         self.method = build_method(config)
         self.clock = self.method.clock
         self.factor = learning_rate_factor(config)
@@ -307,6 +310,7 @@ class Trainer:
             self.tracker.log(
                 done,
                 {
+                    MICRO_STEP: self.counters.sequences_per_micro_step,
                     "train/loss": loss,
                     "train/lr": learning_rate,
                     "train/grad_norm": gradient_norm,
@@ -331,7 +335,12 @@ class Trainer:
         )
         self.tracker.log(
             step,
-            {"eval/loss": result.loss, "eval/perplexity": result.perplexity, **self.progress_metrics(step)},
+            {
+                MICRO_STEP: self.counters.sequences_per_micro_step,
+                "eval/loss": result.loss,
+                "eval/perplexity": result.perplexity,
+                **self.progress_metrics(step),
+            },
         )
         if step:
             self.tracker.say(f"step {step}: validation perplexity {result.perplexity:.2f} (loss {result.loss:.4f})")
@@ -373,7 +382,9 @@ class Trainer:
             self.optimizer = build_optimizer(self.model, self.config, self.config.optimizer.learning_rate)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        configured = self.counters.sequences_per_micro_step
         self.counters = Counters(**state["counters"])
-        micro = self.counters.sequences_per_micro_step
-        self.counters.sequences_per_micro_step = self._micro_step(micro)  # there may be more ranks now
+        # What ran out of memory once would do so again; what is asked to be smaller shall be; ranks may be more now.
+        least = min(configured, self.counters.sequences_per_micro_step)
+        self.counters.sequences_per_micro_step = self._micro_step(least)
         self.tracker.say(f"resumed at step {self.first_step} of {self.clock.total_steps}")

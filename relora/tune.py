@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 MOST_FAILURES = 8
+FAILED = "failed"
+"""Marks, among Optuna's failed trials, those whose runs did."""
 UNPRUNED_TRIALS = 4
 """The first trials run to their end: what is good is not known before."""
 
@@ -196,11 +198,15 @@ def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
 
 
 def _try_again(study: "Study", attempt: _Attempt) -> None:
-    """Put a trial back in the queue. Raises RunError once too many have failed."""
+    """Put a trial back in the queue. Raises RunError once too many have failed.
+
+    Trials that an interrupted launcher left behind have not.
+    """
     from optuna.trial import TrialState
 
+    attempt.trial.set_user_attr(FAILED, True)
     study.tell(attempt.trial.number, state=TrialState.FAIL)
-    failed = len(study.get_trials(states=(TrialState.FAIL,)))
+    failed = sum(FAILED in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     if failed > MOST_FAILURES:
         raise RunError(f"{failed} trials have failed, the last in {attempt.runs[0].run.path}; see its log.txt")
     study.enqueue_trial(attempt.trial.params)
@@ -250,7 +256,7 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         return
     remark = (
         f"Learning rates: the best of {search.trials} trials on validation, {len(search.seeds)} seeds each "
-        f"(loss {study.best_value:.4f}), by\n#   python run.py -m {' '.join(_without_paths(overrides))}"
+        f"(loss {study.best_value:.4f}), by\n  python run.py -m {' '.join(_without_paths(overrides))}"
     )
     file = compose.conf_dir() / "presets" / search.experiment / f"{search.method}.yaml"
     try:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from relora import checkpoint
 from relora.config import RunConfig
 from relora.metrics import complete_bytes, read_rows, row_metrics
-from relora.rundir import RunDir, read_json, write_json
+from relora.rundir import RunDir, read_json, sync_folder, write_json
 
 
 def key(config: RunConfig) -> str | None:
@@ -92,7 +92,7 @@ def _publish(config: RunConfig, run: RunDir, folder: Path, origin: dict[str, str
             os.fsync(opened.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
-    checkpoint.sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], say: Callable[[str], None]) -> bool:

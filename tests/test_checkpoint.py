@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from relora.checkpoint import KEPT, CheckpointError, load_latest, save
+from relora.compose import compose, freeze
+from relora.rundir import write_json
 
 
 def state(step: int, size: int = 100) -> dict[str, Any]:
@@ -249,3 +251,33 @@ def test_a_kill_at_any_moment_leaves_a_readable_newest_checkpoint(tmp_path: Path
     assert told["torn"] >= 12, "hardly any kill fell into a save, so the test shows nothing"
     assert told["said"] == []
     assert told["steps"] == sorted(set(told["steps"])), "every attempt went on from the newest checkpoint"
+
+
+# -------------------------------------------------------------------------------------------------- the other files
+
+
+@pytest.mark.parametrize("file", ["status.json", "config.yaml"])
+def test_a_runs_files_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / file, []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(("synced", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def noted_rename(source: Any, target: Any) -> None:
+        done.append(("renamed", Path(source).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    if file == "config.yaml":
+        freeze(compose([]), path)
+    else:
+        write_json(path, {"state": "running"})
+    temporary = done[0][1]
+    assert temporary.startswith(f"{file}.")
+    assert done == [("synced", temporary), ("renamed", temporary), ("synced", tmp_path.name)]
+    assert names(tmp_path) == [file]

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,7 @@ def test_a_seed_without_a_baseline_is_named_and_costs_no_report(lab: Lab) -> Non
     study = lab.study(*configs)
     assert arm(study, "relora").gap("tokens").seeds == 2
     page = (write_report(study, lab.runs_dir) / "report.md").read_text()
-    assert "+22.1% of 2 seeds" in page
+    assert "+22.1% ± 0.0% of 2 seeds" in page
     alone = page.partition("## Runs without a baseline")[2].partition("##")[0]
     assert configs[-1].name in alone
     assert "no finished full-rank run" in alone
@@ -377,7 +378,7 @@ def test_the_report_answers_which_rank_and_interval_and_what_is_lost(lab: Lab) -
     told = "\n".join(answer(study))
     assert "take rank 8 and a restart every 10 updates" in told
     gap = math.expm1(0.11)
-    assert f"{gap:+.1%} [" in told
+    assert re.search(re.escape(f"{gap:+.1%} ± ") + r"\d\.\d% \[", told)
     assert "0.60 times the trainable parameters" in told
     folder = write_report(study, lab.runs_dir)
     names = {path.name for path in folder.iterdir()}
@@ -388,6 +389,39 @@ def test_the_report_answers_which_rank_and_interval_and_what_is_lost(lab: Lab) -
     assert html.count("data:image/png;base64,") == 4
     assert 'src="http' not in html
     assert "Which one?" in html
+
+
+def test_the_runs_table_holds_what_the_csv_holds(lab: Lab) -> None:
+    configs = []
+    for seed, (full, relora) in enumerate([(3.0, 3.2), (3.0, 3.1)]):
+        configs += [lab.run(*FULL, f"trainer.seed={seed}", loss=full)]
+        configs += [lab.run(*RELORA, f"trainer.seed={seed}", loss=relora)]
+    study = lab.study(*configs, lab.run(*RELORA, "trainer.seed=7", loss=3.2))
+    text = (write_report(study, lab.runs_dir) / "report.md").read_text()
+    head, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text[text.index("## Runs\n") :].splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    for cells in rows:
+        told = dict(zip(head, cells, strict=True))
+        member = next(member for member in study.members if member.run.name == told["run"])
+        if not member.run.finished:
+            assert set(list(told.values())[4:]) == {"-"}
+            continue
+        for column, gap in (("tokens", member.tokens), ("FLOPs", member.flops), ("wall-clock", member.seconds)):
+            assert told[f"gap, equal {column}"].startswith("-" if gap.relative is None else f"{gap.relative:+.1%}")
+        assert told["trainable"] == f"{member.run.summary['trainable_parameters'] / 1e6:.2f}M"
+        assert told["peak memory"] == f"{member.run.summary['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        reached = member.tokens_to_baseline
+        assert told["tokens to full rank's"] == (
+            "-" if member.baseline is None else "never" if reached is None else f"{reached:,}"
+        )
+    spread = (math.expm1(0.2) - math.expm1(0.1)) / math.sqrt(2)
+    assert f"{math.expm1(0.15):+.1%} ± {spread:.1%} of 2 seeds" in text
+    marks = set(re.findall(r"\(([a-z]+)\)", text[text.index("## Runs\n") :]))
+    assert marks
+    assert all(f"- ({mark}) " in text for mark in marks)
 
 
 def test_the_csv_holds_every_run_and_reads_back(lab: Lab) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import REPOSITORY, TINY
 
+from relora import cli
 from relora.compose import compose, freeze, thaw
 from relora.errors import ConfigError
 from relora.groups import parse_count
@@ -57,6 +58,18 @@ WRONG = [
     (["data.path=x"], "data.path=x has no meaning with data=stdlib; use data=text"),
     (["data.tokenizer=/no/such"], "data.tokenizer=/no/such has no tokenizer.json"),
     (["tracker.uri=mlruns"], "tracker.uri=mlruns is no store; write sqlite:///FILE, http://HOST:PORT"),
+    (["data=text", "data.path=${foo}"], "data.path: Interpolation key 'foo' not found"),
+    (["method=null"], "method=null is no choice; leave method out, or choose method= one of control, full"),
+    (["model=null"], "model=null is no choice; leave model out, or choose model= one of llama_130m"),
+    (
+        ["experiments=null"],
+        "experiments=null is no choice; leave experiments out, or choose experiments= one of laptop/",
+    ),
+    (["experiments="], "experiments= is no choice"),
+    (["+tune=3"], "unknown key tune; it belongs in a sweeps/ file"),
+    (["+grids=3"], "unknown key grids; it belongs in a sweeps/ file"),
+    (["model.name=a/b"], "model.name=a/b may hold letters, digits"),
+    (["runs_dir="], "runs_dir= is empty; name a folder"),
     (["study='a b'"], "study=a b may hold letters, digits"),
 ]
 
@@ -206,6 +219,17 @@ def test_a_token_budget_is_rounded_up_to_whole_updates(steps: int, sequences: in
     per_step = config.tokens_per_step
     config.trainer.total_tokens = str(steps * per_step - spare % per_step)
     assert config.total_steps == steps
+
+
+def test_steps_on_the_command_line_win_over_an_experiments_tokens(text: Path, capsys, monkeypatch, tmp_path) -> None:
+    own = ["experiments=paper/relora_1b", f"data.path={text}", "method=full"]
+    assert compose(own).total_steps == 23_499
+    assert compose([*own, "trainer.total_steps=6000"]).total_steps == 6000
+    assert compose([*own, "trainer.total_steps=6000", "trainer.total_tokens=9.8304B"]).total_steps == 10_000
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert cli.run([*own, "trainer.total_steps=6000", "--cfg", "job"]) == 0
+    assert "total_tokens: null" in capsys.readouterr().out
 
 
 def test_a_token_budget_decides_over_a_step_budget() -> None:

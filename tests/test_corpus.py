@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from relora.config import DataConfig
-from relora.corpus import SPLITS, Corpus, CorpusError, _source_files, prepare
+from relora.corpus import SPLITS, Corpus, CorpusError, _source_files, prepare, prepare_apart
 
 WORDS = ["alpha", "naïve", "straße", "日本語", "über", "тест", "🙂", "the", "of", "and", "run", "x1", "=", "foo(bar)"]
 
@@ -500,6 +501,31 @@ def test_an_end_of_text_that_the_tokenizer_does_not_know_is_refused(tmp_path: Pa
 
 
 # -------------------------------------------------------------------------------------------------- many processes
+
+
+def test_a_corpus_built_apart_is_the_same_and_leaves_nothing_in_this_process(tmp_path: Path, corpora: Path) -> None:
+    config, told = settings(write_documents(tmp_path / "texts", [lines(300)])), []
+    alone = prepare(config, tmp_path / "other", silent)
+    script = (
+        "import json, sys; from pathlib import Path; from relora.config import DataConfig; from relora import corpus\n"
+        "corpus._build = None\n"
+        "made = corpus.prepare_apart(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), print)\n"
+        "print(made.corpus_digest, 'tokenizers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, json.dumps(asdict(config)), str(corpora)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[0] for line in told[:2]] == ["preparing", "corpus"]
+    assert told[2:] == [f"{alone.corpus_digest} False"]
+
+
+def test_what_is_wrong_with_a_text_is_told_from_apart(tmp_path: Path, corpora: Path, monkeypatch) -> None:
+    config = settings(write_documents(tmp_path / "texts", ["a"]))
+    with pytest.raises(CorpusError, match="leave none for validation"):
+        prepare_apart(config, corpora, silent)
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="preparing the corpus ended with 1"):
+        prepare_apart(config, corpora, silent)
+
 
 PREPARE_AT_ONCE = """
 import json, os, sys

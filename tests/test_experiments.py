@@ -156,6 +156,10 @@ def test_an_experiment_holds_no_method_values(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ presets
 
 
+def test_every_method_has_a_preset_in_every_experiment() -> None:
+    assert set(PRESET_FILES) == {f"{experiment}/{method}" for experiment in SETTINGS for method in METHODS}
+
+
 @pytest.mark.parametrize("preset", PRESET_FILES)
 def test_every_preset_is_applied_where_it_belongs(preset: str, corpus: Path) -> None:
     experiment, _, method = preset.rpartition("/")

@@ -10,17 +10,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import REPOSITORY
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora import cli
+from relora import cli, methods
+from relora import model as models
 from relora.checkpoint import latest_step
 from relora.compose import compose
 from relora.corpus import prepare
 from relora.job import launch
+from relora.lowrank import low_rank_layers, unwrap
 from relora.metrics import read_rows, row_metrics
 from relora.rundir import RunDir
 
@@ -49,6 +53,58 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunD
 
 
 # ------------------------------------------------------------------------------------------------- a run that ends
+
+
+@pytest.mark.parametrize("method", ["full", "relora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16"])
+def test_every_precision_ends_with_a_model_of_the_logged_perplexity(
+    tiny: list[str], precision: str, method: str, capsys
+) -> None:
+    own = [item for item in tiny if method == "relora" or not item.startswith("method.")]
+    overrides = [*own, f"method={method}", f"trainer.precision={precision}"]
+    status = launch(compose(overrides), overrides)
+    assert status.state == "finished", status.message
+    data = [item for item in tiny if item.startswith(("data", "runs_dir"))]
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--json", str(run_of(overrides).model), *data, "trainer.device=cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["perplexity"] == pytest.approx(status.summary["test_perplexity"], rel=1e-9)
+
+
+@pytest.mark.parametrize("harm", ["weights", "merge"])
+def test_an_export_that_computes_something_else_fails_the_run(tiny: list[str], harm: str, monkeypatch, capsys) -> None:
+    if harm == "merge":
+        monkeypatch.setattr(methods.LowRank, "finish", lambda self, model: zero_factors_and_unwrap(model))
+    else:
+        save = models.save_pretrained
+
+        def corrupt(model, tokenizer_file: Path, folder: Path, run) -> None:
+            save(model, tokenizer_file, folder, run)
+            weights = load_file(folder / "model.safetensors")
+            weights["model.layers.0.mlp.up_proj.weight"][0] += 1.0
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+        monkeypatch.setattr(models, "save_pretrained", corrupt)
+    status = launch(compose(tiny), tiny)
+    assert status.state == "failed"
+    assert "does not compute what was trained" in status.message
+    assert latest_step(run_of(tiny).checkpoints) == 14
+    assert "the model writes" not in capsys.readouterr().out
+
+
+def zero_factors_and_unwrap(model) -> None:
+    for _, layer in low_rank_layers(model):
+        layer.lora_B.data.zero_()
+    unwrap(model)
+
+
+def test_the_peak_memory_is_the_runs_own(tiny: list[str]) -> None:
+    """Not that of what the process did before: another run of cluster=debug, or a corpus that had to be prepared."""
+    block = np.ones(2**29, dtype=np.uint8)
+    high = models.peak_memory_bytes(torch.device("cpu"))
+    del block
+    status = launch(compose(tiny), tiny)
+    assert 50e6 < status.summary["peak_memory_bytes"] < high - 2**28
 
 
 def test_the_model_loads_with_hugging_face_alone_and_computes_the_logged_perplexity(finished) -> None:
@@ -106,11 +162,24 @@ def test_evaluate_gives_the_perplexity_that_the_run_logged(finished, capsys) -> 
     run, overrides = finished
     data = [item for item in overrides if item.startswith(("data=", "data.path", "data.v", "data.t", "runs_dir"))]
     assert cli.main(["evaluate", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "note:" not in shown.err
+    told = json.loads(shown.out)
     assert told["perplexity"] == pytest.approx(run.status.summary["test_perplexity"], rel=1e-9)  # type: ignore[union-attr]
     assert cli.main(["evaluate", "--split", "validation", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["perplexity"] == pytest.approx(run.status.summary["eval_perplexity"], rel=1e-5)  # type: ignore[union-attr]
+
+
+def test_evaluate_on_another_text_than_the_runs_says_so(finished, tmp_path: Path, capsys) -> None:
+    run, overrides = finished
+    data = [item for item in overrides if item.startswith(("data=", "data.v", "data.t"))]
+    (tmp_path / "other.txt").write_text("".join(f"line {number} of another text\n" for number in range(2000)))
+    data += [f"data.path={tmp_path / 'other.txt'}", f"runs_dir={tmp_path / 'runs'}"]
+    assert cli.main(["evaluate", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
+    shown = capsys.readouterr()
+    assert f"note: data=text is another text than {run.path.name} was trained on" in shown.err
+    assert json.loads(shown.out)["perplexity"] > 1
 
 
 def test_sample_writes_on_from_the_prompt_and_the_same_for_the_same_seed(finished, capsys) -> None:
@@ -429,15 +498,15 @@ def test_hydras_own_multirun_runs_every_job(tiny: list[str], tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]) -> None:
-    overrides = [*tiny, "trainer.total_steps=203", "method.reset_interval_steps=50"]
+def on_a_terminal(overrides: list[str], columns: int = 150) -> str:
+    """What python run.py shows on a terminal."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "run.py", *overrides],
         cwd=REPOSITORY,
         stdout=slave,
         stderr=slave,
-        env={**os.environ, "COLUMNS": "150", "TERM": "xterm"},
+        env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm"},
     )
     os.close(slave)
     shown = b""
@@ -450,8 +519,27 @@ def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]
             break
         shown += piece
     os.close(master)
-    assert process.wait() == 0
-    text = shown.decode()
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]) -> None:
+    overrides = [*tiny, "trainer.total_steps=203", "method.reset_interval_steps=50"]
+    text = on_a_terminal(overrides)
     for part in ("203/203", "loss ", "lr ", "tokens/s", " left", "next restart 53"):
         assert part in text, part
     assert "restart 1, merged" in text
+
+
+def test_a_study_on_a_terminal_is_a_live_table(tiny: list[str]) -> None:
+    overrides = [*tiny, "method.rank=2,4", "study=ranks", "trainer.total_steps=203"]
+    text = on_a_terminal(["-m", *overrides, "method.reset_interval_steps=50"], columns=220)
+    drawn, _, last = text.rpartition("gap to full")
+    assert drawn.count("gap to full") > 3, "the table was drawn again and again"
+    for part in ("running", "missing", "/203", "baseline", "finished"):
+        assert part in drawn, part
+    assert "\x1b[" in drawn
+    rows = [line for line in last.splitlines() if "llama_tiny-" in line and "finished" in line]
+    assert len(rows) == 3
+    assert all("203/203" in row and "MiB" in row for row in rows)
+    assert "report.html" in last

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 from small import REPOSITORY
 
 from relora import cli, launch
+from relora import compose as compose_module
 from relora.compose import baseline, compose, expand
+from relora.errors import ConfigError
 from relora.launch import plan, study_dir
 from relora.metrics import read_rows
 from relora.rundir import RunDir, Status
@@ -60,6 +63,80 @@ def test_every_sweep_composes_under_every_laptop_setting(path: Path, experiment:
     assert len(sweep.runs) > 1
     assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs)
     assert len({run.comparison_key for run in sweep.runs}) == KEYS.get(path.stem, 1)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("experiment", ["laptop/crossing", "paper/relora_60m", "paper/galore_1b"])
+def test_every_sweep_composes_under_an_experiment_or_names_the_remedy(path: Path, experiment: str, text: Path) -> None:
+    few = ["optimizer.learning_rate=1e-2", "optimizer.embedding_learning_rate=null"]
+    own = [*(few if path.stem == "learning_rate" else []), *([f"data.path={text}"] if "paper" in experiment else [])]
+    overrides = [f"sweeps={path.stem}", f"experiments={experiment}", *own]
+    if experiment not in REFUSED.get(path.stem, {}):
+        assert len(expand(overrides).runs) > 1
+        return
+    key, fitting = REFUSED[path.stem][experiment]
+    with pytest.raises(ConfigError, match=rf"do not fit, give others on the command line: {key}=\.\.\.$"):
+        expand(overrides)
+    assert len(expand([*overrides, f"{key}={fitting}"]).runs) == 6
+
+
+REFUSED = {
+    "rank_x_reset": {
+        "paper/relora_60m": ("method.reset_interval_steps", "1000,null"),
+        "paper/galore_1b": ("method.reset_interval_steps", "10000,null"),
+    },
+    "baseline_budgets": {
+        "paper/relora_60m": ("trainer.total_steps", "4000,5000,6000,7000,8000,10000"),
+        "paper/galore_1b": ("trainer.total_steps", "40000,50000,60000,70000,80000,100000"),
+    },
+    "size_ladder": {"paper/galore_1b": ("model", "llama_250m,llama_350m,llama_1b")},
+}
+"""Sweep -> experiment whose values its choices do not fit -> the key to give, and choices that do."""
+
+
+def test_choices_that_are_the_same_run_are_told(text: Path) -> None:
+    sweep = expand(["sweeps=paper_ablation", "experiments=paper/galore_60m", f"data.path={text}"])
+    assert len(sweep.runs) == 5
+    assert [remark for remark in sweep.remarks if "10 choices are 5 runs" in remark]
+    assert expand(["sweeps=paper_ablation", "experiments=laptop/small"]).remarks == []
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the configs that a test may change."""
+    for name in ("conf", "experiments", "sweeps"):
+        shutil.copytree(REPOSITORY / name, tmp_path / "home" / name)
+    monkeypatch.setattr(compose_module, "_home", lambda: tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_what_a_sweeps_file_sets_holds_for_every_run_and_the_command_line_wins(conf: Path) -> None:
+    file = conf / "sweeps" / "mine.yaml"
+    file.write_text("# @package _global_\ntrainer:\n  total_steps: 333\n  seed: 5\ngrids:\n  - {method.rank: '2,4'}\n")
+    budgets = (
+        (conf / "experiments" / "laptop" / "small.yaml").read_text().replace("total_steps: 400", "total_tokens: 2M")
+    )
+    (conf / "experiments" / "mine.yaml").write_text(budgets)
+    for experiment in ([], ["experiments=mine"]):
+        runs = expand(["sweeps=mine", *experiment]).runs
+        assert [(run.rank, run.total_steps, run.trainer.seed) for run in runs] == [(2, 333, 5), (4, 333, 5)]
+    assert {run.total_steps for run in expand(["sweeps=mine", "trainer.total_steps=400"]).runs} == {400}
+    assert {run.total_steps for run in expand(["sweeps=mine", "trainer.total_tokens=1.024M"]).runs} == {500}
+    file.write_text(file.read_text() + "nonsense: 1\n")
+    with pytest.raises(ConfigError, match="unknown key nonsense"):
+        expand(["sweeps=mine"])
+
+
+def test_an_experiment_without_a_preset_is_told(conf: Path, tiny: list[str], capsys) -> None:
+    (conf / "experiments" / "mine.yaml").write_text("# @package _global_\n")
+    remarks = expand(["sweeps=methods", "experiments=mine"]).remarks
+    assert len(remarks) == 5
+    assert "experiments=mine has no preset for method=galore" in remarks[-1]
+    (conf / "conf" / "presets" / "laptop" / "small" / "lora.yaml").unlink()
+    (told,) = expand(["sweeps=methods", "experiments=laptop/small"]).remarks
+    assert "write conf/presets/laptop/small/lora.yaml or set them" in told
+    assert cli.run([*tiny, "experiments=mine"]) == 0
+    assert "note: experiments=mine has no preset for method=relora" in capsys.readouterr().out
 
 
 def test_the_papers_ablation_has_the_ten_cells_that_have_a_meaning() -> None:
@@ -140,6 +217,12 @@ def test_equal_runs_are_launched_once() -> None:
         (["sweeps=rank"], "sweeps=rank does not exist; choose sweeps= one of"),
         (["method.rank=8,600"], "method.rank=600: rank=600 exceeds"),
         (["method=full,relora", "method.rank=8"], "method=full: unknown key method.rank"),
+        (["sweeps=methods,seeds"], "sweeps=methods,seeds: a launch asks one question"),
+        (["sweeps=methods", "grids=3"], "grids=3 must be a list of grids"),
+        (["sweeps=methods", "grids=[3]"], "grids=[3] must be a list of grids"),
+        (["sweeps=methods", "+tune=3"], "tune=3 must hold trials and ranges"),
+        (["sweeps=tune_learning_rate", "tune.ranges=3"], "must hold trials and ranges"),
+        (["study=${foo}", "trainer.seed=0,1"], "study: Interpolation key 'foo' not found"),
         (["experiments=desktop", "trainer.seed=0,1"], "experiments=desktop does not exist"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora.metrics import Broadcast, MetricsLog, Progress, ReplayError, read_rows, row_metrics
+from relora.metrics import MICRO_STEP, Broadcast, MetricsLog, Progress, ReplayError, read_rows, row_metrics
 from relora.rundir import RunDir
 
 
@@ -191,6 +191,21 @@ def test_another_value_on_replay_is_no_error_where_runs_are_not_exact(path: Path
     write(path, range(3))
     first = path.read_bytes()
     write(path, range(3), exact=False, shift=0.5)
+    assert path.read_bytes() == first
+
+
+def test_a_replay_with_another_micro_batch_is_not_held_to_the_bit(path: Path) -> None:
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(1, {MICRO_STEP: 4, "train/loss": 2.0})
+        log.log(2, {MICRO_STEP: 2, "train/loss": 1.0})
+        log.log(3, {MICRO_STEP: 2, "train/loss": 0.5})
+    first = path.read_bytes()
+    with MetricsLog.opened(path, exact=True) as log, pytest.raises(ReplayError):
+        log.log(1, {MICRO_STEP: 4, "train/loss": 2.1})
+    with MetricsLog.opened(path, exact=True) as log:
+        log.log(1, {MICRO_STEP: 4, "train/loss": 2.0})
+        log.log(2, {MICRO_STEP: 4, "train/loss": 1.1})
+        log.log(3, {MICRO_STEP: 2, "train/loss": 0.6})
     assert path.read_bytes() == first
 
 

@@ -17,7 +17,7 @@ from relora.compose import compose, freeze, thaw
 from relora.config import RunConfig
 from relora.metrics import MetricsLog, read_rows, row_metrics
 from relora.rundir import RunDir, Status
-from relora.tracking import Mirror, MirrorThread, experiment_id, open_store
+from relora.tracking import Mirror, MirrorThread, _view, experiment_id, open_store
 
 STARTED_MS = 1_700_000_000_000
 CORPUS = {"corpus_digest": "c" * 32, "tokenizer_digest": "d" * 32}
@@ -133,6 +133,17 @@ def test_new_rows_are_added_and_a_row_half_written_waits(runs_dir: Path) -> None
     assert ("train/loss", 8, 0.25, STARTED_MS) in points(config, the_run(config).info.run_id)
 
 
+def test_a_file_that_is_shorter_than_what_was_sent_is_sent_anew(runs_dir: Path) -> None:
+    run, config = new_run(runs_dir, rows=5)
+    Mirror(run, config).sync()
+    run.metrics_file.write_bytes(b"".join(run.metrics_file.read_bytes().splitlines(keepends=True)[:2]))
+    assert Mirror(run, config).sync().rows == 2
+    add_rows(run, 6, 8)
+    assert Mirror(run, config).sync().rows == 3
+    assert set(points_of_file(run)) <= set(points(config, the_run(config).info.run_id))
+    assert json.loads(run.mirror_file.read_text())["sent_bytes"] == run.metrics_file.stat().st_size
+
+
 def test_a_row_without_a_finite_value_breaks_nothing(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
     with MetricsLog.opened(run.metrics_file, exact=True) as log:
@@ -169,11 +180,19 @@ def test_params_are_the_flat_config(runs_dir: Path) -> None:
     assert expected.items() <= params.items()
 
 
-def test_full_rank_has_rank_and_interval_zero(runs_dir: Path) -> None:
-    run, config = new_run(runs_dir, "method=full")
+@pytest.mark.parametrize(
+    ("method", "rank", "interval", "ratio"),
+    [("full", 0, 0, 0), ("lora", 32, 0, 0), ("control", 32, 0, 0), ("galore", 32, 0, 0), ("relora", 32, 100, 0.99)],
+)
+def test_every_method_has_every_axis_of_the_parallel_coordinates(
+    runs_dir: Path, method: str, rank: int, interval: int, ratio: float
+) -> None:
+    run, config = new_run(runs_dir, f"method={method}")
     Mirror(run, config).sync()
     params = the_run(config).data.params
-    assert (params["method.name"], params["method.rank"], params["method.reset_interval_steps"]) == ("full", "0", "0")
+    assert params["method.name"] == method
+    (chart,) = [chart for chart in _view("any")["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    assert [float(params[name]) for name in chart["selectedParams"]] == [rank, interval, ratio]
 
 
 def test_tags_tell_what_is_no_parameter(runs_dir: Path) -> None:

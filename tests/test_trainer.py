@@ -297,9 +297,10 @@ class OutOfMemory(nn.Module):
     def __init__(self, model: nn.Module, limit: int, kind: str) -> None:
         super().__init__()
         self.inner, self.limit, self.kind = model, limit, kind
+        self.limit_of_evaluation = 10_000
 
     def forward(self, input_ids: Tensor, **settings):
-        if self.training and len(input_ids) > self.limit:
+        if len(input_ids) > (self.limit if self.training else self.limit_of_evaluation):
             if self.kind == "cpu":
                 torch.empty(1 << 55, dtype=torch.uint8)
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -318,6 +319,19 @@ def test_running_out_of_memory_halves_the_micro_batch_and_says_so(tmp_path: Path
     told = [line for line in small.tracker.said if "out of memory" in line]  # type: ignore[attr-defined]
     assert ["=3 " in told[0], "=1 " in told[1], len(told)] == [True, True, 2]
     assert small.tracker.rows[3]["train/loss"] == pytest.approx(plain.tracker.rows[3]["train/loss"], abs=1e-5)  # type: ignore[attr-defined]
+
+
+def test_running_out_of_memory_in_a_validation_leaves_dropout_on(tmp_path: Path) -> None:
+    config = config_of("method.dropout=0.5")
+    model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 4, "cuda")
+    trainer = trainer_of(config, tmp_path, model=model)
+    modes: list[bool] = []
+    trainer.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.limit_of_evaluation = 2
+    trainer.train()
+    assert trainer.counters.sequences_per_micro_step == 2
+    assert modes.count(True) == 14 * 2
+    assert trainer.model.training
 
 
 def test_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path) -> None:
@@ -500,6 +514,34 @@ def test_replaying_steps_after_the_last_checkpoint_keeps_their_first_rows(tmp_pa
     assert path.read_bytes().startswith(before)
     names = [(row["step"], name) for row in read_rows(path) for name in row_metrics(row)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("before", "after", "taken"), [("4", "1", 1), ("1", "4", 1), ("2", "2", 2)])
+def test_a_smaller_micro_step_asked_for_on_relaunch_is_taken(
+    tmp_path: Path, before: str, after: str, taken: int
+) -> None:
+    path, changes = tmp_path / "metrics.jsonl", ("trainer.checkpoint_interval_steps=3",)
+    config = config_of(*changes, f"trainer.sequences_per_micro_step={before}")
+    with MetricsLog.opened(path, exact=True) as log, pytest.raises(Interrupted):
+        trainer_of(config, tmp_path, tracker=log, stop=stop_after(8)).train()
+    # The run is thrown back to step 6, as by a crash: two steps are replayed, with another micro-batch.
+    max((tmp_path / "checkpoints").glob("step-*.pt")).unlink()
+    first = path.read_bytes()
+    with MetricsLog.opened(path, exact=True) as log:
+        config = config_of(*changes, f"trainer.sequences_per_micro_step={after}")
+        resumed = trainer_of(config, tmp_path, tracker=log)
+        assert resumed.counters.sequences_per_micro_step == taken
+        resumed.train()
+        assert log.exact == (int(before) == taken)
+    assert path.read_bytes().startswith(first)
+
+
+def test_precision_is_of_parameters_and_never_of_buffers(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of("trainer.precision=bf16"), tmp_path)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
+    buffers = dict(trainer.model.named_buffers())
+    assert buffers
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:

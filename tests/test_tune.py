@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,83 @@ def test_a_preset_keeps_what_it_held(tmp_path: Path) -> None:
         "optimizer": {"learning_rate": 2e-3, "embedding_learning_rate": 1e-2},
     }
     assert file.read_text().startswith("# @package _global_\n# by a search\n")
+
+
+def test_a_preset_keeps_its_comments_and_says_what_the_search_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "full.yaml"
+    file.write_text(
+        "# @package _global_\n# From the paper, appendix C.1.\nmethod:\n  rank: 8 # table 2\n\noptimizer:\n"
+        "  learning_rate: 1.0e-3 # scripts/60M.sh\n  max_grad_norm: null # the authors'\n"
+    )
+    values = {"optimizer.learning_rate": 2e-3, "optimizer.embedding_learning_rate": 1e-2}
+    compose.write_preset(file, values, "Learning rates: the best of 2 trials, by\n  python run.py -m one")
+    compose.write_preset(
+        file, {"optimizer.learning_rate": 3e-5}, "Learning rates: the best of 9, by\n  python run.py -m a"
+    )
+    assert file.read_text() == (
+        "# @package _global_\n# Learning rates: the best of 9, by\n#   python run.py -m a\n"
+        "# From the paper, appendix C.1.\nmethod:\n  rank: 8 # table 2\n\noptimizer:\n"
+        "  learning_rate: 3e-05 # before the search: 1.0e-3, scripts/60M.sh\n  max_grad_norm: null # the authors'\n"
+        "  embedding_learning_rate: 0.01\n"
+    )
+    assert OmegaConf.load(file).optimizer.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    "text", ["optimizer: {learning_rate: 1.0, beta1: 0.8} # told\n", "optimizer:\n    beta1: 0.8\n", ""]
+)
+def test_a_preset_laid_out_in_another_way_is_still_right(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "full.yaml"
+    file.write_text("# @package _global_\n" + text)
+    compose.write_preset(file, {"optimizer.learning_rate": 2e-3}, "by a search")
+    kept = {"beta1": 0.8} if text else {}
+    assert OmegaConf.to_container(OmegaConf.load(file)) == {"optimizer": {"learning_rate": 2e-3, **kept}}
+    assert file.read_text().startswith("# @package _global_\n# by a search\n")
+
+
+def judged_study(*losses: float) -> optuna.Study:
+    study = optuna.create_study()
+    for number, loss in enumerate(losses, start=1):
+        trial = study.ask()
+        trial.suggest_float("optimizer.learning_rate", number * 1e-3, number * 1e-3, log=True)
+        study.tell(trial, loss)
+    return study
+
+
+def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypatch, capsys) -> None:
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments")
+    shutil.copytree(REPOSITORY / "sweeps", tmp_path / "sweeps")
+    monkeypatch.setattr(compose, "_home", lambda: tmp_path)
+    overrides = [SWEEP, "experiments=laptop/crossing", "method=relora", "runs_dir=/elsewhere", "trainer.seed=0,1"]
+    found = search(overrides)
+    assert found is not None
+    tune._write_preset(judged_study(3.0, 2.0, 4.0), found, tmp_path, overrides)
+    file = tmp_path / "conf" / "presets" / "laptop" / "crossing" / "relora.yaml"
+    assert f"preset: {file}" in capsys.readouterr().out
+    text = file.read_text()
+    assert "# Learning rates: the best of 16 trials on validation, 2 seeds each (loss 2.0000), by\n" in text
+    assert (
+        "#   python run.py -m sweeps=tune_learning_rate experiments=laptop/crossing method=relora trainer.seed=0,1\n"
+        in text
+    )
+    assert "learning_rate: 0.002 # before the search: 5.0e-3, LoRA's\n" in text
+    assert "warm_start_steps: 400 # a tenth of the run\n" in text
+    assert compose.compose(["experiments=laptop/crossing", "method=relora"]).optimizer.learning_rate == 2e-3
+
+
+def test_only_trials_whose_runs_failed_are_failures(tmp_path: Path, tiny: list[str], monkeypatch) -> None:
+    found = search([*tiny, SWEEP])
+    assert found is not None
+    config = compose.compose(tiny)
+    for _ in range(tune.MOST_FAILURES + 2):
+        tune._open(tmp_path / "optuna.db", found, config).ask()
+    study = tune._open(tmp_path / "optuna.db", found, config)
+    runs = [Planned(config=config, role="arm")]
+    for _ in range(tune.MOST_FAILURES):
+        tune._try_again(study, tune._Attempt(trial=study.ask(), runs=runs))
+    with pytest.raises(RunError, match=f"{tune.MOST_FAILURES + 1} trials have failed"):
+        tune._try_again(study, tune._Attempt(trial=study.ask(), runs=runs))
 
 
 def test_a_trial_worse_than_the_median_is_stopped_and_a_better_one_is_not(tiny: list[str]) -> None:

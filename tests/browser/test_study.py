@@ -59,6 +59,19 @@ CELLS = "return [...document.querySelectorAll('[role=gridcell]')].map(cell => ce
 """A run's cell holds its colour on a line of its own."""
 
 
+PARALLEL_LINES = """
+for (const axes of document.querySelectorAll('[class*=parcoords]')) {
+  const key = Object.keys(axes).find(name => name.startsWith('__reactFiber$'));
+  for (let node = axes[key]; node; node = node.return) {
+    const data = node.memoizedProps && node.memoizedProps.data;
+    if (Array.isArray(data)) return JSON.parse(JSON.stringify(data));
+  }
+}
+return null;
+"""
+"""What is drawn on a canvas: the records that React gave to it."""
+
+
 def best_first(study: Study) -> list[str]:
     return [m.run.name for m in sorted(study.members, key=lambda m: m.run.summary["test_perplexity"])]
 
@@ -104,7 +117,10 @@ def test_the_charts_are_drawn(study: Study, link: str, page: Any, screenshots: P
     body = page.find_element("tag name", "body").text
     for text in ("what matters", "Parallel Coordinates", GAP_METRIC, f"{runs} matching runs"):
         assert text in body
-    assert eventually(lambda: page.find_elements("css selector", "[class*=parcoords], .parcoords"), "the axes", 10)
+    lines = eventually(lambda: page.execute_script(PARALLEL_LINES), "the parallel coordinates", PAGE_SECONDS)
+    perplexities = [line["summary/test_perplexity"] for line in lines]
+    assert sorted(perplexities) == pytest.approx(sorted(m.run.summary["test_perplexity"] for m in study.members))
+    assert [line["method.rank"] for line in lines].count("0") == 1, "full rank's line is among them"
 
 
 def test_the_client_finds_the_study_and_its_gaps(study: Study, overrides: list[str]) -> None:

@@ -21,8 +21,8 @@ CLUSTER = Path(__file__).with_name("cluster.sh")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 """Sums, and so weights, are the same to the bit only for the same number of threads."""
 
-SLOW = ("trainer.total_steps=3000", "trainer.validation_interval_steps=1000", "method.reset_interval_steps=500")
-"""Long enough, about half a minute, to be disturbed; checkpoints every 100 steps."""
+SLOW = ("trainer.total_steps=1500", "trainer.validation_interval_steps=500", "method.reset_interval_steps=300")
+"""Long enough, about ten seconds, to be disturbed; checkpoints every 100 steps."""
 
 
 def relora(*arguments: str, code: int = 0) -> str:
@@ -93,7 +93,7 @@ def states_of(job: str) -> list[str]:
     return eventually(states, f"job {job} has left its node", 30)
 
 
-def trains(run: RunDir, steps: int = 250) -> bool:
+def trains(run: RunDir, steps: int = 150) -> bool:
     """Whether it has come some way, past a checkpoint or two."""
     rows = run.metrics_file.read_bytes().count(b"\n") if run.metrics_file.exists() else 0
     return rows > steps

@@ -178,7 +178,7 @@ def test_a_killed_process_is_told_and_retried(slow: list[str], runs_dir: Path, t
     assert [row["state"] for row in rows].count("finished") == 2
     assert "submitted 1 runs" in relora("retry", "killed", f"runs_dir={runs_dir}")
     wait_for_finish(runs_dir, "killed")
-    assert steps_logged(run) == list(range(1, 3001))
+    assert steps_logged(run) == list(range(1, 1501))
     assert weights(run) == undisturbed([*slow, "method.rank=5"], tmp_path)
 
 
@@ -199,12 +199,12 @@ def test_a_preempted_run_goes_on(slow: list[str], runs_dir: Path, tmp_path: Path
     states = states_of(job_of(run))
     assert len(states) >= 2
     assert states[-1] == "COMPLETED"
-    assert steps_logged(run) == list(range(1, 3001))
+    assert steps_logged(run) == list(range(1, 1501))
     assert weights(run) == undisturbed(slow, tmp_path)
 
 
 def test_a_run_longer_than_its_walltime_goes_on(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
-    steps = "trainer.total_steps=6000"
+    steps = "trainer.total_steps=4000"
     overrides = [*slow, steps, "cluster.timeout_minutes=1", "cluster.signal_delay_seconds=15"]
     run = folder(overrides)
     run_py(*overrides)
@@ -214,14 +214,14 @@ def test_a_run_longer_than_its_walltime_goes_on(slow: list[str], runs_dir: Path,
     states = states_of(job_of(run))
     assert len(states) == rows[0]["attempts"]
     assert states[-1] == "COMPLETED"
-    assert steps_logged(run) == list(range(1, 6001))
+    assert steps_logged(run) == list(range(1, 4001))
     assert weights(run) == undisturbed([*slow, steps], tmp_path)
 
 
 def test_a_cancelled_run_says_so_and_can_be_launched_again(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
     overrides = [*slow, "method.rank=4,5", "study=stop", "cluster.max_parallel=1", "tracker=mlflow"]
     run_py("-m", *overrides)
-    eventually(lambda: any(row["step"] > 250 for row in standing(runs_dir, "stop")), "some steps")
+    eventually(lambda: any(row["step"] > 150 for row in standing(runs_dir, "stop")), "some steps")
     assert "3 runs cancelled" in relora("cancel", "stop", f"runs_dir={runs_dir}")
     rows = ended(runs_dir, "stop")
     assert {row["state"] for row in rows} == {"cancelled"}
@@ -271,7 +271,7 @@ def test_a_run_whose_node_dies_goes_on_at_another(slow: list[str], runs_dir: Pat
     states = states_of(job_of(run))
     assert "NODE_FAIL" in states[0]
     assert states[-1] == "COMPLETED"
-    assert steps_logged(run) == list(range(1, 3001))
+    assert steps_logged(run) == list(range(1, 1501))
     assert weights(run) == undisturbed(slow, tmp_path)
 
 
@@ -281,7 +281,7 @@ def test_a_run_whose_node_dies_goes_on_at_another(slow: list[str], runs_dir: Pat
 @pytest.fixture
 def two_by_two(slow: list[str]) -> list[str]:
     """Four ranks on two nodes."""
-    return [*slow, "trainer.total_steps=1500", "cluster.nodes=2", "cluster.tasks_per_node=2"]
+    return [*slow, "trainer.total_steps=600", "cluster.nodes=2", "cluster.tasks_per_node=2"]
 
 
 def test_two_nodes_of_two_tasks_train_one_run_and_survive_preemption(
@@ -297,7 +297,7 @@ def test_two_nodes_of_two_tasks_train_one_run_and_survive_preemption(
     assert run.status is not None
     assert run.status.ranks == 4
     assert run.status.attempt >= 2
-    assert steps_logged(run) == list(range(1, 1501))
+    assert steps_logged(run) == list(range(1, 601))
     alone = [text for text in two_by_two if not text.startswith("runs_dir=")] + [f"runs_dir={tmp_path / 'again'}"]
     run_py(*alone)
     wait_for_finish(tmp_path / "again", run.path.name)
