@@ -1,5 +1,6 @@
 """A study's results for others to see: its report, and its runs in MLflow."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
     if mirrored:
         from relora.tracking import attach_report, mirror_all
 
-        mirror_all([(member.run.folder, member.run.config) for member in mirrored if member.run.config], print)
+        mirror_all([(member.run.folder, member.run.config) for member in mirrored if member.run.config], _warn)
         finished = [member for member in mirrored if member.run.finished]
         config = mirrored[-1].run.config
         assert config is not None
@@ -49,7 +50,11 @@ def mirror_runs(planned: Sequence[Planned]) -> None:
     if mirrored:
         from relora.tracking import mirror_all
 
-        mirror_all(mirrored, print)
+        mirror_all(mirrored, _warn)
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def join_study(planned: Sequence[Planned], study: str) -> None:

@@ -43,7 +43,8 @@ def run_py(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> str:
 
 def standing(runs_dir: Path, name: str) -> list[dict[str, Any]]:
     """`relora status --json`."""
-    return json.loads(relora("status", name, "--json", f"runs_dir={runs_dir}"))
+    command = [sys.executable, "-m", "relora", "status", name, "--json", f"runs_dir={runs_dir}"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=ONE_THREAD).stdout)
 
 
 def eventually(question: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
