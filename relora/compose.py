@@ -329,7 +329,7 @@ def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
     write_whole(file, "\n".join([PRESET_HEAD, *told, *lines]) + "\n")
 
 
-def _says(text: str, wanted: DictConfig) -> bool:
+def _says(text: str, wanted: Container) -> bool:
     try:
         return OmegaConf.create(text) == wanted
     except YAMLError:
