@@ -1,4 +1,7 @@
-"""Checkpoints: one file a step, written whole or not at all, the newest readable one wins."""
+"""Checkpoints: one file a step, written whole or not at all, the newest readable one wins.
+
+Loads torch only to write and to read: who asks how far a run is needs none.
+"""
 
 import contextlib
 import os
@@ -6,8 +9,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-
-import torch
 
 from relora.errors import RunError
 from relora.rundir import sync_folder
@@ -43,6 +44,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     The file appears under its name only after it is complete and on the disk. Raises CheckpointError when it cannot be
     written (a full disk, say); earlier checkpoints are untouched then.
     """
+    import torch
+
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp"):
         leftover.unlink(missing_ok=True)
@@ -86,6 +89,8 @@ class _Writer:
 
 def load(path: Path) -> dict[str, Any]:
     """What `save` wrote, on the CPU. Raises what torch raises for a file that is not whole."""
+    import torch
+
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora import compose
+from relora import compose, sweeps
 from relora.distributed import World
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json
@@ -149,10 +149,10 @@ def _train(argv: Sequence[str]) -> int:
         from relora.tune import tune
 
         overrides = [argument for argument in argv if argument not in options]
-        search = compose.search(overrides)
+        search = sweeps.search(overrides)
         if search is not None:
             return 0 if tune(search, overrides) else 1
-        return 0 if launch_study(compose.expand(overrides), overrides) else 1
+        return 0 if launch_study(sweeps.expand(overrides), overrides) else 1
     if any(argument.startswith("-") for argument in argv):
         compose.hydra_main(argv, _hydra_job)
         return 0
@@ -160,7 +160,7 @@ def _train(argv: Sequence[str]) -> int:
     if sweep is not None:
         raise ConfigError(f"{sweep} is a sweep and this is a single run; write python run.py -m {' '.join(argv)}")
     config = compose.compose(argv)
-    for remark in compose.untuned(argv, config):
+    for remark in sweeps.untuned(argv, config):
         print(f"note: {remark}")
     if config.cluster.name == "slurm":
         from relora.launch import submit_run

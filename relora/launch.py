@@ -11,7 +11,6 @@ from pathlib import Path
 
 from relora.cluster import SlurmConfig
 from relora.compare import study_dir
-from relora.compose import Sweep
 from relora.config import RunConfig
 from relora.errors import RunError
 from relora.job import job
@@ -20,6 +19,7 @@ from relora.rundir import read_json
 from relora.state import State, observe
 from relora.status import render_plain, show_progress
 from relora.study import Planned, plan, prepare, write_manifest
+from relora.sweeps import Sweep
 
 POLL_SECONDS = 1.0
 SLURM_POLL_SECONDS = 10.0

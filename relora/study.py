@@ -10,11 +10,11 @@ from filelock import FileLock
 
 from relora import compose
 from relora.compare import studies, study_dir
-from relora.compose import Sweep
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json, write_json
 from relora.state import observe
+from relora.sweeps import Baselines, Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,13 @@ def plan(sweep: Sweep) -> list[Planned]:
         if run.method.name == "full" and not run.method.warm_start_steps
     }
     baselines: list[Planned] = []
+    full_rank = Baselines()
     for config in sweep.runs:
         key = (config.comparison_key, config.trainer.seed)
         if key not in have:
             have.add(key)
             arguments = sweep.arguments.get(config.config_hash, [])
-            baselines.append(Planned(config=compose.baseline(config, arguments), role="baseline"))
+            baselines.append(Planned(config=full_rank.of(config, arguments), role="baseline"))
     return [*baselines, *(Planned(config=config, role="arm") for config in sweep.runs)]
 
 

@@ -144,7 +144,7 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
     made_by = {**dict.fromkeys(corpora.values(), "corpus"), **dict.fromkeys(warm_starts.values(), "warm start")}
     groups: dict[tuple[str, ...], list[Planned]] = defaultdict(list)
     for item in pending:
-        needed = (corpora.get(_corpus_key(item)), warm_starts.get(warmstart.key(item.config)))
+        needed = (corpora.get(_data(item)), warm_starts.get(warmstart.key(item.config)))
         groups[tuple(number for number in needed if number)].append(item)
     size = slurm.max_array_size()
     chunks = [
@@ -175,24 +175,29 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
     return submitted
 
 
-def _corpus_key(item: Planned) -> Path:
+def _data(item: Planned) -> str:
+    """Tells texts apart, without looking at their files."""
+    return repr(item.config.data)
+
+
+def _submit_corpora(pending: Sequence[Planned], cluster: SlurmConfig, folder: Path) -> dict[str, str]:
+    """A job for every text that is not prepared yet, by the `_data` of its runs."""
     from relora.corpus import folder_of
 
-    return folder_of(item.config.data, Path(item.config.runs_dir) / "corpora")
-
-
-def _submit_corpora(pending: Sequence[Planned], cluster: SlurmConfig, folder: Path) -> dict[Path, str]:
-    """A job for every text that is not prepared yet."""
-    found: dict[Path, str] = {}
-    for item in pending:
-        key = _corpus_key(item)
-        if key not in found and not (key / "meta.json").exists():
-            (found[key],) = _submit_all([CorpusTask(item.run.path)], _executor(_alone(cluster), folder, "corpus", []))
+    made: dict[Path, str] = {}
+    found: dict[str, str] = {}
+    for data, item in {_data(item): item for item in pending}.items():
+        place = folder_of(item.config.data, Path(item.config.runs_dir) / "corpora")
+        if (place / "meta.json").exists():
+            continue
+        if place not in made:
+            (made[place],) = _submit_all([CorpusTask(item.run.path)], _executor(_alone(cluster), folder, "corpus", []))
+        found[data] = made[place]
     return found
 
 
 def _submit_warm_starts(
-    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, corpora: dict[Path, str]
+    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, corpora: dict[str, str]
 ) -> dict[str | None, str]:
     """A job for every warm start that several runs share and that is not trained yet; one of the runs trains it."""
     sharing: dict[str, list[Planned]] = defaultdict(list)
@@ -203,7 +208,7 @@ def _submit_warm_starts(
     found: dict[str | None, str] = {}
     for key, items in sharing.items():
         if len(items) > 1:
-            needed = corpora.get(_corpus_key(items[0]))
+            needed = corpora.get(_data(items[0]))
             executor = _executor(cluster, folder, f"warm-start-{key}", [("afterok", (needed,) if needed else ())])
             (found[key],) = _submit_all([RunTask(items[0].run.path, warm_start_only=True)], executor)
     return found

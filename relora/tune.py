@@ -19,12 +19,12 @@ from filelock import FileLock, Timeout
 
 from relora import compose
 from relora.compare import mean, study_dir
-from relora.compose import Search, Sweep
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.launch import POLL_SECONDS, start_process, stoppable, wait_for_stop
 from relora.metrics import read_rows
 from relora.study import Planned, prepare, write_manifest
+from relora.sweeps import Search, Sweep
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

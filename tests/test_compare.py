@@ -11,13 +11,14 @@ from scipy.stats import ttest_rel
 
 from relora import cli
 from relora.compare import Study, load_study
-from relora.compose import Sweep, compose, freeze
+from relora.compose import compose, freeze
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.launch import plan, write_manifest
 from relora.metrics import MetricsLog
 from relora.report import answer, write_report
 from relora.rundir import RunDir, Status
+from relora.sweeps import Sweep
 
 STEPS = 40
 SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2", "tracker=jsonl")

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from small import REPOSITORY, TINY
 
 from relora import cli
-from relora.compose import compose, freeze, thaw
+from relora.compose import Composer, compose, freeze, thaw
 from relora.errors import ConfigError
 from relora.groups import parse_count
 
@@ -234,3 +235,32 @@ def test_steps_on_the_command_line_win_over_an_experiments_tokens(text: Path, ca
 
 def test_a_token_budget_decides_over_a_step_budget() -> None:
     assert compose(["trainer.total_tokens=2.048M"]).total_steps == 1000
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["method.rank=8", "trainer.seed=3", "study=x"],
+        ["method=full", "experiments=laptop/small", "optimizer.learning_rate=1e-3", "runs_dir=/tmp/elsewhere"],
+        ["experiments=laptop/small", "method=lora", "method.target_modules=[q_proj,v_proj]", "method.alpha=null"],
+        ["sweeps=methods", "method=galore", "model=llama_9m", "trainer.total_tokens=1.5M"],
+        ["cluster=slurm", "+cluster.options.constraint=a100", "cluster.setup=[module load x]"],
+        ["trainer.total_steps=500", "trainer.precision=bf16", "method.optimizer_reset.reset_step=false"],
+        ["tracker.uri=sqlite:///${runs_dir}/x.db"],
+    ],
+)
+def test_runs_made_from_one_composition_are_what_hydra_composes(overrides: list[str]) -> None:
+    composer = Composer()
+    composer.compose([text for text in overrides if text.startswith(("experiments=", "method=", "model=", "cluster="))])
+    made = composer.compose(overrides)
+    assert made == compose(overrides)
+    assert made.name == compose(overrides).name
+
+
+@pytest.mark.parametrize("wrong", ["method.rnk=8", "method.rank=abc", "method.rank=600", "trainer.seed=-1"])
+def test_a_wrong_value_has_the_same_message_however_it_is_composed(wrong: str) -> None:
+    with pytest.raises(ConfigError) as alone:
+        compose([wrong])
+    with pytest.raises(ConfigError, match=re.escape(str(alone.value))):
+        Composer().compose([wrong])

@@ -9,9 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 from small import REPOSITORY
 
-from relora.compose import baseline, compose, expand
+from relora.compose import compose
 from relora.config import RunConfig
 from relora.groups import METHODS, LoRAConfig, ReLoRAMethodConfig
+from relora.sweeps import Baselines, expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def test_relora_has_its_papers_recipe(
     assert config.warm_start_learning_rate == warm_start_learning_rate
     full = composed(name, "full", corpus)
     assert full.optimizer.learning_rate == warm_start_learning_rate
-    assert baseline(config, [f"experiments={name}", "method=relora", f"data.path={corpus}"]) == full
+    assert Baselines().of(config, [f"experiments={name}", "method=relora", f"data.path={corpus}"]) == full
 
 
 @pytest.mark.parametrize(("name", "rank"), GALORE_RANKS.items())
@@ -223,7 +224,7 @@ def test_galores_low_rank_arms_share_its_tables_rank(name: str, rank: int, corpu
     assert {run.optimizer.max_grad_norm for run in runs.values()} == {None}
     assert runs["galore"].optimizer.learning_rate == 1e-2
     assert runs["relora"].method.warm_start_steps == 0
-    assert runs["full"].config_hash == baseline(runs["galore"], [f"experiments={name}"]).config_hash
+    assert runs["full"].config_hash == Baselines().of(runs["galore"], [f"experiments={name}"]).config_hash
 
 
 def test_full_rank_meets_low_rank_at_the_rates_of_the_probe(corpus: Path) -> None:

@@ -16,7 +16,7 @@ FLOORS = [
         *("distributed", "evaluate"),
     ],
     ["methods", "trainer"],
-    ["compose", "slurm", "state", "compare", "study", "tracking", "corpus", "console", "status", "report"],
+    ["compose", "sweeps", "slurm", "state", "compare", "study", "tracking", "corpus", "console", "status", "report"],
     ["ranks", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
 ]
 """From the ground up; a module imports from floors below its own, or from one that stands before it on its own."""

@@ -12,11 +12,12 @@ from small import REPOSITORY
 
 from relora import cli, launch
 from relora import compose as compose_module
-from relora.compose import baseline, compose, expand
+from relora.compose import compose
 from relora.errors import ConfigError
 from relora.launch import plan, study_dir
 from relora.metrics import read_rows
 from relora.rundir import RunDir, Status
+from relora.sweeps import Baselines, expand
 
 SWEEP = ["method=relora", "method.rank=2,4", "study=ranks"]
 
@@ -253,14 +254,14 @@ def test_a_full_rank_arm_is_its_own_baseline() -> None:
 
 def test_a_baseline_keeps_the_setting_and_takes_its_own_learning_rate() -> None:
     overrides = ["optimizer.beta2=0.95", "trainer.precision=bf16", "optimizer.learning_rate=7e-3", "method.rank=8"]
-    run = baseline(compose(overrides), overrides)
+    run = Baselines().of(compose(overrides), overrides)
     own = compose(["method=full"])
     assert run.method == own.method
     assert run.optimizer.beta2 == 0.95
     assert run.trainer.precision == "bf16"
     assert run.optimizer.learning_rate == own.optimizer.learning_rate
     assert run.comparison_key == compose(overrides).comparison_key
-    assert baseline(compose([]), []).config_hash == own.config_hash
+    assert Baselines().of(compose([]), []).config_hash == own.config_hash
 
 
 # ----------------------------------------------------------------------------------------------------- real studies

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from small import REPOSITORY
 
 from relora import compose, tune
-from relora.compose import search
 from relora.errors import ConfigError, RunError
 from relora.launch import Planned
 from relora.metrics import MetricsLog
+from relora.sweeps import search
 
 SWEEP = "sweeps=tune_learning_rate"
 
@@ -106,7 +106,7 @@ def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypa
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments")
     shutil.copytree(REPOSITORY / "sweeps", tmp_path / "sweeps")
-    monkeypatch.setattr(compose, "_home", lambda: tmp_path)
+    monkeypatch.setattr(compose, "home", lambda: tmp_path)
     overrides = [SWEEP, "experiments=laptop/crossing", "method=relora", "runs_dir=/elsewhere", "trainer.seed=0,1"]
     found = search(overrides)
     assert found is not None

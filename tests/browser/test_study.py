@@ -10,8 +10,9 @@ from chromium import PAGE_SECONDS, SCREEN, Ui, eventually, plots, setting
 from mlflow import MlflowClient
 
 from relora.compare import Study, load_study
-from relora.compose import compose, expand
+from relora.compose import compose
 from relora.launch import launch_study
+from relora.sweeps import expand
 from relora.tracking import GAP_METRIC
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
