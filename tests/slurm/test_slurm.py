@@ -106,6 +106,15 @@ def test_a_study_is_arrays_behind_their_corpus_and_warm_start(one: list[str], ru
         assert weights(folder(overrides)) == undisturbed(overrides, tmp_path)
 
 
+def test_one_can_wait_for_a_study_and_see_how_it_stands(one: list[str], runs_dir: Path) -> None:
+    shown = run_py("-m", *one, "method.rank=2,3", "method.warm_start_steps=0", "study=wait", "cluster.wait=true")
+    assert "submitted 3 runs" in shown
+    assert shown.count("finished  14/14") == 3
+    assert f"report: {runs_dir / 'studies' / 'wait' / 'report' / 'report.html'}" in shown
+    watched = relora("status", "wait", "--watch", f"runs_dir={runs_dir}")
+    assert watched.count("finished  14/14") == 3
+
+
 def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     for part in ("conf", "relora", "experiments", "sweeps"):
@@ -148,7 +157,7 @@ def test_mistakes_are_told_before_anything_is_queued(
 # -------------------------------------------------------------------------------------------------- disturbed
 
 
-def test_a_python_exception_is_failed_with_its_traceback(one: list[str], runs_dir: Path) -> None:
+def test_a_python_exception_is_failed_with_its_traceback(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
     run = folder(one)
     blocker = occupy()
     run_py(*one)
@@ -162,6 +171,7 @@ def test_a_python_exception_is_failed_with_its_traceback(one: list[str], runs_di
     (run.path / "checkpoints").unlink()
     run_py(*one)
     wait_for_finish(runs_dir, run.path.name)
+    assert weights(run) == undisturbed(one, tmp_path)
 
 
 def test_a_killed_process_is_told_and_retried(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
@@ -239,7 +249,7 @@ def test_a_cancelled_run_says_so_and_can_be_launched_again(slow: list[str], runs
     assert weights(folder([*slow, "method.rank=5"])) == undisturbed([*slow, "method.rank=5"], tmp_path)
 
 
-def test_a_run_that_takes_too_much_memory_is_named(one: list[str], runs_dir: Path) -> None:
+def test_a_run_that_takes_too_much_memory_is_named(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
     run = folder(one)
     run_py(*one, "cluster.mem_gb=0.05")
     (row,) = ended(runs_dir, run.path.name)
@@ -255,6 +265,7 @@ def test_a_run_that_takes_too_much_memory_is_named(one: list[str], runs_dir: Pat
     assert run.status.message == row["message"]
     run_py(*one, "cluster.mem_gb=2")
     wait_for_finish(runs_dir, run.path.name)
+    assert weights(run) == undisturbed(one, tmp_path)
 
 
 @pytest.mark.skipif(os.environ.get("NETNS") == "0", reason="its nodes are one host, which cannot die alone")
@@ -361,6 +372,9 @@ def test_an_mlflow_server_takes_sixteen_runs_at_once_and_a_restart(one: list[str
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         found = client.search_runs(experiments, "tags.`study.many` = '1'")
         assert sorted(run.info.status for run in found) == ["FINISHED"] * 16
+        assert weights(folder([*plain, "method=full", "trainer.total_steps=60"])) == undisturbed(
+            [*plain, "method=full", "trainer.total_steps=60"], runs_dir.parent
+        )
         for run in found:
             steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
             assert sorted(steps) == list(range(1, 61))
