@@ -163,6 +163,8 @@ def _train(argv: Sequence[str]) -> int:
     for remark in sweeps.untuned(argv, config):
         print(f"note: {remark}")
     if config.cluster.name == "slurm":
+        if World.here().size > 1:
+            raise ConfigError("cluster=slurm starts a run's processes by itself; leave torchrun out")
         from relora.launch import submit_run
 
         return 0 if submit_run(config, argv) else 1

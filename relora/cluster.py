@@ -9,6 +9,23 @@ from relora.groups import at_least, one_of, positive
 START_UP_SECONDS = 30
 """What a job is given to import, load its checkpoint and make its first update."""
 
+SET_BY_RELORA = (
+    *("dependency", "array", "output", "error", "signal", "open-mode"),
+    *("requeue", "no-requeue", "kill-on-invalid-dep"),
+)
+"""Options of sbatch that have to be what they are."""
+
+HAS_A_SETTING = {
+    **{name: name for name in ("partition", "account", "qos", "nodes")},
+    "time": "timeout_minutes",
+    "ntasks": "tasks_per_node",
+    "ntasks-per-node": "tasks_per_node",
+    "cpus-per-task": "cpus_per_task",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "mem_gb",
+}
+"""Options of sbatch that are set by a field of SlurmConfig."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
@@ -59,6 +76,10 @@ class SlurmConfig(ClusterConfig):
     """How long before the end of its walltime a job is told, to write its checkpoint and be requeued."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the job's command: modules, containers, environment."""
+    python: str | None = None
+    """What starts Python on a node, where it is not the Python that submits: a container's, say."""
+    srun_options: list[str] = field(default_factory=list)
+    """Options of srun, which starts a run's processes: ["--container-image=IMAGE"]."""
     options: dict[str, Any] = field(default_factory=dict)
     """Any other option of sbatch, by its long name: {constraint: a100, exclude: n7}."""
     wait: bool = False
@@ -77,9 +98,13 @@ class SlurmConfig(ClusterConfig):
                 f"{START_UP_SECONDS} s to start and cluster.signal_delay_seconds={self.signal_delay_seconds} to write "
                 "it; raise the walltime or lower the delay"
             )
-        for name in ("dependency", "array", "output", "error", "signal"):
-            if name in self.options:
+        for name in self.options:
+            if name.replace("_", "-") in SET_BY_RELORA:
                 raise ConfigError(f"cluster.options.{name} is set by relora itself; leave it out")
+            if name.replace("_", "-") in HAS_A_SETTING:
+                raise ConfigError(
+                    f"cluster.options.{name} has a setting of its own: cluster.{HAS_A_SETTING[name.replace('_', '-')]}"
+                )
 
     @property
     def processes(self) -> int:

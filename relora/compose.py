@@ -14,7 +14,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from relora.cluster import CLUSTERS
+from relora.cluster import CLUSTERS, ClusterConfig
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.groups import METHODS, check_files
@@ -159,6 +159,25 @@ def study_of(file: DictConfig) -> str | None:
 def as_values(node: Any) -> Any:
     """A node of a composed config as dicts, lists and values, nothing resolved."""
     return OmegaConf.to_container(node) if isinstance(node, Container) else node
+
+
+def cluster_with(values: dict[str, Any], overrides: Sequence[str]) -> ClusterConfig:
+    """Cluster settings as they were written down, changed by overrides of cluster.*. Raises ConfigError."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed_overrides = OverridesParser.create().parse_overrides(list(overrides))
+        chosen = next((str(item.value()) for item in parsed_overrides if item.key_or_group == "cluster"), None)
+        if chosen is not None:
+            values = as_values(composed([f"cluster={chosen}"]).cluster)
+        made = OmegaConf.merge(OmegaConf.structured(CLUSTERS[values["name"]]), values)
+        for item in parsed_overrides:
+            if item.key_or_group != "cluster":
+                OmegaConf.update(made, item.key_or_group.removeprefix("cluster."), item.value(), merge=True)
+        return cast(ClusterConfig, OmegaConf.to_object(made))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
 
 
 def write_preset(file: Path, values: dict[str, float], remark: str) -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from relora import compose, slurm
 from relora.compare import studies, study_dir
 from relora.console import is_terminal
 from relora.errors import ConfigError, RunError
-from relora.launch import launch_planned
+from relora.launch import launch_again
 from relora.publish import mirror_runs
-from relora.rundir import RunDir, read_json
-from relora.state import observe
+from relora.rundir import RunDir, read_json, write_json
+from relora.state import log_of, observe
 from relora.status import render_plain, standings
-from relora.study import Planned, of_manifest, prepare
+from relora.study import Planned, at_home, of_manifest
+from relora.submit import BESIDE
 
 WATCH_SECONDS = 5.0
 
@@ -36,7 +38,7 @@ def find_run(runs_dir: Path, name: str) -> Planned:
         candidates = of_manifest(runs_dir, study)
     else:
         files = sorted(runs_dir.glob(f"*{_escaped(part)}*/config.yaml"))
-        candidates = [Planned(config=compose.thaw(file), role="arm") for file in files]
+        candidates = [Planned(config=at_home(file), role="arm") for file in files]
     found = [item for item in candidates if item.config.name == part] or [
         item for item in candidates if part in item.config.name
     ]
@@ -54,15 +56,22 @@ def _escaped(text: str) -> str:
 
 def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
     """Print how the runs stand, with `watch` until all have ended; whether none failed."""
+    planned = runs_of(runs_dir, name)
     while True:
-        planned = runs_of(runs_dir, name)
-        text = render_plain(planned)
+        try:
+            text = render_plain(planned)
+        except RunError as error:
+            if not watch:
+                raise
+            print(error, flush=True)  # SLURM may be busy for a moment
+            time.sleep(WATCH_SECONDS)
+            continue
         if watch and is_terminal():
             print("\x1b[2J\x1b[H", end="")
         print(text, flush=True)
         names = [state.name for state in observe([item.run for item in planned])]
+        mirror_runs(planned)
         if not watch or not {"queued", "running"} & set(names):
-            mirror_runs(planned)
             return not {"failed", "cancelled"} & set(names)
         time.sleep(WATCH_SECONDS)
 
@@ -82,6 +91,9 @@ def log_file(runs_dir: Path, name: str) -> Path:
     file = Path(submission["log"]) if submission else run.path / "log.txt"
     if file.is_file():
         return file
+    for needed in submission.get("needs", {}):  # what ended before the run's own job could begin
+        if (log := log_of(file.parent, needed)).is_file():
+            return log
     (state,) = observe([run])
     why = f"{state.name}{f' ({state.message})' if state.message else ''}"
     raise ConfigError(f"{run.path.name} has written no log: it is {why}; a run in the foreground prints it")
@@ -92,39 +104,48 @@ def cancel(runs_dir: Path, name: str) -> list[str]:
     planned = runs_of(runs_dir, name)
     states = observe([item.run for item in planned])
     active = [item for item, state in zip(planned, states, strict=True) if state.name in ("queued", "running")]
-    jobs: list[str] = []
-    for item in active:
-        submission = read_json(item.run.submission_file)
-        if submission:
-            jobs.append(submission["job"])
-        else:
-            _terminate(item.run)
-    beside = read_json(study_dir(runs_dir, name) / "submissions.json").get("beside", [])
-    jobs += [job for job, entry in slurm.jobs(beside).items() if entry.alive] if beside and slurm.is_here() else []
+    submissions = [read_json(item.run.submission_file) for item in active]
+    folder = study_dir(runs_dir, name) if name in studies(runs_dir) else planned[0].run.path
+    beside = read_json(folder / BESIDE).get("jobs", [])
+    answer = slurm.ask(beside if slurm.is_here() else [])
+    jobs = [submission["job"] for submission in submissions if submission]
+    jobs += [job for job in beside if (known := answer.of(job)) is not None and known.alive]
     if jobs:
         slurm.cancel(jobs)
+    problems: list[str] = []
+    for item, submission in zip(active, submissions, strict=True):
+        if submission:
+            # SLURM keeps no record of a task that was cancelled before it began.
+            write_json(item.run.submission_file, {**submission, "cancelled": True})
+        else:
+            problems += _terminate(item.run)
+    if problems:
+        raise RunError("; ".join(problems))
     return [item.config.name for item in active]
 
 
-def _terminate(run: RunDir) -> None:
-    """Ask a process of this machine to stop, with a checkpoint."""
+def _terminate(run: RunDir) -> list[str]:
+    """Ask a process of this machine to stop, with a checkpoint; returns what stands against it."""
     status = run.status
     if status is None or status.host != socket.gethostname():
-        raise RunError(f"{run.path.name} is trained on {status.host if status else 'another machine'}; cancel it there")
-    os.kill(status.pid, signal.SIGTERM)
+        return [f"{run.path.name} is trained on {status.host if status else 'another machine'}; cancel it there"]
+    with suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(status.pid, signal.SIGTERM)
+    return []
 
 
 def retry(runs_dir: Path, name: str, overrides: Sequence[str]) -> bool:
     """Launch again, from their frozen configs, the runs that are neither finished nor under way.
 
-    Where they run is what the study's last launch said, changed by the cluster settings among `overrides`.
+    Where they run is what the study's last launch said, changed by the cluster settings among `overrides`. Raises
+    ConfigError for other overrides: a run that is changed is another run.
     """
+    changes = [text for text in overrides if not text.startswith("runs_dir=")]
+    others = [text for text in changes if not text.lstrip("+").startswith(("cluster=", "cluster."))]
+    if others:
+        raise ConfigError(f"{others[0]} would make other runs of them; retry takes cluster settings alone")
     planned = of_manifest(runs_dir, name)
-    states = observe([item.run for item in planned])
-    last = read_json(study_dir(runs_dir, name) / "study.json")["launches"][-1]
-    chosen = [text for text in [*last, *overrides] if text.startswith("cluster")]
-    cluster = compose.compose([f"runs_dir={runs_dir}", *chosen]).cluster
+    manifest = read_json(study_dir(runs_dir, name) / "study.json")
+    cluster = compose.cluster_with(manifest["cluster"], changes)
     planned = [replace(item, config=replace(item.config, cluster=cluster)) for item in planned]
-    pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
-    prepare(pending, ["-m", *last])
-    return launch_planned(name, planned, pending, states)
+    return launch_again(name, planned, ["-m", *manifest["launches"][-1]])

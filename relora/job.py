@@ -21,6 +21,7 @@ from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
 from relora.metrics import Broadcast, MetricsLog
 from relora.ranks import build_trainer, choose_device, in_words, take_part, then_stop
 from relora.rundir import PROBE_SECONDS, RunDir, Status, read_json, write_json
+from relora.state import observe
 
 if TYPE_CHECKING:
     from relora.corpus import Corpus
@@ -45,7 +46,14 @@ def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
     run = RunDir(config.run_dir)
     if World.here().is_first:
         run.path.mkdir(parents=True, exist_ok=True)
+        (state,) = observe([run])
+        if run.submission_file.exists() and state.name in ("queued", "running"):
+            job_id = read_json(run.submission_file)["job"]
+            raise RunError(
+                f"{run.path} is {state.name} as SLURM job {job_id}; wait for it, or relora cancel {config.name}"
+            )
         with run.locked():
+            run.submission_file.unlink(missing_ok=True)
             compose.freeze(config, run.config_file)
             write_json(run.launch_file, {"overrides": list(overrides)})
     return job(run.path)
@@ -276,8 +284,10 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = STOP_SIGNALS[signal.Signals(number)]
-        again = self.reason == name and number != signal.SIGUSR2
-        self.reason = name
+        # What follows SLURM's warning is its end: no time is left then, and why it came stays the reason.
+        is_the_end = self.reason == "SIGUSR2" and number == signal.SIGTERM
+        again = is_the_end or (self.reason == name and number != signal.SIGUSR2)
+        self.reason = self.reason if again else name
         if again or not self._asking:
             raise KeyboardInterrupt
         self.say(f"{self.reason}: stopping after this update, with a checkpoint (once more: at once, without)")

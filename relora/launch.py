@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from relora.cluster import SlurmConfig
+from filelock import FileLock
+
+from relora.cluster import ClusterConfig, SlurmConfig
 from relora.compare import study_dir
 from relora.config import RunConfig
 from relora.errors import RunError
@@ -36,28 +38,30 @@ def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
     for remark in sweep.remarks:
         print(f"note: {remark}", flush=True)
     planned = plan(sweep)
-    runs_dir = Path(planned[0].config.runs_dir)
-    if isinstance(planned[0].config.cluster, SlurmConfig):
+    check_cluster(planned[0].config.cluster)
+    write_manifest(Path(planned[0].config.runs_dir), sweep, planned, overrides)
+    return launch_again(sweep.study, planned, ["-m", *overrides])
+
+
+def check_cluster(cluster: ClusterConfig) -> None:
+    """Raise ConfigError for what SLURM would refuse, before anything is written."""
+    if isinstance(cluster, SlurmConfig):
         from relora.submit import check
 
-        check(planned[0].config.cluster)
-    states = observe([item.run for item in planned])
-    pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
-    write_manifest(runs_dir, sweep, planned, overrides)
-    prepare(pending, ["-m", *overrides])
-    join_study([item for item in planned if item not in pending], sweep.study)
-    return launch_planned(sweep.study, planned, pending, states)
+        check(cluster)
 
 
-def launch_planned(study: str, planned: Sequence[Planned], pending: Sequence[Planned], states: Sequence[State]) -> bool:
-    """The prepared runs `pending` of a study, as its cluster settings say; whether nothing is left to launch."""
+def launch_again(study: str, planned: Sequence[Planned], command: Sequence[str]) -> bool:
+    """What nobody trains of a study that is in its manifest; `command` is what stood behind run.py."""
     config = planned[0].config
     if isinstance(config.cluster, SlurmConfig):
-        return _submit_study(study, planned, pending, states, config.cluster)
+        return _submit_study(study, planned, command, config.cluster)
+    states = observe([item.run for item in planned])
+    pending = _to_launch(planned, states, command, study)
     names, baselines = [state.name for state in states], sum(item.role == "baseline" for item in planned)
     print(
         f"study {study}: {len(planned)} runs, {baselines} of them baselines that came by themselves; "
-        f"{names.count('finished')} finished already, {names.count('running')} running",
+        f"{names.count('finished')} finished already, {names.count('running') + names.count('queued')} running",
         flush=True,
     )
     for item in pending:
@@ -67,6 +71,16 @@ def launch_planned(study: str, planned: Sequence[Planned], pending: Sequence[Pla
     else:
         _Processes(planned, pending, config.cluster.max_parallel).run()
     return _conclude(study, planned)
+
+
+def _to_launch(
+    planned: Sequence[Planned], states: Sequence[State], command: Sequence[str], study: str
+) -> list[Planned]:
+    """The runs that need a launch, prepared; the others become members of the study in MLflow."""
+    pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
+    prepare(pending, command)
+    join_study([item for item in planned if item not in pending], study)
+    return pending
 
 
 def _conclude(study: str, planned: Sequence[Planned]) -> bool:
@@ -92,29 +106,30 @@ def _one_after_the_other(pending: Sequence[Planned]) -> None:
 # ------------------------------------------------------------------------------------------------------------ SLURM
 
 
-def _submit_study(
-    study: str, planned: Sequence[Planned], pending: Sequence[Planned], states: Sequence[State], cluster: SlurmConfig
-) -> bool:
+def _submit_study(study: str, planned: Sequence[Planned], command: Sequence[str], cluster: SlurmConfig) -> bool:
     from relora.submit import submit
 
+    check_cluster(cluster)
     runs_dir = Path(planned[0].config.runs_dir)
-    if not pending and all(state.name == "finished" for state in states):
-        return _conclude(study, planned)
-    under_way = [
-        read_json(item.run.submission_file)["job"].partition("_")[0]
-        for item, state in zip(planned, states, strict=True)
-        if state.name in ("queued", "running") and item.run.submission_file.exists()
-    ]
+    with _alone(runs_dir):
+        states = observe([item.run for item in planned])
+        if all(state.name == "finished" for state in states):
+            return _conclude(study, planned)
+        pending = _to_launch(planned, states, command, study)
+        under_way = {
+            read_json(item.run.submission_file)["job"].partition("_")[0]
+            for item, state in zip(planned, states, strict=True)
+            if state.name in ("queued", "running") and item.run.submission_file.exists()
+        }
+        told = "submitted nothing"
+        if pending:
+            made = submit(pending, study_dir(runs_dir, study) / "jobs", study=study, after=sorted(under_way))
+            told = f"submitted {len(pending)} runs as {made.describe()}"
     done = ", ".join(
         f"{count} {word}"
         for word, name in (("already done", "finished"), ("running", "running"), ("queued", "queued"))
         if (count := sum(state.name == name for state in states))
     )
-    if pending:
-        made = submit(pending, study_dir(runs_dir, study) / "jobs", study=study, after=sorted(set(under_way)))
-        told = f"submitted {len(pending)} runs as {made.describe()}"
-    else:
-        told = "submitted nothing"
     where = f" runs_dir={runs_dir}" if runs_dir != Path("runs").absolute() else ""
     print(f"{told}{f' ({done})' if done else ''}; relora status {study}{where}", flush=True)
     if not cluster.wait:
@@ -123,32 +138,45 @@ def _submit_study(
     return _conclude(study, planned)
 
 
+@contextmanager
+def _alone(runs_dir: Path) -> Iterator[None]:
+    """One launcher at a time submits runs of a folder: two would submit the same ones twice."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(runs_dir / ".launch.lock"):
+        yield
+
+
 def _wait(planned: Sequence[Planned]) -> None:
     """Show the runs until none is in the queue or running; Ctrl-C leaves them to SLURM."""
     show = show_progress(planned)
     try:
         while any(state.name in ("queued", "running") for state in observe([item.run for item in planned])):
             time.sleep(SLURM_POLL_SECONDS)
-            show(False)
+            with suppress(RunError):  # SLURM may be busy for a moment
+                show(False)
     finally:
         show(True)
 
 
 def submit_run(config: RunConfig, overrides: Sequence[str]) -> bool:
-    """A single run as a SLURM job. Returns whether it is submitted, or was so already."""
-    from relora.submit import check, submit
+    """A single run as a SLURM job. Returns whether it is submitted, or was so already; with `wait`, finished."""
+    from relora.submit import submit
 
     assert isinstance(config.cluster, SlurmConfig)
+    check_cluster(config.cluster)
     item = Planned(config=config, role="arm")
-    (state,) = observe([item.run])
-    if not state.needs_launch:
-        print(f"{item.run.path} is {state.name} already; relora logs {item.config.name}", flush=True)
+    with _alone(Path(config.runs_dir)):
+        (state,) = observe([item.run])
+        if state.needs_launch:
+            prepare([item], overrides)
+            made = submit([item], item.run.path / "jobs", study=None)
+            print(f"submitted {config.name} as job {made.arrays[0]}; relora logs {config.name}", flush=True)
+        else:
+            print(f"{item.run.path} is {state.name} already; relora logs {config.name}", flush=True)
+    if not config.cluster.wait:
         return True
-    check(config.cluster)
-    prepare([item], overrides)
-    made = submit([item], item.run.path / "jobs", study=None)
-    print(f"submitted {config.name} as job {made.arrays[0]}; relora logs {config.name}", flush=True)
-    return True
+    _wait([item])
+    return item.state == "finished"
 
 
 # ------------------------------------------------------------------------------------------------------- processes

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 from relora.errors import ConfigError, RunError
 
@@ -15,8 +16,7 @@ IDS_PER_COMMAND = 500
 DEFAULT_MAX_ARRAY_SIZE = 1001
 """SLURM's own."""
 
-WAITING = ("PENDING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
-ACTIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING")
+WAITING = ("PENDING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
 WHY_DEAD = {
     "OUT_OF_MEMORY": "out of memory: SLURM killed it; raise cluster.mem_gb or lower trainer.sequences_per_micro_step",
     "TIMEOUT": "timed out: it was killed at the end of its walltime; raise cluster.timeout_minutes",
@@ -26,6 +26,7 @@ WHY_DEAD = {
     "PREEMPTED": "preempted and not requeued",
     "REVOKED": "its cluster revoked it",
 }
+DEAD = ("COMPLETED", "FAILED", "CANCELLED", *WHY_DEAD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Job:
     @property
     def alive(self) -> bool:
         """Whether it may still write."""
-        return self.waits or self.state in ACTIVE
+        return self.state not in DEAD
 
     @property
     def why_dead(self) -> str:
@@ -60,8 +61,8 @@ class Job:
             return WHY_DEAD[self.state]
         code, _, number = self.exit_code.partition(":")
         # srun passes on a signal that killed a task as its exit code; our own are 0, 1, 2 and 130.
-        if number in ("", "0") and code.isdigit() and 2 < int(code) < 32:
-            number = code
+        if number in ("", "0") and code.isdigit() and (2 < int(code) < 32 or (128 < int(code) < 160 and code != "130")):
+            number = str(int(code) % 128)
         if number not in ("", "0"):
             return f"killed by signal {number}{f' on {self.node}' if self.node else ''}"
         return f"its process ended with exit code {code or 'unknown'} and said nothing"
@@ -78,32 +79,50 @@ def own_job() -> str:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
-def jobs(ids: Sequence[str]) -> dict[str, Job]:
-    """Each job that SLURM knows, by id ("4711", or "4711_3" in an array). Raises RunError without SLURM.
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What SLURM knows."""
 
-    squeue knows the queue at once and sacct what has left it; without accounting, ended jobs are missing.
+    jobs: dict[str, Job]
+    """By id ("4711", or "4711_3" in an array). Tasks that were cancelled in the queue stand under their array's."""
+    is_accounted: bool
+    """Whether a job that is missing ended unseen; without accounting it may have ended in any way."""
+
+    def of(self, job: str) -> Job | None:
+        """The job, or the array that it was cancelled with."""
+        return self.jobs.get(job) or self.jobs.get(job.partition("_")[0])
+
+
+def ask(ids: Sequence[str]) -> Answer:
+    """What SLURM knows of these jobs: squeue of the queue and of what left it lately, sacct of what is long gone.
+
+    Raises RunError without SLURM.
     """
-    wanted = set(ids)
-    if not wanted:
-        return {}
     found: dict[str, Job] = {}
-    masters = sorted({job.partition("_")[0] for job in wanted}, key=int)
+    pools: dict[str, Job] = {}
+    is_accounted = True
+    masters = sorted({job.partition("_")[0] for job in ids}, key=int)
     for start in range(0, len(masters), IDS_PER_COMMAND):
         chosen = ",".join(masters[start : start + IDS_PER_COMMAND])
         fields = "JobID,State,ExitCode,NodeList"
-        for line in _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True):
+        lines = _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True)
+        is_accounted = is_accounted and lines is not None
+        for line in lines or []:
             shown, state, exit_code, node = line.split("|")
             word, _, by = state.partition(" ")
+            # What is left of an array stands in one row, which may be older than its tasks' own.
+            into = pools if "[" in shown else found
             for job in _expanded(shown):
-                requeues = found[job].requeues + 1 if job in found else 0
-                found[job] = Job(state=word, reason=by, exit_code=exit_code, node=node, requeues=requeues)
+                requeues = found[job].requeues + 1 if job in found and into is found else 0
+                into[job] = Job(state=word, reason=by, exit_code=exit_code, node=node, requeues=requeues)
+    known = {**pools, **found}
     # All of the user's: squeue refuses a list in which one id has left the queue long ago.
-    for line in _lines("squeue", "-h", "-r", "--me", "-o", "%i|%T|%r|%N"):
+    for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-o", "%i|%T|%r|%N") if ids else []:
         job, state, reason, node = line.split("|")
-        if job in wanted:
+        if job.partition("_")[0] in masters and (state not in DEAD or job not in found):
             requeues = found[job].requeues if job in found else 0
-            found[job] = Job(state=state, reason="" if reason == "None" else reason, node=node, requeues=requeues)
-    return {job: entry for job, entry in found.items() if job in wanted}
+            known[job] = Job(state=state, reason="" if reason == "None" else reason, node=node, requeues=requeues)
+    return Answer(jobs=known, is_accounted=is_accounted)
 
 
 def _expanded(shown: str) -> list[str]:
@@ -118,11 +137,18 @@ def _expanded(shown: str) -> list[str]:
     return tasks
 
 
-def _lines(*command: str, may_fail: bool = False) -> list[str]:
+@overload
+def _lines(*command: str, may_fail: Literal[False] = False) -> list[str]: ...
+@overload
+def _lines(*command: str, may_fail: Literal[True]) -> list[str] | None: ...
+def _lines(*command: str, may_fail: bool = False) -> list[str] | None:
+    """What a command prints, None where it may fail and does. Raises RunError."""
+    if may_fail and shutil.which(command[0]) is None:
+        return None
     done = _run(*command)
     if done.returncode and not may_fail:
         raise RunError(f"{command[0]} fails: {_last_line(done.stderr)}")
-    return [] if done.returncode else [line for line in done.stdout.splitlines() if line.strip()]
+    return None if done.returncode else [line for line in done.stdout.splitlines() if line.strip()]
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -176,8 +202,16 @@ def requeue(job: str) -> None:
         raise RunError(f"scontrol requeue {job} fails: {_last_line(done.stderr)}")
 
 
-def is_being_preempted(job: str) -> bool:
-    """Whether SLURM is taking this running job's nodes for another one."""
-    text = " ".join(_lines("scontrol", "show", "job", "-o", job, may_fail=True))
-    match = re.search(r"PreemptTime=(\S+)", text)
-    return match is not None and match[1] not in ("None", "Unknown")
+def is_taking_away(job: str) -> bool:
+    """Whether SLURM is ending this running job for reasons of its own: for another job, or at its walltime."""
+    text = " ".join(_lines("scontrol", "show", "job", "-o", job, may_fail=True) or [])
+    state, preempted = re.search(r"JobState=(\w+)", text), re.search(r"PreemptTime=(\S+)", text)
+    if state is not None and state[1] in ("TIMEOUT", "PREEMPTED", "NODE_FAIL"):
+        return True
+    return preempted is not None and preempted[1] not in ("None", "Unknown")
+
+
+def is_cancelled(job: str) -> bool:
+    """Whether somebody has cancelled this running job."""
+    text = " ".join(_lines("scontrol", "show", "job", "-o", job, may_fail=True) or [])
+    return "JobState=CANCELLED" in text

@@ -45,11 +45,11 @@ def observe(runs: Sequence[RunDir]) -> list[State]:
         for job in (submission["job"], *submission["needs"])
     ]
     # SLURM first: what a job wrote before it ended is there when its files are read after this.
-    jobs = slurm.jobs(asked) if asked and slurm.is_here() else {}
-    return [_of(run, submission, jobs) for run, submission in zip(runs, submissions, strict=True)]
+    answer = slurm.ask(asked if slurm.is_here() else [])
+    return [_of(run, submission, answer) for run, submission in zip(runs, submissions, strict=True)]
 
 
-def _of(run: RunDir, submission: dict[str, Any], jobs: dict[str, slurm.Job]) -> State:
+def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
     status = run.status
     if status is not None and status.state == "finished":
         return State(name="finished")
@@ -58,23 +58,27 @@ def _of(run: RunDir, submission: dict[str, Any], jobs: dict[str, slurm.Job]) -> 
     if not slurm.is_here():
         message = f"as its files say: its SLURM job {submission['job']} cannot be asked about from this machine"
         return State(name=status.state if status else "queued", message=message)
-    # What was cancelled before it began stands under the number of its array alone.
-    job = jobs.get(submission["job"]) or jobs.get(submission["job"].partition("_")[0])
+    job = answer.of(submission["job"])
+    if job is not None and job.waits:
+        return State(name="queued", message=job.reason, requeues=job.requeues)
+    if job is not None and job.alive:
+        return State(name="running", message=f"on {job.node}" if job.node else "", requeues=job.requeues)
+    told = status is not None and status.slurm_job_id == submission["job"] and status.state != "running"
+    if told and status is not None and (job is None or job.state in ("COMPLETED", "FAILED")):
+        return State(name=status.state, message=status.message, requeues=job.requeues if job else 0)
     if job is None:
+        if submission.get("cancelled"):
+            return _settled(run, status, "cancelled", "cancelled")
         if time.time() * 1000 - submission["submitted_ms"] < 1000 * ACCOUNTING_SECONDS:
             return State(name="queued", message="submitted")
-        return _settled(run, status, "failed", f"SLURM does not know its job {submission['job']} any more")
-    if job.waits:
-        return State(name="queued", message=job.reason, requeues=job.requeues)
-    if job.alive:
-        return State(name="running", message=f"on {job.node}" if job.node else "", requeues=job.requeues)
-    told_itself = job.state in ("COMPLETED", "FAILED")
-    if told_itself and status is not None and status.slurm_job_id == submission["job"] and status.state != "running":
-        return State(name=status.state, message=status.message, requeues=job.requeues)
+        message = f"SLURM does not know its job {submission['job']} any more"
+        if not answer.is_accounted:  # it may have ended in any way, or sacct is down for a moment
+            return State(name=status.state if status else "queued", message=message)
+        return _settled(run, status, "failed", message)
     for number, what in submission["needs"].items():
-        needed = jobs.get(number)
+        needed, log = answer.of(number), log_of(Path(submission["log"]).parent, number)
         if needed is not None and not needed.alive and needed.state != "COMPLETED":
-            why = _why_dead(needed, log_of(Path(submission["log"]).parent, number))
+            why = f"{_why_dead(needed, log)}; see {log}"
             return _settled(run, status, "failed", f"the {what} that it needs was not made (job {number}): {why}")
     name = "cancelled" if job.state == "CANCELLED" else "failed"
     return _settled(run, status, name, _why_dead(job, Path(submission["log"])), job.requeues)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], ove
         launches = [*manifest.get("launches", []), list(overrides)]
         unique = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
         question = sweep.question or manifest.get("question", "")
-        values = {"study": sweep.study, "question": question, "launches": unique, "runs": runs}
+        # A study may be launched again elsewhere: where it was last is what `relora retry` goes by.
+        cluster = asdict(planned[0].config.cluster)
+        values = {"study": sweep.study, "question": question, "launches": unique, "cluster": cluster, "runs": runs}
         write_json(folder / "study.json", values)
 
 
@@ -96,6 +98,12 @@ def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
         known = ", ".join(studies(runs_dir)) or "none"
         raise ConfigError(f"no study {study} was launched in {runs_dir}; there are: {known}")
     return [
-        Planned(config=compose.thaw(runs_dir / name / "config.yaml"), role=entry["role"])
+        Planned(config=at_home(runs_dir / name / "config.yaml"), role=entry["role"])
         for name, entry in manifest["runs"].items()
+        if (runs_dir / name / "config.yaml").is_file()  # a folder may have been removed
     ]
+
+
+def at_home(file: Path) -> RunConfig:
+    """A run's frozen config, its runs_dir the one where it stands now."""
+    return replace(compose.thaw(file), runs_dir=str(file.absolute().parent.parent))

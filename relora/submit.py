@@ -4,6 +4,7 @@ A job is given the path of what it works on and nothing else; its config stands 
 resumes from in its checkpoints. A job that SLURM stops early writes a checkpoint and puts itself back into the queue.
 """
 
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +24,12 @@ from relora.study import Planned
 
 T = TypeVar("T")
 
+BESIDE = "submissions.json"
+"""In a study's folder, or a single run's: the jobs that are no runs."""
+
+RECORDED_SECONDS = 30.0
+"""How long a job waits to be written down as its run's."""
+
 # ------------------------------------------------------------------------------------------------- what a node runs
 
 
@@ -39,6 +46,9 @@ class RunTask:
 
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
         began, run = time.monotonic(), RunDir(self.path)
+        if not self.warm_start_only and not _is_own(run):
+            print(f"{run.path} belongs to another job now; this one ({slurm.own_job()}) leaves it alone")
+            return
         before = _progress(run)
         try:
             status = job(self.path, on_node=True, warm_start_only=self.warm_start_only)
@@ -66,9 +76,24 @@ class RunTask:
             )
             run.status = status
             print(f"failed: {status.message}", flush=True)
-        elif status.stopped_by == "SIGUSR2" or slurm.is_being_preempted(number):
+        elif not slurm.is_cancelled(number) and (status.stopped_by == "SIGUSR2" or slurm.is_taking_away(number)):
             print(f"putting job {number} back into the queue", flush=True)
-            slurm.requeue(number)
+            try:
+                slurm.requeue(number)
+            except RunError as error:
+                status.state, status.message = "failed", f"{status.message}, but it could not be requeued: {error}"
+                run.status = status
+                print(f"failed: {status.message}", flush=True)
+
+
+def _is_own(run: RunDir) -> bool:
+    """Whether the run was submitted as this job and no other; what submits writes that down a moment later."""
+    limit = time.monotonic() + RECORDED_SECONDS
+    while read_json(run.submission_file).get("job") != slurm.own_job():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _progress(run: RunDir) -> int:
@@ -85,6 +110,7 @@ class CorpusTask:
 
     def __call__(self) -> None:
         """Raises RunError for text that cannot be read."""
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # nothing to save: SLURM's end of it is its own
         from relora.corpus import prepare
 
         config = compose.thaw(RunDir(self.path).config_file)
@@ -100,6 +126,7 @@ class ReportTask:
 
     def __call__(self) -> None:
         """MLflow gets it from here where it is a server, else from the next command on the submitting machine."""
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         from relora.publish import publish_report
 
         publish_report(self.runs_dir, self.study, on_node=True)
@@ -146,33 +173,56 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
     for item in pending:
         needed = (corpora.get(_data(item)), warm_starts.get(warmstart.key(item.config)))
         groups[tuple(number for number in needed if number)].append(item)
+    submitted = Submission(arrays=[], preparations=sorted(made_by))
+    try:
+        _submit_arrays(groups, made_by, submitted, cluster, folder, study)
+        if study is not None:
+            dependency = [("afterany", (*submitted.arrays, *after))]
+            executor = _executor(_alone(cluster), folder, f"{study}-report", dependency)
+            task = ReportTask(Path(pending[0].config.runs_dir), study)
+            (submitted.report,) = _submit_all([task], executor)
+    finally:  # whatever went wrong, what is queued can be cancelled
+        file = folder.parent / BESIDE
+        beside = [*read_json(file).get("jobs", []), *submitted.preparations]
+        write_json(file, {"jobs": [*beside, *([submitted.report] if submitted.report else [])]})
+    return submitted
+
+
+def _submit_arrays(
+    groups: dict[tuple[str, ...], list[Planned]],
+    made_by: dict[str, str],
+    submitted: Submission,
+    cluster: SlurmConfig,
+    folder: Path,
+    study: str | None,
+) -> None:
+    """An array for each group of runs that wait for the same jobs, or several, and each recorded at once."""
     size = slurm.max_array_size()
     chunks = [
         (needed, items[start : start + size])
         for needed, items in groups.items()
         for start in range(0, len(items), size)
     ]
-    submitted = Submission(arrays=[], preparations=sorted({*corpora.values(), *warm_starts.values()}))
+    shares = _shares([len(items) for _, items in chunks], cluster.max_parallel)
     for number, (needed, items) in enumerate(chunks):
-        share = max(1, cluster.max_parallel * len(items) // len(pending))
         conditions = [("afterok", needed)]
         if number >= cluster.max_parallel:  # arrays know no common limit: one waits for another instead
             conditions.append(("afterany", (submitted.arrays[number - cluster.max_parallel],)))
         names = _submit_all(
             [RunTask(item.run.path) for item in items],
-            _executor(cluster, folder, study or items[0].config.name, conditions, array_parallelism=share),
+            _executor(cluster, folder, study or items[0].config.name, conditions, array_parallelism=shares[number]),
         )
         submitted.arrays.append(names[0].partition("_")[0])
         for item, name in zip(items, names, strict=True):
             _record(item.run, name, folder, {job: made_by[job] for job in needed})
-    if study is not None:
-        executor = _executor(_alone(cluster), folder, f"{study}-report", [("afterany", (*submitted.arrays, *after))])
-        task = ReportTask(Path(pending[0].config.runs_dir), study)
-        (submitted.report,) = _submit_all([task], executor)
-        file = folder.parent / "submissions.json"
-        beside = [*read_json(file).get("beside", []), *submitted.preparations, submitted.report]
-        write_json(file, {"beside": beside})
-    return submitted
+
+
+def _shares(sizes: Sequence[int], max_parallel: int) -> list[int]:
+    """How many tasks of each array may run at once: at least one, and together `max_parallel` where that can be."""
+    shares = [max(1, max_parallel * size // sum(sizes)) for size in sizes]
+    while sum(shares) > max(max_parallel, len(shares)):
+        shares[shares.index(max(shares))] -= 1
+    return shares
 
 
 def _data(item: Planned) -> str:
@@ -191,7 +241,8 @@ def _submit_corpora(pending: Sequence[Planned], cluster: SlurmConfig, folder: Pa
         if (place / "meta.json").exists():
             continue
         if place not in made:
-            (made[place],) = _submit_all([CorpusTask(item.run.path)], _executor(_alone(cluster), folder, "corpus", []))
+            executor = _executor(_alone(cluster), folder, "corpus", [])
+            made[place] = _under_way(place) or _made_by(CorpusTask(item.run.path), executor, place)
         found[data] = made[place]
     return found
 
@@ -207,11 +258,30 @@ def _submit_warm_starts(
             sharing[key].append(item)
     found: dict[str | None, str] = {}
     for key, items in sharing.items():
-        if len(items) > 1:
+        place = warmstart.folder_of(items[0].config)
+        under_way = _under_way(place)
+        if under_way is not None:
+            found[key] = under_way
+        elif len(items) > 1:
             needed = corpora.get(_data(items[0]))
             executor = _executor(cluster, folder, f"warm-start-{key}", [("afterok", (needed,) if needed else ())])
-            (found[key],) = _submit_all([RunTask(items[0].run.path, warm_start_only=True)], executor)
+            found[key] = _made_by(RunTask(items[0].run.path, warm_start_only=True), executor, place)
     return found
+
+
+def _made_by(task: Callable[[], None], executor: Any, place: Path) -> str:
+    """Submit the job that makes `place`, and write down which it is."""
+    (name,) = _submit_all([task], executor)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_json(place.with_name(f"{place.name}.job"), {"job": name})
+    return name
+
+
+def _under_way(place: Path) -> str | None:
+    """The job of an earlier launch that makes `place`, while it is queued or running."""
+    name = read_json(place.with_name(f"{place.name}.job")).get("job")
+    job = slurm.ask([name]).of(name) if name else None
+    return name if job is not None and job.alive else None
 
 
 def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str]) -> None:
@@ -222,8 +292,8 @@ def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str]) -> None
 
 
 def _alone(cluster: SlurmConfig) -> SlurmConfig:
-    """One process."""
-    return replace(cluster, nodes=1, tasks_per_node=1)
+    """One process, without a GPU."""
+    return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=None)
 
 
 def _executor(
@@ -257,11 +327,11 @@ def _executor(
         "array_parallelism": array_parallelism,
         "stderr_to_stdout": True,
         # Since SLURM 22.05 srun does not inherit the batch job's CPUs for each task.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"],
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun_options],
         "additional_parameters": extra,
     }
     try:
-        executor = SlurmExecutor(folder=folder)
+        executor = SlurmExecutor(folder=folder, python=cluster.python)
     except RuntimeError:
         raise RunError("srun is not installed here: this machine is no SLURM submit node; take cluster=local") from None
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})

@@ -108,6 +108,10 @@ class Mirror:
 
     def sync(self) -> Sent:
         """Send what MLflow does not have yet: run, params, tags, metrics, status. Raises what MLflow raises."""
+        with FileLock(self.run.path / ".mirror.lock"):  # two at once would make two runs of it
+            return self._sync()
+
+    def _sync(self) -> Sent:
         state, status = read_json(self.run.mirror_file), self.run.status or Status(state="running")
         fresh = self._client is None
         client = self._client = self._client or open_store(self.config.mlflow_uri, Path(self.config.runs_dir))
@@ -233,8 +237,7 @@ def mirror_all(runs: Sequence[tuple[RunDir, RunConfig]], say: Callable[[str], No
         if uri in broken or not _is_behind(run, uri) or (not by_others and run.is_locked):
             continue
         try:
-            with FileLock(run.path / ".mirror.lock"):
-                Mirror(run, config).sync()
+            Mirror(run, config).sync()
         except Exception as error:  # whatever MLflow raises
             broken.add(uri)
             say(f"MLflow at {uri} fails ({_brief(error)}); relora sync sends the rest later")

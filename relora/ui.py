@@ -5,16 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from relora import compose
 from relora.compare import studies
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.publish import mirror_runs
-from relora.study import Planned
+from relora.study import Planned, at_home
 
 PORT = 5000
 START_SECONDS = 90.0
@@ -50,7 +50,8 @@ def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
 def _submitted(runs_dir: Path) -> list[Planned]:
     """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone."""
     files = sorted(runs_dir.glob("*/submission.json"))
-    return [Planned(config=compose.thaw(file.with_name("config.yaml")), role="arm") for file in files]
+    configs = [file.with_name("config.yaml") for file in files]
+    return [Planned(config=at_home(file), role="arm") for file in configs if file.is_file()]
 
 
 def serve(config: RunConfig, *, port: int | None, host: str | None, ready: Callable[[str], None]) -> int:
@@ -68,18 +69,20 @@ def serve(config: RunConfig, *, port: int | None, host: str | None, ready: Calla
     if host is not None:
         command += ["--allowed-hosts", f"{host}:*,{host},localhost:*,127.0.0.1:*"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 -- a pipe that nobody reads would block the server one day
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *command],
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=log,
         start_new_session=True,
     )
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _listens(port):
             if server.poll() is not None or time.monotonic() > deadline:
-                detail = server.stderr.read().decode() if server.poll() is not None and server.stderr else "no answer"
+                log.seek(0)
+                detail = log.read().decode(errors="replace") or "no answer"
                 raise RunError(f"the MLflow server did not start on port {port}: {detail.strip()[-500:]}")
             time.sleep(0.2)
         ready(f"http://{host or '127.0.0.1'}:{port}")
@@ -96,6 +99,7 @@ def serve(config: RunConfig, *, port: int | None, host: str | None, ready: Calla
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait()
+        log.close()
 
 
 def _listens(port: int) -> bool:

@@ -77,6 +77,8 @@ def test_the_tasks_of_an_array_are_told_apart(shown: str, tasks: list[str]) -> N
         (slurm.Job(state="NODE_FAIL"), "its node failed"),
         (slurm.Job(state="FAILED", exit_code="9:0", node="n1"), "killed by signal 9 on n1"),
         (slurm.Job(state="FAILED", exit_code="0:15"), "killed by signal 15"),
+        (slurm.Job(state="FAILED", exit_code="137:0"), "killed by signal 9"),
+        (slurm.Job(state="FAILED", exit_code="130:0"), "exit code 130"),
         (slurm.Job(state="FAILED", exit_code="1:0"), "exit code 1 and said nothing"),
     ],
 )
@@ -89,4 +91,4 @@ def test_a_machine_without_slurm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     assert not slurm.is_here()
     with pytest.raises(slurm.RunError, match="this machine is no SLURM submit node; take cluster=local"):
-        slurm.jobs(["1"])
+        slurm.ask(["1"])

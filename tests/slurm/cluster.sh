@@ -150,7 +150,15 @@ kill_node() {
   ip netns pids "n$1" 2>/dev/null | xargs -r kill -9 2>/dev/null || true
 }
 
+refuse_foreign() {
+  if [ -f "$CONF" ] && ! grep -q '^ClusterName=relora$' "$CONF"; then
+    echo "$CONF belongs to another cluster: this script would take its place" >&2
+    exit 1
+  fi
+}
+
 up() {
+  refuse_foreign
   mkdir -p "$ROOT"/{state,log,run} /etc/slurm
   chmod 755 "$ROOT"
   for i in $(seq $NODES); do mkdir -p "$ROOT/n$i"; done
@@ -171,6 +179,7 @@ stop() {
 }
 
 down() {
+  refuse_foreign
   if [ -f "$ROOT/run/slurmctld.pid" ]; then
     scancel --full --signal=KILL --user=root 2>/dev/null || true
     scancel --user=root 2>/dev/null || true

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from jobs import CLUSTER
@@ -18,6 +19,9 @@ def cluster() -> Iterator[None]:
     reason = f"{', '.join(missing)} missing; see tests/slurm/cluster.sh" if missing else ""
     if not missing and os.geteuid() != 0:
         reason = "a cluster of one's own needs root"
+    conf = Path("/etc/slurm/slurm.conf")
+    if conf.is_file() and "ClusterName=relora\n" not in conf.read_text():
+        reason = f"{conf} belongs to another cluster, whose place the tests' own would take"
     if reason:
         if "slurm" in os.environ.get("RELORA_REQUIRE", ""):
             pytest.fail(reason)

@@ -143,6 +143,7 @@ def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, t
         ("cluster.mem_gb=500", "SLURM would refuse these jobs"),
         ("+cluster.options.no-such-option=1", "no-such-option"),
         ("+cluster.options.array=1", "is set by relora itself"),
+        ("+cluster.options.ntasks_per_node=4", "has a setting of its own: cluster.tasks_per_node"),
         ("cluster.nodes=3", "cannot be shared evenly by cluster.nodes * cluster.tasks_per_node = 3"),
     ],
 )
@@ -268,8 +269,9 @@ def test_a_run_that_takes_too_much_memory_is_named(one: list[str], runs_dir: Pat
     assert weights(run) == undisturbed(one, tmp_path)
 
 
-@pytest.mark.skipif(os.environ.get("NETNS") == "0", reason="its nodes are one host, which cannot die alone")
 def test_a_run_whose_node_dies_goes_on_at_another(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    if os.environ["NETNS"] == "0":
+        pytest.skip("the nodes are one host, which cannot die alone")
     run = folder(slow)
     run_py(*slow)
     eventually(lambda: trains(run), "some steps")
