@@ -13,7 +13,6 @@ from relora.compose import (
     composed,
     conf_dir,
     given_values,
-    home,
     leaves,
     parsed,
     study_of,
@@ -193,7 +192,7 @@ def search(overrides: Sequence[str]) -> Search | None:
 
 def _question(name: str | None) -> str:
     """The comment at the head of a sweeps/ file."""
-    file = home() / "sweeps" / f"{name}.yaml"
+    file = conf_dir().parent / "sweeps" / f"{name}.yaml"
     lines = file.read_text().splitlines() if file.is_file() else []
     comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.lstrip("# ") for line in comments if "@package" not in line)

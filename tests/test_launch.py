@@ -107,7 +107,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the configs that a test may change."""
     for name in ("conf", "experiments", "sweeps"):
         shutil.copytree(REPOSITORY / name, tmp_path / "home" / name)
-    monkeypatch.setattr(compose_module, "_home", lambda: tmp_path / "home")
+    monkeypatch.setattr(compose_module, "home", lambda: tmp_path / "home")
     return tmp_path / "home"
 
 
