@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from relora import compose, slurm, warmstart
 from relora.cluster import SlurmConfig
@@ -21,8 +21,6 @@ from relora.job import EXIT_CODES, job
 from relora.rundir import RunDir, Status, read_json, write_json
 from relora.state import log_of
 from relora.study import Planned
-
-T = TypeVar("T")
 
 BESIDE = "submissions.json"
 """In a study's folder, or a single run's: the jobs that are no runs."""
