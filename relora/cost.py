@@ -8,9 +8,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 STORAGE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 """Bytes of one stored weight, gradient or optimizer-state element, by `trainer.precision`."""
+
+COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 2, "bf16": 2}
+"""Bytes of one element of what matrix products take."""
 
 ADAM_MOMENTS = 2
 ADAM_STEP_BYTES = 4
@@ -55,6 +59,55 @@ class LlamaShape:
     def parameters(self) -> int:
         """All of them."""
         return sum(self.full_rank_parameters().values()) + sum(i * o for i, o in self.linears().values())
+
+
+PLAIN, FACTORED, PROJECTED = "plain", "factored", "projected"
+"""The exact ways to compute a low-rank linear: without the merged weight W + sBA; on it, with the factors' gradients
+through x A^T and g B; on it, with their gradients projected from that of the whole matrix."""
+MERGED_WEIGHTS = ("resident", "rebuilt", "never")
+
+
+def way_multiply_adds(
+    in_features: int, out_features: int, rank: int, *, merged_weight: str, tokens_per_micro_step: int, micro_steps: int
+) -> dict[str, int]:
+    """Multiply-adds of one update of one low-rank linear, forward and backward, by each way that is to be had.
+
+    Forming W + sBA takes rio: once an update where it is resident, in each pass of each micro-step where it is rebuilt.
+    Projecting the gradient of the whole matrix takes 2rio a micro-step.
+    """
+    whole, skinny = in_features * out_features, rank * (in_features + out_features)
+    tokens = tokens_per_micro_step * micro_steps
+    ways = {PLAIN: tokens * (2 * whole + 3 * skinny)}
+    if merged_weight != "never":
+        formed = rank * whole * (1 if merged_weight == "resident" else 2 * micro_steps)
+        ways[FACTORED] = tokens * (2 * whole + 2 * skinny) + formed
+        ways[PROJECTED] = tokens * 3 * whole + 2 * rank * whole * micro_steps + formed
+    return ways
+
+
+MANY_TOKENS = 2**20
+
+
+@lru_cache(maxsize=1024)
+def cheapest_way(
+    in_features: int,
+    out_features: int,
+    rank: int,
+    *,
+    merged_weight: str = "resident",
+    tokens_per_micro_step: int | None = None,
+    micro_steps: int = 1,
+) -> str:
+    """The way with the fewest multiply-adds; on equal terms the one that comes first in PLAIN, FACTORED, PROJECTED."""
+    ways = way_multiply_adds(
+        in_features,
+        out_features,
+        rank,
+        merged_weight=merged_weight,
+        tokens_per_micro_step=tokens_per_micro_step or MANY_TOKENS,
+        micro_steps=micro_steps,
+    )
+    return min(ways, key=lambda way: ways[way])
 
 
 CONTROL_ASPECT_TOLERANCE = 0.08
@@ -127,22 +180,41 @@ class Cost:
     parameters: int
     """Of the model that leaves the run: factors are merged into it and not counted."""
     trainable_parameters: int
-    forward_flops_per_token: int
-    training_flops_per_token: int
-    """Forward and backward of one token; no optimizer, no merge."""
+    wrapped: tuple[tuple[int, int], ...]
+    """(in_features, out_features) of every matrix that has factors."""
+    rank: int
+    """Of the factors; 0 where there are none."""
+    unwrapped_flops_per_token: int
+    """Forward and backward of one token through everything but the wrapped matrices; no optimizer."""
     merge_flops: int
     """One merge of every wrapped matrix."""
     projection_flops: int
     """GaLore's, in one update: to the subspace and back, and its share of the decompositions."""
     weight_bytes: int
     """Factors included."""
+    merged_weight_bytes: int
+    """Of W + sBA of every wrapped matrix, where they are resident."""
     gradient_bytes: int
     optimizer_bytes: int
     """AdamW's state."""
 
-    def flops_per_update(self, tokens: int) -> int:
-        """Training FLOPs of one update on `tokens` tokens."""
-        return self.training_flops_per_token * tokens + self.projection_flops
+    def flops_per_update(self, tokens: int, *, merged_weight: str = "resident", micro_steps: int = 1) -> int:
+        """Training FLOPs of one update on `tokens` tokens, every wrapped matrix computed by its cheapest way.
+
+        By default what the method takes at least, exactly: with W + sBA formed once.
+        """
+        ways = (
+            way_multiply_adds(
+                *shape,
+                self.rank,
+                merged_weight=merged_weight,
+                tokens_per_micro_step=tokens // micro_steps,
+                micro_steps=micro_steps,
+            )
+            for shape in self.wrapped
+        )
+        wrapped_flops = 2 * sum(min(each.values()) for each in ways)
+        return self.unwrapped_flops_per_token * tokens + wrapped_flops + self.projection_flops
 
 
 def cost(
@@ -161,10 +233,9 @@ def cost(
     With `galore_rank` the targeted matrices are trained whole and their optimizer state is low-rank: two moments of
     r x max(i, o) and a projector of r x min(i, o).
 
-    Per token, a trained linear of i x o takes 2io forward and 4io backward. A frozen one takes 2io and 2io (its weight
-    needs no gradient) and its factors 2r(i+o) and 4r(i+o). Attention takes 4 * sequence * hidden per layer forward
-    (scores and mixture) and twice that backward. A singular value decomposition of m x n, m >= n, takes
-    6mn^2 + 20n^3 (Golub and Van Loan, Matrix Computations, R-SVD).
+    Per token, a trained linear of i x o takes 2io forward and 4io backward, a wrapped one what `way_multiply_adds`
+    says. Attention takes 4 * sequence * hidden per layer forward (scores and mixture) and twice that backward. A
+    singular value decomposition of m x n, m >= n, takes 6mn^2 + 20n^3 (Golub and Van Loan, Matrix Computations, R-SVD).
     """
     linears = shape.linears()
     wrapped = {name for name in linears if rank is not None and module_matches(name, target_modules)}
@@ -181,13 +252,7 @@ def cost(
 
     head_flops = 2 * shape.vocab_size * shape.hidden_size
     attention_flops = 4 * sequence_length_tokens * shape.hidden_size * shape.layers
-    forward = 2 * sum(weights.values()) + head_flops + attention_flops
-    backward = 2 * forward - 2 * sum(weights[name] for name in wrapped)
-    for name in wrapped:
-        i, o = linears[name]
-        assert rank is not None
-        forward += 2 * rank * (i + o)
-        backward += 4 * rank * (i + o)
+    unwrapped = 2 * sum(n for name, n in weights.items() if name not in wrapped)
 
     projected = {name for name in linears if galore_rank is not None and module_matches(name, target_modules)}
     projection_flops, state_numel = 0.0, ADAM_MOMENTS * trainable
@@ -203,10 +268,12 @@ def cost(
     return Cost(
         parameters=parameters,
         trainable_parameters=trainable,
-        forward_flops_per_token=forward,
-        training_flops_per_token=forward + backward,
+        wrapped=tuple(linears[name] for name in linears if name in wrapped),
+        rank=rank or 0,
+        unwrapped_flops_per_token=3 * (unwrapped + head_flops + attention_flops),
         merge_flops=0 if rank is None else sum(2 * rank * weights[name] for name in wrapped),
         weight_bytes=(parameters + sum(factors_numel)) * element_bytes,
+        merged_weight_bytes=sum(weights[name] for name in wrapped) * COMPUTE_BYTES[precision],
         gradient_bytes=trainable * element_bytes,
         projection_flops=round(projection_flops),
         optimizer_bytes=state_numel * element_bytes + ADAM_STEP_BYTES * trained_tensors,

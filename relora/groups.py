@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relora.cost import STORAGE_BYTES, LlamaShape
+from relora.cost import MERGED_WEIGHTS, STORAGE_BYTES, LlamaShape
 from relora.errors import ConfigError
 
 SOURCES = ("stdlib", "text")
@@ -165,17 +165,22 @@ class GaLoreConfig(TargetedConfig):
 
 @dataclass(kw_only=True, slots=True)
 class LoRAConfig(TargetedConfig):
-    """One set of factors for the whole run. `alpha=None` means 0.25 * rank."""
+    """One set of factors for the whole run. `alpha=None` means 0.25 * rank.
+
+    `merged_weight` chooses among exact ways to compute, faster or smaller (relora.lowrank.refresh).
+    """
 
     alpha: float | None = None
     dropout: float = 0.0
     reinit: str = "kaiming"
     trainable_scaling: bool = False
+    merged_weight: str = field(default="resident", metadata=UNHASHED)
 
     def __post_init__(self) -> None:
         TargetedConfig.__post_init__(self)
         positive("method.alpha", self.alpha)
         one_of("method.reinit", self.reinit, REINITS)
+        one_of("method.merged_weight", self.merged_weight, MERGED_WEIGHTS)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"method.dropout={self.dropout} must be at least 0 and below 1")
 

@@ -6,15 +6,18 @@ folds the product into W and draws a new A, so that the sum of many low-rank upd
 
 import hashlib
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora.cost import module_matches
+from relora.cost import MERGED_WEIGHTS, PLAIN, PROJECTED, cheapest_way, module_matches
+from relora.merged import MergedLinear, materialise, row_chunks
 
 REINITS = ("kaiming", "orthogonal")
 
@@ -68,6 +71,9 @@ class LowRankLinear(nn.Module):
     weight: out x in, frozen; bias: out, trainable, or None; lora_A: rank x in; lora_B: out x rank, zero after every
     (re-)initialisation, so that wrapping and merging leave the output as it is while B still gets a gradient.
     The weight and the bias are the wrapped layer's own parameters, under their old names in the state dict.
+
+    The formula is computed as it stands, the plain way, unless `refresh` has chosen a cheaper one, and again as soon as
+    what was refreshed is out of date: after a step of any torch optimizer, a merge, a load or a change in place.
     """
 
     def __init__(self, linear: nn.Linear, config: ReLoRAConfig) -> None:
@@ -83,11 +89,67 @@ class LowRankLinear(nn.Module):
         if config.trainable_scaling:
             self.scaling = nn.Parameter(self.weight.new_tensor(self.initial_scaling))
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self._way = PLAIN
+        self._merged: Tensor | None = None
+        self._compute_dtype = self.weight.dtype
+        self._versions = (0, 0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """... x in -> ... x out."""
+        if self._way != PLAIN and (converted := self._on_merged_weight(x)) is not None:
+            projected = self._way == PROJECTED
+            factors = (self.lora_A, self.lora_B, self.scaling)
+            return MergedLinear.apply(converted, self._merged, self.weight, self.bias, *factors, projected)
         low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
+
+    def _on_merged_weight(self, x: Tensor) -> Tensor | None:
+        """x in the dtype that is computed in, or None where only the plain way will do."""
+        if self.training and isinstance(self.dropout, nn.Dropout):
+            return None
+        dtype, device = x.dtype, x.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        if dtype != self._compute_dtype:
+            return None
+        if self._merged is not None and not torch.compiler.is_compiling() and self._versions != self._versions_now():
+            return None
+        return x.to(dtype)
+
+    def _versions_now(self) -> tuple[int, ...]:
+        """Torch's counts of changes in place. A fused optimizer leaves them as they are: hence the hook below."""
+        tensors = (self.weight, self.lora_A, self.lora_B, self.scaling)
+        return tuple(tensor._version for tensor in tensors if isinstance(tensor, Tensor))  # noqa: SLF001
+
+    @torch.no_grad()
+    def refresh(self, way: str, *, resident: bool, dtype: torch.dtype) -> None:
+        """Compute by `way` from here on, in `dtype`; where `resident`, on a merged weight that is made now and kept."""
+        self._way, self._compute_dtype = way, dtype
+        if way == PLAIN or not resident:
+            self._merged = None
+            return
+        factors = (self.lora_A, self.lora_B, self.scaling)
+        self._merged = materialise(self.weight, *factors, out=self._merged, dtype=dtype)
+        self._versions = self._versions_now()
+        _resident.add(self)
+
+    def outdate(self) -> None:
+        """A merged weight that is kept is out of date: compute the plain way until the next refresh."""
+        if self._merged is not None:
+            self._way = PLAIN
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.outdate()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LowRankLinear":
+        # Moved or converted: the merged weight is no part of the state and stays behind.
+        self._way, self._merged = PLAIN, None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no merged weight: no hook would tell it that its own is out of date."""
+        return self.__dict__ | {"_way": PLAIN, "_merged": None}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -113,17 +175,34 @@ class LowRankLinear(nn.Module):
             self.scaling.fill_(self.initial_scaling)
 
     @torch.no_grad()
-    def merge(self) -> "MergeNorms":
-        """W += scaling * B A, computed in fp32 (or wider) whatever the storage type; A and B keep their values."""
+    def merge(self) -> Tensor:
+        """W += scaling * B A in place, summed in fp32 (or wider) whatever the storage type; A and B keep their values.
+
+        Returns, where the layer is, what `MergeNorms` is made of: nothing waits for the device here.
+        """
+        self.outdate()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        old = self.weight.to(wide)
-        scaling = self.scaling.to(wide) if isinstance(self.scaling, nn.Parameter) else self.scaling
-        delta = (self.lora_B.to(wide) @ self.lora_A.to(wide)) * scaling
-        merged = (old + delta).to(self.weight.dtype)
-        lost = delta - (merged.to(wide) - old)
-        norms = MergeNorms(weight=old.norm().item(), delta=delta.norm().item(), lost=lost.norm().item())
-        self.weight.copy_(merged)
-        return norms
+        a, b = self.lora_A.to(wide), self.lora_B.to(wide) * self.scaling
+        squares = torch.zeros(3, dtype=torch.float64, device=self.weight.device)
+        for rows in row_chunks(self.weight):
+            old = self.weight[rows].to(wide, copy=True)
+            delta = b[rows] @ a
+            self.weight[rows] = old + delta
+            lost = delta - (self.weight[rows].to(wide) - old)
+            squares += torch.stack([part.norm().double() ** 2 for part in (old, delta, lost)])
+        return squares.sqrt()
+
+
+_resident: "weakref.WeakSet[LowRankLinear]" = weakref.WeakSet()
+
+
+def _outdate_all(*_: object) -> None:
+    for layer in _resident:
+        layer.outdate()
+    _resident.clear()
+
+
+register_optimizer_step_post_hook(_outdate_all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +312,52 @@ def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeRepor
 
     The output does not change but for rounding, which the report tells. Raises ValueError if nothing is wrapped.
     """
-    norms: dict[str, MergeNorms] = {}
+    norms: dict[str, Tensor] = {}
     for name, layer in wrapped_layers(model).items():
         norms[name] = layer.merge()
         layer.initialise(seed=seed, restart=restart, name=name)
-    return MergeReport(modules=norms)
+    device = next(iter(norms.values())).device
+    told = torch.stack([each.to(device) for each in norms.values()]).tolist()
+    return MergeReport(
+        modules={
+            name: MergeNorms(weight=weight, delta=delta, lost=lost)
+            for name, (weight, delta, lost) in zip(norms, told, strict=True)
+        }
+    )
+
+
+def refresh(
+    model: nn.Module,
+    *,
+    merged_weight: str = "resident",
+    tokens_per_micro_step: int | None = None,
+    micro_steps: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Let every low-rank layer compute by the cheapest of the exact ways until its weights change: call it again then.
+
+    merged_weight: "resident" keeps W + scaling * B A of each layer in memory, made here; "rebuilt" makes it in each
+        forward and backward pass and keeps none; "never" takes the plain way.
+    tokens_per_micro_step, micro_steps: how many tokens pass the model at a time, and how often until the next refresh
+        (relora.cost.cheapest_way weighs them); None stands for many.
+    dtype: what layers compute in, e.g. torch.bfloat16 under autocast; None means that of the weights.
+
+    What is out of date is not used: after an optimizer's step, a merge, a load or a change in place, layers whose
+    merged weight is resident compute the plain way. (A change through `.data` is not noticed.) Raises ValueError if
+    nothing is wrapped or `merged_weight` is another word.
+    """
+    if merged_weight not in MERGED_WEIGHTS:
+        raise ValueError(f"merged_weight={merged_weight!r} is not one of {', '.join(MERGED_WEIGHTS)}")
+    for layer in wrapped_layers(model).values():
+        way = cheapest_way(
+            layer.in_features,
+            layer.out_features,
+            layer.rank,
+            merged_weight=merged_weight,
+            tokens_per_micro_step=tokens_per_micro_step,
+            micro_steps=micro_steps,
+        )
+        layer.refresh(way, resident=merged_weight == "resident", dtype=dtype or layer.weight.dtype)
 
 
 def unwrap(model: M) -> M:

@@ -10,7 +10,7 @@ from relora.config import RunConfig
 from relora.cost import module_matches
 from relora.galore import GaLoreAdamW
 from relora.groups import GaLoreConfig, LoRAConfig, ReLoRAMethodConfig
-from relora.lowrank import ReLoRAConfig, merge_and_reinit, unwrap, wrap
+from relora.lowrank import ReLoRAConfig, merge_and_reinit, refresh, unwrap, wrap
 from relora.reset import reset_optimizer
 from relora.schedule import JaggedCosine, RestartClock
 
@@ -37,6 +37,9 @@ class Method:
     def begin(self, model: nn.Module) -> None:
         """What happens to the model when the warm start ends (at once where there is none)."""
 
+    def refresh(self, model: nn.Module, sequences_per_micro_step: int, micro_steps: int) -> None:
+        """What the forward pass wants to be told after every change of the weights."""
+
     def restart(self, model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> Restart:
         """Restart `number` (from 1): merge, re-initialise, reset."""
         raise AssertionError(f"{self.config.method.name} has no restarts")
@@ -47,6 +50,8 @@ class Method:
 
 class LowRank(Method):
     """LoRA and ReLoRA: factors in the targeted matrices, everything else at full rank."""
+
+    _begun = False
 
     def begin(self, model: nn.Module) -> None:
         """Wrap."""
@@ -61,6 +66,20 @@ class LowRank(Method):
             trainable_scaling=method.trainable_scaling,
         )
         wrap(model, factors, seed=self.config.trainer.seed)
+        self._begun = True
+
+    def refresh(self, model: nn.Module, sequences_per_micro_step: int, micro_steps: int) -> None:
+        """The cheapest exact way for so many tokens at a time; nothing before the method has begun."""
+        method = self.config.method
+        assert isinstance(method, LoRAConfig)
+        if self._begun:
+            refresh(
+                model,
+                merged_weight=method.merged_weight,
+                tokens_per_micro_step=sequences_per_micro_step * self.config.data.sequence_length_tokens,
+                micro_steps=micro_steps,
+                dtype=torch.float32 if self.config.trainer.precision == "fp32" else torch.bfloat16,
+            )
 
     def restart(self, model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> Restart:
         """Lialin et al. 2023, Algorithm 1, the lines under "if t mod q = 0"."""

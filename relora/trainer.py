@@ -95,6 +95,7 @@ class Trainer:
         self._own_wish: str | None = None
         self._wishes = 0.0
         self._resume()
+        self._refresh()
         self.check_ranks(self.first_step)
 
     # ---------------------------------------------------------------------------------------------- Algorithm 1
@@ -123,6 +124,7 @@ class Trainer:
                 self.restart(step)
             loss = self.within_memory(lambda: self.forward_backward(step))  # noqa: B023 -- called at once
             gradient_norm = self.update(step, loss)
+            self._refresh()
             self._durations.append(time.perf_counter() - began)
             self.counters.training_seconds += self._durations[-1]
             self.report(step, loss, gradient_norm)
@@ -136,6 +138,7 @@ class Trainer:
         """The warm start is over: the method takes the model, with a new optimizer."""
         self.method.begin(self.model)
         self.optimizer = build_optimizer(self.model, self.config, self.config.optimizer.learning_rate)
+        self._refresh()
         self.check_ranks(step)
         if step:
             self.tracker.say(f"step {step}: the warm start ends, {self.config.method.name} begins")
@@ -144,6 +147,7 @@ class Trainer:
         """Merge, re-initialise and reset; the schedule ramps up again by itself."""
         number = self.clock.restarts_before(step + 1)
         done = self.method.restart(self.model, self.optimizer, number)
+        self._refresh()
         self.check_ranks(step)
         factor = self.factor(step)
         self.tracker.log(
@@ -208,6 +212,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return gradient_norm
 
+    def _refresh(self) -> None:
+        """The weights are others now."""
+        micro = self.counters.sequences_per_micro_step
+        self.method.refresh(self.model, micro, self.share // micro)
+
     @property
     def _parameters(self) -> list[nn.Parameter]:
         """What is trained, in the optimizer's order: the same on all ranks and in every attempt."""
@@ -256,6 +265,7 @@ class Trainer:
                 "at a time; take a smaller model, shorter sequences or trainer.precision=bf16"
             )
         smaller = self.counters.sequences_per_micro_step = self._micro_step(size // 2)
+        self._refresh()
         self.tracker.say(
             f"out of memory on {self.device} with {size} sequences at a time; going on with "
             f"trainer.sequences_per_micro_step={smaller} (the batch of an update stays "

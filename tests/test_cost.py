@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +10,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from relora.cost import STORAGE_BYTES, Cost, control_shape, cost, module_matches
+from relora.cost import (
+    FACTORED,
+    PLAIN,
+    PROJECTED,
+    STORAGE_BYTES,
+    Cost,
+    cheapest_way,
+    control_shape,
+    cost,
+    module_matches,
+)
 from relora.groups import ModelConfig
-from relora.lowrank import ReLoRAConfig, merge_and_reinit, wrap
+from relora.lowrank import ReLoRAConfig, merge_and_reinit, refresh, wrap
 from relora.model import llama_config
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
@@ -155,9 +165,8 @@ def test_parameters_flops_and_bytes_are_those_of_the_real_model(size: str, arm: 
     added = [p for name, p in parameters.items() if name.endswith(("lora_A", "lora_B", "scaling"))]
     assert expected.parameters == sum(p.numel() for p in parameters.values()) - sum(p.numel() for p in added)
     assert expected.trainable_parameters == sum(p.numel() for p in trainable(model))
-    assert expected.forward_flops_per_token * tokens == forward.get_total_flops()
-    assert expected.training_flops_per_token * tokens == forward.get_total_flops() + backward.get_total_flops()
-    assert expected.flops_per_update(tokens) == expected.training_flops_per_token * tokens
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert expected.flops_per_update(tokens, merged_weight="never") == counted
     assert expected.weight_bytes == bytes_of(list(parameters.values()))
     assert expected.gradient_bytes == bytes_of([p.grad for p in parameters.values()])
     optimizer = torch.optim.AdamW(trainable(model), foreach=False)
@@ -192,10 +201,46 @@ def test_merge_flops_are_those_of_a_real_merge(arm: str) -> None:
 
 def test_autocast_stores_what_fp32_stores_and_bf16_half_of_it() -> None:
     costs = {precision: cost_of(conf_of("60m"), ARMS["low_rank"], precision=precision) for precision in STORAGE_BYTES}
-    assert costs["bf16_autocast"] == costs["fp32"]
+    assert costs["bf16_autocast"] == replace(costs["fp32"], merged_weight_bytes=costs["bf16"].merged_weight_bytes)
+    assert costs["bf16"].merged_weight_bytes * 2 == costs["fp32"].merged_weight_bytes
     assert costs["bf16"].weight_bytes * 2 == costs["fp32"].weight_bytes
     assert costs["bf16"].gradient_bytes * 2 == costs["fp32"].gradient_bytes
-    assert costs["bf16"].training_flops_per_token == costs["fp32"].training_flops_per_token
+    assert costs["bf16"].flops_per_update(96) == costs["fp32"].flops_per_update(96)
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [8, 48, 96])
+@pytest.mark.parametrize("merged_weight", ["resident", "rebuilt"])
+@pytest.mark.parametrize("arm", [name for name in ARMS if name != "full"])
+def test_flops_on_the_merged_weight_are_those_of_the_real_model(
+    arm: str, merged_weight: str, tokens_at_a_time: int
+) -> None:
+    config, vocab_size = conf_of("tiny"), 512
+    model = real_model(config, ARMS[arm], device="cpu", vocab_size=vocab_size)
+    micro_steps = BATCH * SEQUENCE_LENGTH // tokens_at_a_time
+    tokens_BxT = torch.zeros(1, tokens_at_a_time, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        refresh(
+            model, merged_weight=merged_weight, tokens_per_micro_step=tokens_at_a_time, micro_steps=micro_steps
+        )
+        for _ in range(micro_steps):
+            model(input_ids=tokens_BxT, use_cache=False).logits.sum().backward()
+    expected = cost(config.shape(vocab_size), sequence_length_tokens=tokens_at_a_time, **ARMS[arm])
+    assert counter.get_total_flops() == expected.flops_per_update(
+        BATCH * SEQUENCE_LENGTH, merged_weight=merged_weight, micro_steps=micro_steps
+    )
+
+
+@pytest.mark.parametrize(("rank", "way"), [(8, FACTORED), (31, FACTORED), (33, PROJECTED), (64, PROJECTED)])
+def test_from_a_quarter_of_a_square_matrix_on_the_whole_gradient_is_projected(rank: int, way: str) -> None:
+    assert cheapest_way(128, 128, rank) == way
+    assert cheapest_way(128, 128, rank, merged_weight="never") == PLAIN
+
+
+def test_few_tokens_do_not_pay_for_a_merged_weight() -> None:
+    # A layer of 2048 x 2048 at rank 128, 512 tokens an update.
+    assert cheapest_way(2048, 2048, 128, tokens_per_micro_step=512) == PLAIN
+    assert cheapest_way(2048, 2048, 128, tokens_per_micro_step=512, micro_steps=3) == FACTORED
+    assert cheapest_way(2048, 2048, 128, tokens_per_micro_step=512, micro_steps=3, merged_weight="rebuilt") == PLAIN
 
 
 def test_full_rank_names_no_targets_and_targets_without_a_rank_are_full_rank() -> None:
