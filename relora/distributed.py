@@ -136,28 +136,26 @@ class World:
         _raise_unless(fitted)
         return values_N
 
-    def sum_gradients(
-        self, parameters: "Sequence[nn.Parameter]", numbers: Sequence[float], *, fitted: bool
-    ) -> Sequence[float]:
-        """Add up the gradients of `parameters` over the ranks, in place, and `numbers`, returned, in one all-reduce.
+    def sum_gradients(self, parameters: "Sequence[nn.Parameter]", numbers_K: "Tensor", *, fitted: bool) -> "Tensor":
+        """Add up the gradients of `parameters` over the ranks, in place, and `numbers_K`, returned, in one all-reduce.
 
-        In fp32, in the order given, which must be the same on all ranks. Raises as `sum` does.
+        In fp32, in the order given, which must be the same on all ranks. Raises as `sum` does. A process that is alone
+        does not wait for its device here.
         """
         if self.size > 1:
             import torch
 
             # A gradient that is missing (memory ran out before it came) has its place all the same.
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            rest = torch.tensor([*numbers, not fitted], dtype=torch.float32, device=gradients[0].device)
+            rest = torch.cat([numbers_K.float(), numbers_K.new_tensor([not fitted], dtype=torch.float32)])
             flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), rest])
             self._all_reduce(flat)
             *summed, rest = flat.split([*(gradient.numel() for gradient in gradients), len(rest)])
             for gradient, values in zip(gradients, summed, strict=True):
                 gradient.copy_(values.view_as(gradient))
-            *numbers, misfits = rest.tolist()
-            fitted = not misfits
+            numbers_K, fitted = rest[:-1], not rest[-1].item()
         _raise_unless(fitted)
-        return numbers
+        return numbers_K
 
     def _all_reduce(self, tensor: "Tensor") -> None:
         from torch import distributed

@@ -22,3 +22,7 @@ class WarmStartTrained(Exception):  # noqa: N818 -- no error
 
     def __init__(self) -> None:
         super().__init__("the warm start is trained; the runs that share it go on from there")
+
+
+class TrainingError(RunError):
+    """Training cannot go on."""

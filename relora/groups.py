@@ -292,6 +292,8 @@ class TrainerConfig:
     precision: str = "fp32"
     seed: int = 0
     device: str = field(default="auto", metadata=UNHASHED)
+    compile: bool = field(default=False, metadata=UNHASHED)
+    activation_checkpointing: bool = field(default=False, metadata=UNHASHED)
     log_interval_steps: int = field(default=1, metadata=UNHASHED)
     validation_interval_steps: int = field(default=100, metadata=UNHASHED)
     checkpoint_interval_steps: int = field(default=100, metadata=UNHASHED)

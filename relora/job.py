@@ -239,7 +239,7 @@ class _Attempt:
         from relora.model import load_pretrained, logits, sample, save_pretrained
 
         config, device, model = self.config, trainer.device, trainer.model.eval()
-        batch = trainer.counters.sequences_per_micro_step
+        batch = trainer.micro.sequences_per_micro_step
         length = config.data.sequence_length_tokens
         probe_BxT = trainer.validation.batch(np.arange(1, dtype=np.int64))[0].to(device)
         with torch.no_grad():

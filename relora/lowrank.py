@@ -119,7 +119,7 @@ class LowRankLinear(nn.Module):
     def _versions_now(self) -> tuple[int, ...]:
         """Torch's counts of changes in place. A fused optimizer leaves them as they are: hence the hook below."""
         tensors = (self.weight, self.lora_A, self.lora_B, self.scaling)
-        return tuple(tensor._version for tensor in tensors if isinstance(tensor, Tensor))  # noqa: SLF001
+        return tuple(tensor._version for tensor in tensors if isinstance(tensor, Tensor))
 
     @torch.no_grad()
     def refresh(self, way: str, *, resident: bool, dtype: torch.dtype) -> None:

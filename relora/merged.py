@@ -6,7 +6,7 @@ factors' gradients through x A^T and g B, or 3io through the gradient of the who
 B (2rio a backward). relora.cost.cheapest_way says which.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def row_chunks(weight: Tensor) -> list[slice]:
 def materialise(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, *, out: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """weight + scaling * lora_B lora_A (out x in) in `dtype`, summed at least in the wider of the types and rounded once.
+    """weight + scaling * lora_B lora_A (out x in) in `dtype`, summed at least in the wider type and rounded once.
 
     Into `out`, if that is a tensor of the right dtype, shape and device; into a new tensor otherwise.
     """
@@ -65,6 +65,7 @@ class MergedLinear(torch.autograd.Function):
         scaling: Tensor | float,
         projected: bool,
     ) -> Tensor:
+        """See the class."""
         scale_tensor = scaling if isinstance(scaling, Tensor) else None
         ctx.save_for_backward(x, merged, weight if merged is None else None, lora_A, lora_B, scale_tensor)
         ctx.scaling, ctx.projected = scaling, projected
@@ -74,11 +75,12 @@ class MergedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A gradient for each argument of `forward`."""
         (grad,) = grads
         x, merged, weight, lora_A, lora_B, scale_tensor = ctx.saved_tensors
         scaling = ctx.scaling if scale_tensor is None else scale_tensor
-        wants_x, _, _, wants_bias, wants_A, wants_B, wants_scaling, _ = ctx.needs_input_grad
+        wants_x, _, _, wants_bias, _, _, wants_scaling, _ = ctx.needs_input_grad
         g_NxO, x_NxI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = grad_scaling = None
         if wants_x:

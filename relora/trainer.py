@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +15,40 @@ from relora import checkpoint
 from relora.config import RunConfig
 from relora.data import TokenSequences
 from relora.distributed import World, digest
-from relora.errors import Interrupted, RunError
+from relora.errors import Interrupted, TrainingError
 from relora.evaluate import ALONE, Evaluation, evaluate
-from relora.groups import LoRAConfig
-from relora.lowrank import keyed_generator
-from relora.methods import build_method, build_optimizer, learning_rate_factor
+from relora.methods import build_method, build_optimizer, learning_rate_factor, step_where_finite
 from relora.metrics import MICRO_STEP, Progress, Tracker
-from relora.model import fits, peak_memory_bytes, precision_context, summed_cross_entropy
+from relora.microsteps import MicroSteps
+from relora.model import compile_layers, peak_memory_bytes
 
-T = TypeVar("T")
+MICRO_STEP_KEY = "sequences_per_micro_step"
 
 SMOOTHED_STEPS = 20
 """Updates that the shown tokens/s is averaged over."""
-
-
-class TrainingError(RunError):
-    """Training cannot go on."""
 
 
 @dataclass(kw_only=True)
 class Counters:
     """What a run has to remember besides tensors."""
 
-    sequences_per_micro_step: int
     skipped_updates: int = 0
     consecutive_skipped_updates: int = 0
     training_seconds: float = 0.0
     """Spent on updates and restarts, over all attempts; evaluation and checkpoints left out."""
     peak_memory_bytes: int = 0
     """The most that any attempt held, up to its last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One that was made and is yet to be told: its numbers are on their way from the device."""
+
+    step: int
+    loss_and_norm: Tensor
+    """On the CPU; filled when `ready`."""
+    ready: torch.cuda.Event | None
+    learning_rate: float
 
 
 class Trainer:
@@ -80,20 +85,25 @@ class Trainer:
         # Buffers stay fp32: a model that is loaded again computes its rotary frequencies in it.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32)
+        if config.trainer.compile:
+            compile_layers(model)
         self.method = build_method(config)
         self.clock = self.method.clock
         self.factor = learning_rate_factor(config)
         self.warm_start_cost = config.cost(vocab_size, warm_start=True)
         self.method_cost = config.cost(vocab_size)
-        self.share = world.share(config.trainer.sequences_per_step)
-        self.counters = Counters(
-            sequences_per_micro_step=self._micro_step(config.trainer.sequences_per_micro_step or self.share)
+        self.micro = MicroSteps(
+            config, model, training, device=device, world=world, say=tracker.say, on_smaller=self._refresh
         )
+        self.counters = Counters()
         self.optimizer = build_optimizer(self.model, config, config.warm_start_learning_rate, warm_start=True)
         self.first_step = 0
+        self._untold: deque[Update] = deque()
+        # The host runs one update ahead of a GPU: it does not wait for numbers that only people read.
+        self._updates_ahead = 1 if device.type == "cuda" else 0
         self._durations: deque[float] = deque(maxlen=SMOOTHED_STEPS)
         self._own_wish: str | None = None
-        self._wishes = 0.0
+        self._wishes = False
         self._resume()
         self._refresh()
         self.check_ranks(self.first_step)
@@ -122,12 +132,14 @@ class Trainer:
                 self.begin_method(step)
             if self.clock.restarts_at(step):
                 self.restart(step)
-            loss = self.within_memory(lambda: self.forward_backward(step))  # noqa: B023 -- called at once
-            gradient_norm = self.update(step, loss)
+            loss = self.forward_backward(step)
+            self.update(step, loss)
             self._refresh()
             self._durations.append(time.perf_counter() - began)
             self.counters.training_seconds += self._durations[-1]
-            self.report(step, loss, gradient_norm)
+            if settings.compile and step in (self.first_step, self.clock.warm_start_steps):
+                self.tracker.say(f"step {step}: compiled; this update took {self._durations[-1]:.1f} s")
+            self.tell(all_but=self._updates_ahead)
 
         last = self.validate(self.clock.total_steps)
         if self.first_step < self.clock.total_steps:
@@ -136,6 +148,7 @@ class Trainer:
 
     def begin_method(self, step: int) -> None:
         """The warm start is over: the method takes the model, with a new optimizer."""
+        self.tell()
         self.method.begin(self.model)
         self.optimizer = build_optimizer(self.model, self.config, self.config.optimizer.learning_rate)
         self._refresh()
@@ -145,6 +158,7 @@ class Trainer:
 
     def restart(self, step: int) -> None:
         """Merge, re-initialise and reset; the schedule ramps up again by itself."""
+        self.tell()
         number = self.clock.restarts_before(step + 1)
         done = self.method.restart(self.model, self.optimizer, number)
         self._refresh()
@@ -167,55 +181,38 @@ class Trainer:
             f"optimizer state{at_rate}"
         )
 
-    def forward_backward(self, step: int) -> float:
+    def forward_backward(self, step: int) -> Tensor:
         """Accumulate the gradient of the mean loss over the step's batch, of all ranks; return that loss."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        fitted = fits(lambda: self._accumulate(step, total))
-        own = (total.item() / self.config.tokens_per_step, float(self._own_wish is not None))
-        loss, self._wishes = self.world.sum_gradients(self._parameters, own, fitted=fitted)
+        loss, self._wishes = self.micro.within_memory(
+            lambda: self.micro.gradient(step, self._parameters, wish=self._own_wish is not None)
+        )
         return loss
 
-    def _accumulate(self, step: int, total: Tensor) -> None:
-        """This rank's share: its part of the gradient, and its summed loss on top of `total`."""
-        settings, rank = self.config.trainer, self.world.rank
-        inputs_BxT, targets_BxT = self.training.training_batch(
-            step, settings.sequences_per_step, settings.seed, rank=rank, ranks=self.world.size
-        )
-        if isinstance(self.config.method, LoRAConfig) and self.config.method.dropout > 0:
-            key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
-            torch.manual_seed(keyed_generator(key).initial_seed())
-        micro = self.counters.sequences_per_micro_step
-        for inputs, targets in zip(inputs_BxT.split(micro), targets_BxT.split(micro), strict=True):
-            with precision_context(settings.precision, self.device):
-                summed = summed_cross_entropy(self.model, inputs.to(self.device), targets.to(self.device))
-            (summed / self.config.tokens_per_step).backward()
-            total += summed.detach().double()
-
-    def update(self, step: int, loss: float) -> float:
-        """Clip, set the learning rate and step; return the gradient norm. A non-finite update is skipped and counted.
+    def update(self, step: int, loss: Tensor) -> None:
+        """Clip, set the learning rate and step. An update whose loss or gradient is not finite is skipped.
 
         The clock is a function of the step, so a skipped update leaves it in phase.
         """
         parameters = self._parameters
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        gradient_norm = norm.item()
-        if math.isfinite(loss) and math.isfinite(gradient_norm):
-            if self.config.optimizer.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.max_grad_norm, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["base_learning_rate"] * self.factor(step)
-            self.optimizer.step()
-            self.counters.consecutive_skipped_updates = 0
-        else:
-            self._skip(step, loss, gradient_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_learning_rate"] * self.factor(step)
+        step_where_finite(self.optimizer, norm.isfinite() & loss.isfinite())
         self.optimizer.zero_grad(set_to_none=True)
-        return gradient_norm
+
+        numbers = torch.stack([loss.double(), norm.double()]).to("cpu", non_blocking=True)
+        ready = None
+        if self.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._untold.append(Update(step=step, loss_and_norm=numbers, ready=ready, learning_rate=rate))
 
     def _refresh(self) -> None:
         """The weights are others now."""
-        micro = self.counters.sequences_per_micro_step
-        self.method.refresh(self.model, micro, self.share // micro)
+        self.method.refresh(self.model, self.micro.sequences_per_micro_step, self.micro.count)
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
@@ -231,7 +228,20 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ what goes wrong
 
-    def _skip(self, step: int, loss: float, gradient_norm: float) -> None:
+    def tell(self, *, all_but: int = 0) -> None:
+        """Count and report the updates that have been made, `all_but` the newest."""
+        while len(self._untold) > all_but:
+            update = self._untold.popleft()
+            if update.ready is not None:
+                update.ready.synchronize()
+            loss, gradient_norm = update.loss_and_norm.tolist()
+            if math.isfinite(loss) and math.isfinite(gradient_norm):
+                self.counters.consecutive_skipped_updates = 0
+            else:
+                self._skipped(update.step, loss, gradient_norm)
+            self.report(update, loss, gradient_norm)
+
+    def _skipped(self, step: int, loss: float, gradient_norm: float) -> None:
         counters, limit = self.counters, self.config.trainer.max_consecutive_skipped_updates
         counters.skipped_updates += 1
         counters.consecutive_skipped_updates += 1
@@ -241,40 +251,6 @@ class Trainer:
                 f"the run diverged: {limit} updates in a row, up to step {step}, had a non-finite loss or gradient; "
                 "lower optimizer.learning_rate, lengthen schedule.warmup_steps or take trainer.precision=fp32"
             )
-
-    def within_memory(self, action: Callable[[], T]) -> T:
-        """The result of `action`, tried again with half as many sequences at a time whenever memory runs out.
-
-        `action` raises torch.OutOfMemoryError on all ranks or on none.
-        """
-        while True:
-            try:
-                return action()
-            except torch.OutOfMemoryError:
-                pass
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._halve_micro_step()
-
-    def _halve_micro_step(self) -> None:
-        size = self.counters.sequences_per_micro_step
-        if size == 1:
-            raise TrainingError(
-                f"out of memory on {self.device} with one sequence of {self.config.data.sequence_length_tokens} tokens "
-                "at a time; take a smaller model, shorter sequences or trainer.precision=bf16"
-            )
-        smaller = self.counters.sequences_per_micro_step = self._micro_step(size // 2)
-        self._refresh()
-        self.tracker.say(
-            f"out of memory on {self.device} with {size} sequences at a time; going on with "
-            f"trainer.sequences_per_micro_step={smaller} (the batch of an update stays "
-            f"{self.config.trainer.sequences_per_step})"
-        )
-
-    def _micro_step(self, wanted: int) -> int:
-        """The most sequences at a time, up to `wanted`, that divide this rank's share."""
-        return next(n for n in range(wanted, 0, -1) if self.share % n == 0)
 
     def check_ranks(self, step: int) -> None:
         """Raise TrainingError, on every rank, unless all are before the update of `step` with the same weights."""
@@ -302,27 +278,27 @@ class Trainer:
             + self.clock.restarts_before(step) * self.method_cost.merge_flops,
         }
 
-    def report(self, step: int, loss: float, gradient_norm: float) -> None:
-        """Tell the update of `step`; rows are numbered by the updates done."""
-        done, learning_rate = step + 1, self.optimizer.param_groups[0]["base_learning_rate"] * self.factor(step)
+    def report(self, update: Update, loss: float, gradient_norm: float) -> None:
+        """Tell of one update; rows are numbered by the updates done."""
+        done = update.step + 1
         rate = self.config.tokens_per_step * len(self._durations) / sum(self._durations)
         self.tracker.progress(
             Progress(
                 step=done,
                 total_steps=self.clock.total_steps,
                 loss=loss,
-                learning_rate=learning_rate,
+                learning_rate=update.learning_rate,
                 tokens_per_second=rate,
-                next_restart=self.clock.next_restart(step),
+                next_restart=self.clock.next_restart(update.step),
             )
         )
         if done % self.config.trainer.log_interval_steps == 0 or done == self.clock.total_steps:
             self.tracker.log(
                 done,
                 {
-                    MICRO_STEP: self.counters.sequences_per_micro_step,
+                    MICRO_STEP: self.micro.sequences_per_micro_step,
                     "train/loss": loss,
-                    "train/lr": learning_rate,
+                    "train/lr": update.learning_rate,
                     "train/grad_norm": gradient_norm,
                     "train/skipped_updates": self.counters.skipped_updates,
                     **self.progress_metrics(done),
@@ -333,11 +309,12 @@ class Trainer:
 
     def validate(self, step: int) -> Evaluation:
         """Evaluate on the validation set after `step` updates."""
-        result = self.within_memory(
+        self.tell()
+        result = self.micro.within_memory(
             lambda: evaluate(
                 self.model,
                 self.validation,
-                sequences_per_batch=self.counters.sequences_per_micro_step,
+                sequences_per_batch=self.micro.sequences_per_micro_step,
                 precision=self.config.trainer.precision,
                 device=self.device,
                 world=self.world,
@@ -346,7 +323,7 @@ class Trainer:
         self.tracker.log(
             step,
             {
-                MICRO_STEP: self.counters.sequences_per_micro_step,
+                MICRO_STEP: self.micro.sequences_per_micro_step,
                 "eval/loss": result.loss,
                 "eval/perplexity": result.perplexity,
                 **self.progress_metrics(step),
@@ -358,6 +335,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write the state before the update of `step`, metrics first; all ranks wait until it is written."""
+        self.tell()
         self.check_ranks(step)
         if self.world.is_first:
             self._write(step)
@@ -371,7 +349,7 @@ class Trainer:
             "config_hash": self.config.config_hash,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "counters": asdict(self.counters),
+            "counters": {**asdict(self.counters), MICRO_STEP_KEY: self.micro.sequences_per_micro_step},
         }
         checkpoint.save(self.checkpoint_folder, step, state)
 
@@ -392,9 +370,7 @@ class Trainer:
             self.optimizer = build_optimizer(self.model, self.config, self.config.optimizer.learning_rate)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        configured = self.counters.sequences_per_micro_step
-        self.counters = Counters(**state["counters"])
         # What ran out of memory once would do so again; what is asked to be smaller shall be; ranks may be more now.
-        least = min(configured, self.counters.sequences_per_micro_step)
-        self.counters.sequences_per_micro_step = self._micro_step(least)
+        self.micro.at_most(state["counters"].pop(MICRO_STEP_KEY))
+        self.counters = Counters(**state["counters"])
         self.tracker.say(f"resumed at step {self.first_step} of {self.clock.total_steps}")

@@ -219,9 +219,7 @@ def test_flops_on_the_merged_weight_are_those_of_the_real_model(
     micro_steps = BATCH * SEQUENCE_LENGTH // tokens_at_a_time
     tokens_BxT = torch.zeros(1, tokens_at_a_time, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        refresh(
-            model, merged_weight=merged_weight, tokens_per_micro_step=tokens_at_a_time, micro_steps=micro_steps
-        )
+        refresh(model, merged_weight=merged_weight, tokens_per_micro_step=tokens_at_a_time, micro_steps=micro_steps)
         for _ in range(micro_steps):
             model(input_ids=tokens_BxT, use_cache=False).logits.sum().backward()
     expected = cost(config.shape(vocab_size), sequence_length_tokens=tokens_at_a_time, **ARMS[arm])

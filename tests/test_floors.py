@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "relora"
 
 FLOORS = [
     ["errors", "cost", "schedule"],
-    ["lowrank", "reset", "galore"],
+    ["merged", "lowrank", "reset", "galore", "loss"],
     [
         *("groups", "cluster", "config", "model", "data", "rundir", "metrics", "checkpoint", "warmstart"),
         *("distributed", "evaluate"),
     ],
-    ["methods", "trainer"],
+    ["methods", "microsteps", "trainer"],
     ["compose", "sweeps", "slurm", "state", "compare", "study", "tracking", "corpus", "console", "status", "report"],
     ["ranks", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
 ]

@@ -91,10 +91,8 @@ def test_output_and_gradients_are_those_of_the_plain_way(
     way: str,
     resident: bool,
 ) -> None:
-    inputs, outputs, rank = features
-    made = layer(
-        inputs, outputs, rank=min(features), bias=bias, trainable_scaling=trainable_scaling, alpha=alpha
-    )
+    inputs, outputs, _ = features
+    made = layer(inputs, outputs, rank=min(features), bias=bias, trainable_scaling=trainable_scaling, alpha=alpha)
     x = inputs_of(made, *shape)
     expected = results(made, x)
     assert {"x", "lora_A", "lora_B", *(["scaling"] if trainable_scaling else [])} <= expected.keys()
@@ -110,6 +108,7 @@ def test_gradients_are_numerically_right(way: str) -> None:
     def output(x: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor) -> Tensor:
         return MergedLinear.apply(x, None, made.weight, bias, lora_A, lora_B, scaling, way == PROJECTED)
 
+    assert isinstance(made.scaling, nn.Parameter)
     assert torch.autograd.gradcheck(output, (x, made.bias, made.lora_A, made.lora_B, made.scaling))
 
 
@@ -211,7 +210,7 @@ STEPS: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
-def step(model: nn.Module, **implementation: bool) -> None:
+def step(model: nn.Module, **implementation: Any) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, **implementation)
     model(torch.ones(3, 12)).square().sum().backward()
     optimizer.step()

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from small import TINY
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora.compose import compose
 from relora.config import RunConfig
@@ -49,6 +51,7 @@ def tokens(folder: Path, name: str, count: int) -> TokenSequences:
     """A noisy cycle through the vocabulary: learnable, and no two sequences are equal."""
     chance = np.random.default_rng(len(name))
     values = (np.arange(count) * 3 + chance.integers(0, 3, count)) % VOCAB
+    folder.mkdir(exist_ok=True)
     path = folder / f"{name}.bin"
     path.write_bytes(values.astype(np.uint16).tobytes())
     return TokenSequences(path, "uint16", 16)
@@ -315,7 +318,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_says_so(tmp_path: Path
     model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 1, kind)
     small = trainer_of(config, tmp_path, model=model, checkpoint_folder=tmp_path / "other")
     small.train()
-    assert small.counters.sequences_per_micro_step == 1
+    assert small.micro.sequences_per_micro_step == 1
     told = [line for line in small.tracker.said if "out of memory" in line]  # type: ignore[attr-defined]
     assert ["=3 " in told[0], "=1 " in told[1], len(told)] == [True, True, 2]
     assert small.tracker.rows[3]["train/loss"] == pytest.approx(plain.tracker.rows[3]["train/loss"], abs=1e-5)  # type: ignore[attr-defined]
@@ -329,7 +332,7 @@ def test_running_out_of_memory_in_a_validation_leaves_dropout_on(tmp_path: Path)
     trainer.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     model.limit_of_evaluation = 2
     trainer.train()
-    assert trainer.counters.sequences_per_micro_step == 2
+    assert trainer.micro.sequences_per_micro_step == 2
     assert modes.count(True) == 14 * 2
     assert trainer.model.training
 
@@ -337,7 +340,7 @@ def test_running_out_of_memory_in_a_validation_leaves_dropout_on(tmp_path: Path)
 def test_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     config = config_of()
     model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
-    with pytest.raises(TrainingError, match="take a smaller model"):
+    with pytest.raises(TrainingError, match=r"take trainer\.activation_checkpointing=true, .* a smaller model"):
         trainer_of(config, tmp_path, model=model).train()
 
 
@@ -530,7 +533,7 @@ def test_a_smaller_micro_step_asked_for_on_relaunch_is_taken(
     with MetricsLog.opened(path, exact=True) as log:
         config = config_of(*changes, f"trainer.sequences_per_micro_step={after}")
         resumed = trainer_of(config, tmp_path, tracker=log)
-        assert resumed.counters.sequences_per_micro_step == taken
+        assert resumed.micro.sequences_per_micro_step == taken
         resumed.train()
         assert log.exact == (int(before) == taken)
     assert path.read_bytes().startswith(first)
@@ -561,3 +564,83 @@ def test_the_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
         assert summed_cross_entropy(model, inputs, targets).item() / 64 == pytest.approx(mean, rel=1e-6)
     trainer.train()
     assert trainer.tracker.rows[1]["train/loss"] == pytest.approx(mean, rel=1e-6)  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------- faster, and the same
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a number off it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["full", "relora"])
+def test_an_update_waits_for_nothing_from_its_device(method: str, tmp_path: Path) -> None:
+    kept = [override for override in TINY if method == "relora" or not override.startswith("method")]
+    trainer = trainer_of(compose([*kept, f"method={method}"]), tmp_path)
+    trainer.begin_method(0)
+    with Waits() as waits:
+        for step in range(2):
+            trainer.update(step, trainer.forward_backward(step))
+            trainer._refresh()
+        assert waits.count == 0
+        torch.ones(1).item()
+    assert waits.count > 0
+
+
+def test_a_host_that_runs_ahead_tells_and_keeps_the_same(tmp_path: Path) -> None:
+    runs = {}
+    for ahead in (0, 1):
+        trainer = runs[ahead] = trainer_of(config_of(), tmp_path / str(ahead))
+        trainer._updates_ahead = ahead
+        trainer.train()
+    told: list[dict[int, dict[str, float]]] = [
+        {
+            step: {name: value for name, value in row.items() if not name.startswith("perf/")}
+            for step, row in trainer.tracker.rows.items()
+        }
+        for trainer in runs.values()
+    ]
+    assert told[0] == told[1]
+    assert runs[0].tracker.said == runs[1].tracker.said  # type: ignore[attr-defined]
+    assert_equal_states(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16"])
+@pytest.mark.parametrize("way", ["method.merged_weight=rebuilt", "method.merged_weight=never"])
+def test_every_way_to_compute_trains_the_same_model(way: str, precision: str, tmp_path: Path) -> None:
+    ends = []
+    for number, overrides in enumerate(([], [way])):
+        trainer = trainer_of(config_of(f"trainer.precision={precision}", *overrides), tmp_path / str(number))
+        ends.append((trainer.train().loss, trainer.config.config_hash))
+    assert ends[0][1] == ends[1][1]
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=2e-6 if precision == "fp32" else 2e-3)
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
+    plain = trainer_of(config_of("method.dropout=0.5"), tmp_path / "plain")
+    again = trainer_of(config_of("method.dropout=0.5", "trainer.activation_checkpointing=true"), tmp_path / "again")
+    calls = [0, 0]
+    for number, trainer in enumerate((plain, again)):
+        hook = lambda *_, number=number: calls.__setitem__(number, calls[number] + 1)  # noqa: E731
+        trainer.model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(hook)
+        trainer.train()
+    assert_equal_states(plain, again)
+    assert calls[1] == calls[0] + 14
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
+def test_a_compiled_model_trains_alike_and_says_what_compiling_took(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("relora.model.COMPILER", "aot_eager")  # traces all the same, without a C++ compiler's minutes
+    torch.compiler.reset()
+    plain = trainer_of(config_of(), tmp_path / "plain")
+    compiled = trainer_of(config_of("trainer.compile=true"), tmp_path / "compiled")
+    assert compiled.train().loss == pytest.approx(plain.train().loss, abs=2e-5)
+    assert isinstance(compiled.tracker, Recorder)
+    assert sum("compiled; this update took" in said for said in compiled.tracker.said) == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

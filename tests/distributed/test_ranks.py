@@ -73,9 +73,9 @@ def at_step(step: int, action) -> None:
 
     report = Trainer.report
 
-    def sabotaged(self, number: int, *others) -> None:
-        report(self, number, *others)
-        if number == step:
+    def sabotaged(self, update, *others) -> None:
+        report(self, update, *others)
+        if update.step == step:
             action(self)
 
     Trainer.report = sabotaged  # type: ignore[method-assign]
@@ -113,15 +113,15 @@ def one_strays(rank: int) -> None:
 def one_is_small(rank: int) -> None:
     """Rank 1 cannot take more than one sequence at a time."""
     import relora.evaluate
-    import relora.trainer
+    import relora.microsteps
     from relora.model import summed_cross_entropy
 
-    def limited(model, inputs, targets):
+    def limited(model, inputs, targets, **settings):
         if len(inputs) > 1 and rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return summed_cross_entropy(model, inputs, targets)
+        return summed_cross_entropy(model, inputs, targets, **settings)
 
-    relora.trainer.summed_cross_entropy = relora.evaluate.summed_cross_entropy = limited
+    relora.microsteps.summed_cross_entropy = relora.evaluate.summed_cross_entropy = limited
 
 
 def seeds_shown(rank: int) -> None:

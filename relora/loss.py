@@ -1,0 +1,64 @@
+"""Cross-entropy of a linear head without the logits of all tokens in memory. Needs torch only.
+
+torch.nn.functional.linear_cross_entropy (in torch 2.13; 2.8 has none) does the same, but rounds the loss to the dtype
+of its input: a mean of 10.843 over 1,024 tokens in bf16 came out as 10.625, too coarse to see a run improve. On the CPU
+it also took 1.8 to 5.5 times as long in bf16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_NUMEL = 2**24
+"""Logits that are held at a time, in fp32: 64 MiB."""
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """The gradients are formed together with the loss, chunk by chunk: nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, training: bool) -> Tensor:
+        vocab_size = weight_VxD.shape[0]
+        total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden_NxD.dtype), device=hidden_NxD.device)
+        grad_hidden = torch.empty_like(hidden_NxD) if training else None
+        grad_weight = torch.zeros_like(weight_VxD, dtype=total.dtype) if training else None
+        size = max(1, LOGITS_NUMEL // vocab_size)
+        for start in range(0, len(targets_N), size):
+            rows = slice(start, start + size)
+            hidden, targets = hidden_NxD[rows], targets_N[rows, None]
+            logits = (hidden @ weight_VxD.T).to(total.dtype)
+            log_sums = logits.logsumexp(-1, keepdim=True)
+            total += (log_sums - logits.gather(1, targets)).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            errors = logits.sub_(log_sums).exp_()  # softmax minus the target: the gradient of the logits
+            errors.scatter_add_(1, targets, errors.new_full((), -1.0).expand(targets.shape))
+            errors = errors.to(hidden.dtype)
+            torch.mm(errors, weight_VxD, out=grad_hidden[rows])
+            if grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(errors.T, hidden)
+            else:
+                grad_weight += errors.T @ hidden
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VxD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+
+
+def summed_linear_cross_entropy(hidden_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum over N of -log softmax(hidden weight^T)[target], in fp32 or wider; autocast decides on the products' dtype.
+
+    At most `LOGITS_NUMEL` logits are held at a time.
+    """
+    device, dtype = hidden_NxD.device.type, hidden_NxD.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    training = torch.is_grad_enabled() and (hidden_NxD.requires_grad or weight_VxD.requires_grad)
+    return _SummedCrossEntropy.apply(hidden_NxD.to(dtype), weight_VxD.to(dtype), targets_N, training)

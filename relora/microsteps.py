@@ -1,0 +1,119 @@
+"""The gradient of one update: in micro-steps that fit into memory, and of every rank's share of the batch."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from relora.config import RunConfig
+from relora.data import TokenSequences
+from relora.distributed import World
+from relora.errors import TrainingError
+from relora.groups import LoRAConfig
+from relora.lowrank import keyed_generator
+from relora.model import fits, precision_context, summed_cross_entropy
+
+T = TypeVar("T")
+
+
+class MicroSteps:
+    """This rank's share of each batch, `sequences_per_micro_step` sequences at a time, fewer when memory runs out.
+
+    Raises RunError where the ranks cannot share a batch evenly. `say` tells people, `on_smaller` that the size changed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        training: TokenSequences,
+        *,
+        device: torch.device,
+        world: World,
+        say: Callable[[str], None],
+        on_smaller: Callable[[], None],
+    ) -> None:
+        self.config, self.model, self.training = config, model, training
+        self.device, self.world, self.say, self.on_smaller = device, world, say, on_smaller
+        self.share = world.share(config.trainer.sequences_per_step)
+        self.sequences_per_micro_step = self._fitting(config.trainer.sequences_per_micro_step or self.share)
+
+    @property
+    def count(self) -> int:
+        """Micro-steps of one update."""
+        return self.share // self.sequences_per_micro_step
+
+    def at_most(self, sequences: int) -> None:
+        """Take no more than `sequences` at a time."""
+        self.sequences_per_micro_step = self._fitting(min(sequences, self.sequences_per_micro_step))
+
+    def _fitting(self, wanted: int) -> int:
+        """The most sequences at a time, up to `wanted`, that divide this rank's share."""
+        return next(n for n in range(wanted, 0, -1) if self.share % n == 0)
+
+    def gradient(self, step: int, parameters: list[nn.Parameter], *, wish: bool) -> tuple[Tensor, bool]:
+        """Accumulate the gradient of the mean loss over the batch of `step`, of all ranks.
+
+        Returns that loss, where the model is, and whether any rank has the `wish` (to stop).
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        fitted = fits(lambda: self._accumulate(step, total))
+        own = total / self.config.tokens_per_step
+        if self.world.size == 1:
+            return self.world.sum_gradients(parameters, own, fitted=fitted), wish
+        told_2 = self.world.sum_gradients(parameters, torch.stack([own, own.new_tensor(float(wish))]), fitted=fitted)
+        return told_2[0], bool(told_2[1].item())
+
+    def _accumulate(self, step: int, total: Tensor) -> None:
+        """This rank's share: its part of the gradient, and its summed loss on top of `total`."""
+        settings, rank = self.config.trainer, self.world.rank
+        inputs_BxT, targets_BxT = self.training.training_batch(
+            step, settings.sequences_per_step, settings.seed, rank=rank, ranks=self.world.size
+        )
+        if isinstance(self.config.method, LoRAConfig) and self.config.method.dropout > 0:
+            key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
+            torch.manual_seed(keyed_generator(key).initial_seed())
+        size = self.sequences_per_micro_step
+        for tokens in zip(inputs_BxT.split(size), targets_BxT.split(size), strict=True):
+            inputs, targets = (self._on_device(each) for each in tokens)
+            with precision_context(settings.precision, self.device):
+                summed = summed_cross_entropy(self.model, inputs, targets, recompute=settings.activation_checkpointing)
+            (summed / self.config.tokens_per_step).backward()
+            total += summed.detach().double()
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        """From pinned memory, a GPU takes them while it is busy with what came before."""
+        return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens
+
+    def within_memory(self, action: Callable[[], T]) -> T:
+        """The result of `action`, tried again with half as many sequences at a time whenever memory runs out.
+
+        `action` raises torch.OutOfMemoryError on all ranks or on none. Raises TrainingError where one sequence is too
+        many.
+        """
+        while True:
+            try:
+                return action()
+            except torch.OutOfMemoryError:
+                pass
+            self.model.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._halve()
+
+    def _halve(self) -> None:
+        size = self.sequences_per_micro_step
+        if size == 1:
+            raise TrainingError(
+                f"out of memory on {self.device} with one sequence of {self.config.data.sequence_length_tokens} tokens "
+                "at a time; take trainer.activation_checkpointing=true, method.merged_weight=rebuilt, a smaller model, "
+                "shorter sequences or trainer.precision=bf16"
+            )
+        self.at_most(size // 2)
+        self.on_smaller()
+        self.say(
+            f"out of memory on {self.device} with {size} sequences at a time; going on with "
+            f"trainer.sequences_per_micro_step={self.sequences_per_micro_step} (the batch of an update stays "
+            f"{self.config.trainer.sequences_per_step})"
+        )
