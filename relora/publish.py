@@ -26,10 +26,9 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
         finished = [member for member in mirrored if member.run.finished]
         config = mirrored[-1].run.config
         assert config is not None
-        gaps = {member.run.path: member.tokens.relative for member in finished}
         try:
             if finished:
-                attach_report(config, name, folder, gaps)
+                attach_report(config, name, folder, finished)
         except Exception as error:  # whatever MLflow raises
             print(f"the report could not be attached in MLflow at {config.mlflow_uri}: {error}", flush=True)
     print("\n".join(["", *answer(study), f"report: {folder / 'report.html'}"]), flush=True)

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from relora.compare import Compared
 from relora.config import RunConfig
 from relora.errors import RunError
 from relora.metrics import complete_bytes, row_metrics
@@ -262,26 +262,36 @@ def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ studies
 
-GAP_METRIC = "summary/gap_to_full_percent"
+
+def gap_metric(study: str) -> str:
+    """The name of a run's gap to full rank in a study.
+
+    A study with full-rank arms of its own takes the best of them as its baseline, so a run that belongs to several
+    studies has a gap in each.
+    """
+    return f"summary/gap_to_full_percent.{study}"
 
 
-def attach_report(config: RunConfig, study: str, folder: Path, gaps: dict[Path, float | None]) -> None:
+def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence[Compared]) -> None:
     """Make each run of the store a member of the study with its gap, and keep the report with a run of its own.
 
     Raises what MLflow raises.
     """
-    from mlflow.entities import Metric
-
     client = open_store(config.mlflow_uri, Path(config.runs_dir))
-    for path, gap in gaps.items():
-        state = read_json(RunDir(path).mirror_file)
+    for member in members:
+        state = read_json(member.run.folder.mirror_file)
         if state.get("uri") != config.mlflow_uri or not _knows(client, state["run_id"]):
             continue
         known = client.get_run(run_id := state["run_id"]).data
-        if known.tags.get(f"study.{study}") != "1":
-            client.set_tag(run_id, f"study.{study}", "1")
-        if gap is not None and math.isfinite(gap) and known.metrics.get(GAP_METRIC) != 100 * gap:
-            client.log_batch(run_id, metrics=[Metric(GAP_METRIC, 100 * gap, time.time_ns() // 1_000_000, 0)])
+        tags = {f"study.{study}": "1"}
+        if member.baseline is not None:
+            tags[f"baseline.{study}"] = member.baseline.name
+        for name, value in tags.items():
+            if known.tags.get(name) != value:
+                client.set_tag(run_id, name, value)
+        gap, metric = member.tokens.relative, gap_metric(study)
+        if gap is not None and math.isfinite(gap) and known.metrics.get(metric) != 100 * gap:
+            client.log_metric(run_id, metric, 100 * gap, step=0)
     experiment = experiment_id(client, config)
     found = client.search_runs([experiment], f"tags.report_of = '{study}'")
     if found:
@@ -304,18 +314,19 @@ def write_view(client: "MlflowClient", experiment: str, study: str) -> None:
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key(study)}", json.dumps(_view(study)))
 
 
-TABLE_COLUMNS = (
-    "params.`method.name`",
-    "params.`method.rank`",
-    "params.`method.reset_interval_steps`",
-    "metrics.`summary/test_perplexity`",
-    "metrics.`summary/eval_perplexity`",
-    f"metrics.`{GAP_METRIC}`",
-    "metrics.`summary/trainable_parameters`",
-    "metrics.`summary/tokens_per_second`",
-    "metrics.`summary/peak_memory_bytes`",
-    "params.`trainer.seed`",
-)
+def _table_columns(study: str) -> list[str]:
+    return [
+        "params.`method.name`",
+        "params.`method.rank`",
+        "params.`method.reset_interval_steps`",
+        "metrics.`summary/test_perplexity`",
+        "metrics.`summary/eval_perplexity`",
+        f"metrics.`{gap_metric(study)}`",
+        "metrics.`summary/trainable_parameters`",
+        "metrics.`summary/tokens_per_second`",
+        "metrics.`summary/peak_memory_bytes`",
+        "params.`trainer.seed`",
+    ]
 
 
 def _view(study: str) -> dict[str, Any]:
@@ -366,7 +377,7 @@ def _view(study: str) -> dict[str, Any]:
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": list(TABLE_COLUMNS),
+        "selectedColumns": _table_columns(study),
         "columnOrder": [],
         "columnWidths": {},
         "runsExpanded": {},
@@ -395,7 +406,7 @@ def _view(study: str) -> dict[str, Any]:
             line("eval/perplexity", "progress/tokens", "log"),
             line("eval/perplexity", "progress/flops", "log"),
             bar("summary/test_perplexity"),
-            bar(GAP_METRIC),
+            bar(gap_metric(study)),
             parallel,
         ],
     }

@@ -23,14 +23,6 @@ STARTED_MS = 1_700_000_000_000
 CORPUS = {"corpus_digest": "c" * 32, "tokenizer_digest": "d" * 32}
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs; creating one takes MLflow seconds, so tests copy this one."""
-    folder = tmp_path_factory.mktemp("store")
-    open_store(f"sqlite:///{folder / 'mlflow.db'}", folder)
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def runs_dir(tmp_path: Path, empty_store: Path) -> Path:
     folder = tmp_path / "runs"

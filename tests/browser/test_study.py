@@ -13,7 +13,7 @@ from relora.compare import Study, load_study
 from relora.compose import compose
 from relora.launch import launch_study
 from relora.sweeps import expand
-from relora.tracking import GAP_METRIC
+from relora.tracking import gap_metric
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
 
@@ -91,10 +91,18 @@ def test_the_table_answers_which_rank_and_interval(study: Study, link: str, page
     assert names == best_first(study), "sorted by test perplexity"
     for member in study.members:
         figures = [member.run.summary[key] for key in ("test_perplexity", "eval_perplexity", "peak_memory_bytes")]
+        if member.tokens.relative:
+            figures.append(100 * member.tokens.relative)
         for value in figures:
             assert any(text.startswith(f"{value:.10f}"[:7]) for text in shown), (member.run.name, value)
     header = [cell.text for cell in page.find_elements("css selector", "[role=columnheader]")]
-    for column in ("method.name", "method.rank", "method.reset_interval_steps", GAP_METRIC, "summary/test_perplexity"):
+    for column in (
+        "method.name",
+        "method.rank",
+        "method.reset_interval_steps",
+        gap_metric("ranks"),
+        "summary/test_perplexity",
+    ):
         assert column in header
 
 
@@ -116,7 +124,7 @@ def test_the_charts_are_drawn(study: Study, link: str, page: Any, screenshots: P
         tokens, _ = member.run.curve("tokens")[-1]
         assert any(x == tokens and y == pytest.approx(member.run.summary["eval_perplexity"]) for x, y in by_tokens)
     body = page.find_element("tag name", "body").text
-    for text in ("what matters", "Parallel Coordinates", GAP_METRIC, f"{runs} matching runs"):
+    for text in ("what matters", "Parallel Coordinates", gap_metric("ranks"), f"{runs} matching runs"):
         assert text in body
     lines = eventually(lambda: page.execute_script(PARALLEL_LINES), "the parallel coordinates", PAGE_SECONDS)
     perplexities = [line["summary/test_perplexity"] for line in lines]
@@ -135,7 +143,7 @@ def test_the_client_finds_the_study_and_its_gaps(study: Study, overrides: list[s
     assert [run.info.run_name for run in found] == best_first(study)
     for member in study.members:
         recorded = next(run for run in found if run.info.run_name == member.run.name).data
-        assert recorded.metrics[GAP_METRIC] == pytest.approx(100 * (member.tokens.relative or 0.0))
+        assert recorded.metrics[gap_metric("ranks")] == pytest.approx(100 * (member.tokens.relative or 0.0))
     report = client.search_runs([experiment.experiment_id], "tags.report_of = 'ranks'")
     assert len(report) == 1
     files = {Path(item.path).name for item in client.list_artifacts(report[0].info.run_id, "report")}
