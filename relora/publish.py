@@ -20,7 +20,8 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
     folder = write_report(study, runs_dir)
     mirrored = [member for member in study.members if _is_mirrored(member.run.config, on_node)]
     if mirrored:
-        from relora.tracking import attach_report, mirror_all
+        from relora.tracking import mirror_all
+        from relora.view import attach_report
 
         mirror_all([(member.run.folder, member.run.config) for member in mirrored if member.run.config], _warn)
         finished = [member for member in mirrored if member.run.finished]

@@ -17,7 +17,8 @@ from relora.compose import compose, freeze, thaw
 from relora.config import RunConfig
 from relora.metrics import MetricsLog, read_rows, row_metrics
 from relora.rundir import RunDir, Status
-from relora.tracking import Mirror, MirrorThread, _view, experiment_id, open_store
+from relora.tracking import Mirror, MirrorThread, experiment_id, open_store
+from relora.view import view
 
 STARTED_MS = 1_700_000_000_000
 CORPUS = {"corpus_digest": "c" * 32, "tokenizer_digest": "d" * 32}
@@ -183,7 +184,7 @@ def test_every_method_has_every_axis_of_the_parallel_coordinates(
     Mirror(run, config).sync()
     params = the_run(config).data.params
     assert params["method.name"] == method
-    (chart,) = [chart for chart in _view("any")["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    (chart,) = [chart for chart in view("any")["compareRunCharts"] if chart["type"] == "PARALLEL"]
     assert [float(params[name]) for name in chart["selectedParams"]] == [rank, interval, ratio]
 
 

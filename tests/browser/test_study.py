@@ -13,7 +13,7 @@ from relora.compare import Study, load_study
 from relora.compose import compose
 from relora.launch import launch_study
 from relora.sweeps import expand
-from relora.tracking import gap_metric
+from relora.view import gap_metric
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
 
