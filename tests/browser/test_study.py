@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import PAGE_SECONDS, SCREEN, Ui, eventually, plots, setting
+from chromium import PAGE_SECONDS, SCREEN, Ui, plots, setting
 from mlflow import MlflowClient
+from small import eventually
 
 from relora.compare import Study, load_study
 from relora.compose import compose
