@@ -186,6 +186,9 @@ def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
         )
         if all(config.rank is None or config.parameters.get("method.alpha") == 0.25 * config.rank for config in own):
             varied = [name for name in varied if name != "method.alpha"]
+        models = {(config.model.name, str(config.model)) for config in own}
+        if len(models) == len({name for name, _ in models}):
+            varied = [name for name in varied if not name.startswith("model.") or name == "model.name"]
         for config, values in zip(own, fields, strict=True):
             parts = [f"{_short(name)}={_brief(values.get(name))}" for name in varied]
             labels[config.variant] = " ".join([method, *parts])
@@ -202,6 +205,8 @@ def _short(name: str) -> str:
         "optimizer.learning_rate": "lr",
         "optimizer.embedding_learning_rate": "embedding_lr",
         "trainer.total_steps": "steps",
+        "model.name": "model",
+        "method.warm_start_learning_rate": "warm_start_lr",
     }
     return known.get(name, name.rpartition(".")[2])
 

@@ -11,7 +11,7 @@ from lab import FULL, RELORA, Lab
 from scipy.stats import ttest_rel
 
 from relora import cli
-from relora.compare import Study, load_study
+from relora.compare import Study, labels_of, load_study
 from relora.errors import ConfigError
 from relora.report import answer, write_report
 
@@ -249,6 +249,14 @@ def test_a_loss_beyond_all_perplexity_costs_no_report(lab: Lab, capsys: pytest.C
     assert cli.main(["report", "--json", "mine", f"runs_dir={lab.runs_dir}"]) == 0
     values = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert values["arms"][1]["gap_at_equal_tokens"]["relative"] is None
+
+
+def test_models_are_told_apart_by_their_name_and_by_their_sizes_where_it_does_not(lab: Lab) -> None:
+    overrides = (("model=llama_9m",), ("model=llama_20m",), ("model=llama_20m", "model.layers=2"))
+    configs = [lab.config(*FULL, *chosen) for chosen in overrides]
+    assert list(labels_of(configs[:2]).values()) == ["full model=llama_9m", "full model=llama_20m"]
+    assert len(set(labels_of(configs).values())) == 3
+    assert list(labels_of(configs[1:]).values()) == ["full layers=4", "full layers=2"]
 
 
 def test_arms_that_differ_in_alpha_are_told_apart(lab: Lab) -> None:
