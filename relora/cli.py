@@ -267,7 +267,7 @@ def _sync(arguments: argparse.Namespace) -> int:
     results = {}
     for path in arguments.runs:
         run = RunDir(path.absolute())
-        config = compose.thaw(run.config_file)
+        config = compose.at_home(run.config_file)
         observe([run])
         with failures_told(config):
             sent = Mirror(run, config).sync()

@@ -5,7 +5,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -400,6 +400,11 @@ def freeze(config: RunConfig, path: Path) -> None:
     """Write the whole config; the file is whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.dump(asdict(config), Dumper=yaml.CSafeDumper, sort_keys=False))
+
+
+def at_home(path: Path) -> RunConfig:
+    """The config of a run's frozen file, its runs_dir the one where it stands now. Raises ConfigError."""
+    return replace(thaw(path), runs_dir=str(path.absolute().parent.parent))
 
 
 def thaw(path: Path) -> RunConfig:

@@ -33,7 +33,7 @@ class Run:
         """The run in `path`, "missing" where there is none."""
         folder = RunDir(path)
         try:
-            config, status = compose.thaw(folder.config_file), folder.status
+            config, status = compose.at_home(folder.config_file), folder.status
         except ConfigError:
             return cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
         return cls(name=path.name, role=role, path=path, config=config, status=status, state=state.name)

@@ -113,8 +113,11 @@ class Mirror:
         state, status = read_json(self.run.mirror_file), self.run.status or Status(state="running")
         fresh = self._client is None
         client = self._client = self._client or open_store(self.config.mlflow_uri, Path(self.config.runs_dir))
-        if state.get("uri") != self.config.mlflow_uri or (fresh and not knows(client, state["run_id"])):
+        elsewhere = state.get("uri") != self.config.mlflow_uri
+        if not state or ((fresh or elsewhere) and not knows(client, state["run_id"])):
             state = self._start(client, status)
+        elif elsewhere:  # the store moved with its runs, or has another address: what it has of this run is unknown
+            state |= {"uri": self.config.mlflow_uri, "tags": {}, "status": "", "sent_bytes": 0}
         run_id = state["run_id"]
         if "message" in state["tags"] and not status.message:
             client.delete_tag(run_id, "message")
@@ -142,6 +145,7 @@ class Mirror:
             "variant": config.variant,
             "comparison_key": config.comparison_key,
             "git_commit": status.git_commit or "unknown",
+            "run_dir": str(self.run.path),
             "attempt": str(status.attempt),
             **status.corpus,
         }

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from relora import compose
 from relora.compare import studies
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.publish import mirror_runs
-from relora.study import Planned, at_home
+from relora.study import Planned
 
 PORT = 5000
 START_SECONDS = 90.0
@@ -52,7 +53,7 @@ def _submitted(runs_dir: Path) -> list[Planned]:
     """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone."""
     files = sorted(runs_dir.glob("*/submission.json"))
     configs = [file.with_name("config.yaml") for file in files]
-    return [Planned(config=at_home(file), role="arm") for file in configs if file.is_file()]
+    return [Planned(config=compose.at_home(file), role="arm") for file in configs if file.is_file()]
 
 
 def serve(config: RunConfig, *, port: int | None, host: str | None, ready: Callable[[str], None]) -> int:

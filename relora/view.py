@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from relora.config import RunConfig
+from relora.errors import RunError
 from relora.gaps import Compared
 from relora.rundir import read_json
 from relora.tracking import experiment_id, knows, open_store
@@ -28,7 +31,7 @@ def gap_metric(study: str) -> str:
 def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence[Compared]) -> None:
     """Make each run of the store a member of the study with its gap, and keep the report with a run of its own.
 
-    Raises what MLflow raises.
+    Raises what MLflow raises, and RunError for a store that was moved with the runs, after all but the files.
     """
     client = open_store(config.mlflow_uri, Path(config.runs_dir))
     for member in members:
@@ -52,9 +55,17 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
     else:
         created = client.create_run(experiment, tags={"report_of": study}, run_name=f"report {study}")
         run_id = created.info.run_id
-    client.log_artifacts(run_id, str(folder), "report")
-    client.set_terminated(run_id, "FINISHED")
     write_view(client, experiment, study)
+    client.set_terminated(run_id, "FINISHED")
+    _check_place(config, str(client.get_run(run_id).info.artifact_uri))
+    client.log_artifacts(run_id, str(folder), "report")
+
+
+def _check_place(config: RunConfig, artifact_uri: str) -> None:
+    """Raise RunError where the artifacts of a runs_dir's own store belong elsewhere: both were moved or copied."""
+    path = Path(url2pathname(urlsplit(artifact_uri).path))
+    if config.tracker.uri is None and not path.resolve().is_relative_to(Path(config.runs_dir).resolve()):
+        raise RunError(f"{config.runs_dir} was moved or copied, and its store keeps artifacts in {path} still")
 
 
 def view_key(study: str) -> str:

@@ -8,6 +8,7 @@ from lab import FULL, RELORA, Lab
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from relora.compose import at_home
 from relora.config import RunConfig
 from relora.publish import publish_report
 
@@ -44,6 +45,20 @@ def test_a_run_has_its_gap_in_each_of_its_studies_whatever_baseline_they_measure
         }
         assert (found.tags["baseline.methods"], found.tags["baseline.rates"]) == (preset.name, better.name)
     assert recorded(preset).data.metrics["summary/gap_to_full_percent.methods"] == 0
+
+
+def test_a_moved_folder_is_reported_in_the_store_that_moved_with_it(lab: Lab, tmp_path: Path, capsys) -> None:
+    relora = lab.run(*RELORA, loss=3.2)
+    lab.study(lab.run(*FULL, loss=3.0), relora)
+    publish_report(lab.runs_dir, "mine")
+    before = recorded(relora)
+    moved = lab.runs_dir.rename(tmp_path / "moved")
+    publish_report(moved, "mine")
+    assert "moved was moved or copied, and its store keeps artifacts in" in capsys.readouterr().out
+    assert not lab.runs_dir.exists()
+    found = recorded(at_home(moved / relora.name / "config.yaml"))
+    assert found.info.run_id == before.info.run_id
+    assert found.data.metrics == before.data.metrics
 
 
 def test_the_gap_of_a_study_follows_the_baseline_that_it_has_now(lab: Lab) -> None:
