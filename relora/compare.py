@@ -190,7 +190,7 @@ def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
         if len(models) == len({name for name, _ in models}):
             varied = [name for name in varied if not name.startswith("model.") or name == "model.name"]
         for config, values in zip(own, fields, strict=True):
-            parts = [f"{_short(name)}={_brief(values.get(name))}" for name in varied]
+            parts = [f"{_short(name)}={_brief(name, values.get(name))}" for name in varied]
             labels[config.variant] = " ".join([method, *parts])
     return labels
 
@@ -211,7 +211,9 @@ def _short(name: str) -> str:
     return known.get(name, name.rpartition(".")[2])
 
 
-def _brief(value: Any) -> str:
+def _brief(name: str, value: Any) -> str:
+    if name == "method.reset_interval_steps" and not value:
+        return "never"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

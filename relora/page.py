@@ -48,7 +48,8 @@ class Page:
         body = "\n".join(_html(kind, content, folder) for kind, content in self.blocks)
         title = html.escape(self.title)
         return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
             f"<style>{CSS}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n"
         )
 
@@ -57,7 +58,8 @@ CSS = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:90rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}"
     "table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;display:block;overflow-x:auto}"
     "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;white-space:nowrap}"
-    "th:first-child,td:first-child{text-align:left}img{max-width:100%}figure{margin:1.5rem 0}"
+    "th{white-space:normal;min-width:4.5rem;vertical-align:bottom}th:first-child,td:first-child{text-align:left}img{max-width:100%}"
+    "figure{margin:1.5rem 0}"
     "figcaption{color:#555}pre{background:#f5f5f5;padding:.8rem;overflow-x:auto}"
 )
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 SMOOTHED_SHARE = 0.02
 """Of a training curve that each drawn point averages over."""
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c00")
+"""Of Okabe and Ito, told apart with any colour vision; their yellow, too light for a line, is an olive."""
 STYLES = ("-", "--", ":", "-.")
+MARKERS = "osD^vP*X"
 
 
 def draw_curves(study: Study) -> "Figure | None":
@@ -28,12 +31,13 @@ def draw_curves(study: Study) -> "Figure | None":
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     for column, axis in enumerate(("tokens", "flops")):
-        for arm, style in zip(drawn, _styles(len(drawn)), strict=True):
+        for place, (arm, style) in enumerate(zip(drawn, _styles(len(drawn)), strict=True)):
+            marker = MARKERS[place % len(MARKERS)]
             for number, member in enumerate(arm.members):
                 label = arm.label if number == 0 else None
                 axes[0, column].plot(*_training_curve(member.run, axis), label=label, lw=1, **style)
                 points = [(x, math.exp(loss)) for x, loss in member.run.curve(axis) if x > 0 and loss < 20]
-                axes[1, column].plot(*_columns(points), label=label, marker=".", lw=1.2, **style)
+                axes[1, column].plot(*_columns(points), label=label, marker=marker, ms=4, lw=1.2, **style)
         axes[1, column].set_yscale("log")
         _plain_log_ticks(axes[1, column])
         axes[0, column].set_ylabel("training loss (nats)")
@@ -159,8 +163,9 @@ def _shape(run: Run) -> tuple[Any, ...]:
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
-    """A colour each, and a new kind of line whenever the ten colours are used up."""
-    return [{"color": f"C{number % 10}", "ls": STYLES[number // 10 % len(STYLES)]} for number in range(count)]
+    """A colour each, and a new kind of line whenever the colours are used up."""
+    rounds = [divmod(number, len(COLOURS)) for number in range(count)]
+    return [{"color": COLOURS[colour], "ls": STYLES[turn % len(STYLES)]} for turn, colour in rounds]
 
 
 def _training_curve(run: Run, axis: str) -> tuple[list[float], list[float]]:

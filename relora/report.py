@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from relora.compare import Arm, Estimate, Study, as_row, study_dir
-from relora.gaps import Compared, Gap
+from relora.gaps import SAME_BUDGET, Compared, Gap
 from relora.page import Page
 from relora.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map
 from relora.results import deviation, mean
@@ -96,11 +96,17 @@ def _answer(study: Study) -> list[str]:
     if 0 < seeds < 3:
         told.append(
             f"There {'is one seed' if seeds == 1 else 'are two seeds'} for at least one arm: no interval can be given, "
-            "and a small difference may be chance. Three seeds from `-m ... trainer.seed=0,1,2` give one."
+            f"and a small difference may be chance. Three seeds give one: {_command(study, 'trainer.seed', '0,1,2')}"
         )
     if study.unfinished:
         told.append(f"{len(study.unfinished)} of {len(study.members)} runs have no result; they are listed below.")
     return told
+
+
+def _command(study: Study, key: str, values: str) -> str:
+    """The study's last launch, with other values of a key."""
+    kept = [text for text in study.launches[-1] if not text.startswith(f"{key}=")]
+    return shlex.join(["python", "run.py", "-m", *kept, f"{key}={values}"])
 
 
 def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
@@ -140,7 +146,7 @@ ARM_COLUMNS = (
     "gap, equal tokens",
     "gap, equal FLOPs",
     "gap, equal wall-clock",
-    "tokens to full rank's",
+    "tokens to full rank's loss",
     "trainable",
     "peak memory",
     "tokens/s",
@@ -156,16 +162,16 @@ RUN_COLUMNS = (
     "gap, equal FLOPs",
     "gap, equal wall-clock",
     "measured against",
-    "tokens to full rank's",
+    "tokens to full rank's loss",
     "trainable",
     "peak memory",
     "skipped",
 )
 FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
     ("gaps.png", draw_gaps, "Gap to full rank at equal tokens; points are seeds, dark lines 95% intervals."),
-    ("heat_map.png", draw_heat_map, "Rank against reset interval."),
+    ("heat_map.png", draw_heat_map, "By rank and reset interval; lighter is better."),
     ("curves.png", draw_curves, "Training loss (smoothed) and validation perplexity over tokens and training FLOPs."),
-    ("schedule.png", draw_schedule, "Learning rates; marks on the axis are restarts."),
+    ("schedule.png", draw_schedule, "Learning rates, one arm for each shape; marks on the axis are restarts."),
 )
 
 
@@ -181,7 +187,8 @@ def _arm_row(arm: Arm, notes: Notes) -> list[str]:
     reached = [tokens for tokens in measured if tokens is not None]
     never = len(measured) - len(reached)
     parts = [f"{mean(reached):,.0f}"] if reached else []
-    parts += [f"{never} of {len(measured)} never"] if never else []
+    if never:
+        parts.append("never" if len(measured) == 1 else f"{never} of {len(measured)} never")
     cells.append(", ".join(parts) or "-")
     cells.append(_figure(arm.values("trainable_parameters"), lambda value: f"{value / 1e6:.2f}M"))
     cells.append(_figure(arm.values("peak_memory_bytes"), _memory))
@@ -191,6 +198,32 @@ def _arm_row(arm: Arm, notes: Notes) -> list[str]:
 
 def _memory(value: float) -> str:
     return f"{value / GIB:.2f} GiB" if value >= 10 * GIB else f"{value / MIB:,.0f} MiB"
+
+
+OF_THE_ARMS = (
+    *("sweeps=", "study=", "method", "optimizer.learning_rate", "optimizer.embedding_learning_rate"),
+    *("schedule.restart_warmup_steps", "trainer.total_steps", "trainer.total_tokens"),
+)
+
+
+def _missing_budgets(study: Study) -> str | None:
+    """What trains the full-rank runs that the arms of one setting lack for a comparison at equal FLOPs."""
+    steps: set[int] = set()
+    for member in study.members:
+        at_equal_flops, baseline = member.flops, member.baseline
+        if baseline is None or baseline.config is None or at_equal_flops.kind == "interpolated":
+            continue
+        if at_equal_flops.loss is None or at_equal_flops.kind == "curve":
+            steps.add(round(baseline.config.total_steps * member.run.budget("flops") / baseline.budget("flops")))
+    if not steps:
+        return None
+    budgets: list[int] = []
+    for needed in sorted(steps):
+        if not budgets or needed / budgets[-1] - 1 > SAME_BUDGET:
+            budgets.append(needed)
+    kept = [text for text in study.launches[-1] if not text.startswith(OF_THE_ARMS)]
+    wanted = f"trainer.total_steps={','.join(map(str, budgets))}"
+    return shlex.join(["python", "run.py", "-m", "sweeps=baseline_budgets", *kept, wanted])
 
 
 def _run_gap(member: Compared, axis: str, notes: Notes) -> str:
@@ -240,6 +273,12 @@ def write_report(study: Study, runs_dir: Path) -> Path:
         "little where runs shared a machine; peak memory on a CPU is all that the process held while it trained."
     )
     page.listing([f"({notes.mark(text)}) {text}" for text in notes.texts])
+    for command in filter(None, map(_missing_budgets, study.settings())):
+        page.paragraph(
+            "A gap at equal FLOPs that is missing, or read off a curve, wants a full-rank run whose schedule ends "
+            "there. This trains those; the next report finds them, and compares at equal wall-clock with them too:"
+        )
+        page.code(command)
     if study.unfinished:
         page.heading("Runs without a result")
         page.listing([_line(f"{m.run.name} ({m.label}): {m.run.state}: {m.run.message}") for m in study.unfinished])

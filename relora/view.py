@@ -78,24 +78,26 @@ def write_view(client: "MlflowClient", experiment: str, study: str) -> None:
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key(study)}", json.dumps(view(study)))
 
 
-def _table_columns(study: str) -> list[str]:
-    return [
-        "params.`method.name`",
-        "params.`method.rank`",
-        "params.`method.reset_interval_steps`",
-        "metrics.`summary/test_perplexity`",
-        "metrics.`summary/eval_perplexity`",
-        f"metrics.`{gap_metric(study)}`",
-        "metrics.`summary/trainable_parameters`",
-        "metrics.`summary/tokens_per_second`",
-        "metrics.`summary/peak_memory_bytes`",
-        "params.`trainer.seed`",
-    ]
+def _table_columns(study: str) -> dict[str, int]:
+    """The columns and their widths in pixels; what answers a study's question is in view without scrolling."""
+    return {
+        "params.`method.name`": 120,
+        "params.`method.rank`": 110,
+        "params.`method.reset_interval_steps`": 220,
+        "metrics.`summary/test_perplexity`": 180,
+        f"metrics.`{gap_metric(study)}`": 240,
+        "metrics.`summary/eval_perplexity`": 185,
+        "metrics.`summary/trainable_parameters`": 215,
+        "metrics.`summary/tokens_per_second`": 205,
+        "metrics.`summary/peak_memory_bytes`": 215,
+        "params.`trainer.seed`": 110,
+    }
 
 
 def view(study: str) -> dict[str, Any]:
     """The UI's own state as it would share it: measured with MLflow 3.17."""
-    sections = ("perplexity", "results", "what matters")
+    sections = {"perplexity": 2, "results": 2, "what matters": 1}
+    as_they_are = {"display": True, "isReordered": False, "deleted": False, "isGenerated": False}
     chart: dict[str, Any] = {
         "deleted": False,
         "isGenerated": False,
@@ -141,9 +143,9 @@ def view(study: str) -> dict[str, Any]:
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": _table_columns(study),
-        "columnOrder": [],
-        "columnWidths": {},
+        "selectedColumns": list(_table_columns(study)),
+        "columnOrder": list(_table_columns(study)),
+        "columnWidths": _table_columns(study),
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],
@@ -163,8 +165,7 @@ def view(study: str) -> dict[str, Any]:
             "selectedXAxisMetricKey": "progress/tokens",
         },
         "compareRunSections": [
-            {"uuid": name, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": False}
-            for name in sections
+            {"uuid": name, "name": name, "columns": columns, **as_they_are} for name, columns in sections.items()
         ],
         "compareRunCharts": [
             line("eval/perplexity", "progress/tokens", "log"),

@@ -150,6 +150,17 @@ def test_an_undecayed_curve_is_labelled_as_flattering(lab: Lab) -> None:
     assert "before its learning rate has decayed: flatters this arm" in gap.note
 
 
+def test_the_report_names_the_full_rank_budgets_that_are_missing_until_they_are_there(lab: Lab) -> None:
+    cheap = lab.run(*RELORA, loss=3.1, flops=7.5e8)
+    dear = lab.run(*RELORA, "method.rank=8", loss=3.1, flops=1.25e9)
+    full = lab.run(*FULL, loss=3.0, flops=1e9)
+    command = "python run.py -m sweeps=baseline_budgets trainer.total_steps=30,50"
+    assert command in (write_report(lab.study(cheap, dear, full), lab.runs_dir) / "report.md").read_text()
+    lab.run(*FULL, "trainer.total_steps=30", flops=7.5e8)
+    lab.run(*FULL, "trainer.total_steps=50", flops=1.25e9)
+    assert "baseline_budgets" not in (write_report(lab.study(full), lab.runs_dir) / "report.md").read_text()
+
+
 def test_a_budget_beyond_every_full_rank_run_has_no_gap(lab: Lab) -> None:
     configs = [lab.run(*FULL, flops=1e9), lab.run(*RELORA, flops=2e9)]
     gap = arm(lab.study(*configs), "relora").members[0].flops
@@ -259,6 +270,11 @@ def test_models_are_told_apart_by_their_name_and_by_their_sizes_where_it_does_no
     assert list(labels_of(configs[1:]).values()) == ["full layers=4", "full layers=2"]
 
 
+def test_an_arm_without_restarts_says_never(lab: Lab) -> None:
+    configs = [lab.config(*RELORA[:2], f"method.reset_interval_steps={steps}") for steps in ("20", "null")]
+    assert list(labels_of(configs).values()) == ["relora interval=20", "relora interval=never"]
+
+
 def test_arms_that_differ_in_alpha_are_told_apart(lab: Lab) -> None:
     study = lab.study(*(lab.run(*RELORA, f"method.alpha={alpha}") for alpha in (8, 16)))
     assert {arm.label for arm in study.arms if arm.method == "relora"} == {"relora alpha=8", "relora alpha=16"}
@@ -365,7 +381,7 @@ def test_the_runs_table_holds_what_the_csv_holds(lab: Lab) -> None:
         assert told["trainable"] == f"{member.run.summary['trainable_parameters'] / 1e6:.2f}M"
         assert told["peak memory"] == f"{member.run.summary['peak_memory_bytes'] / 2**20:,.0f} MiB"
         reached = member.tokens_to_baseline
-        assert told["tokens to full rank's"] == (
+        assert told["tokens to full rank's loss"] == (
             "-" if member.baseline is None else "never" if reached is None else f"{reached:,}"
         )
     spread = (math.expm1(0.2) - math.expm1(0.1)) / math.sqrt(2)

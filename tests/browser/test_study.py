@@ -79,7 +79,7 @@ def best_first(study: Study) -> list[str]:
 
 
 def test_the_table_answers_which_rank_and_interval(study: Study, link: str, page: Any, screenshots: Path) -> None:
-    page.set_window_size(2000, 1000)
+    page.set_window_size(2600, 1000)  # a column out of view is not drawn
     page.get(link.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
 
     def cells() -> list[str] | None:
@@ -105,6 +105,7 @@ def test_the_table_answers_which_rank_and_interval(study: Study, link: str, page
         "summary/test_perplexity",
     ):
         assert column in header
+    assert header.index("method.rank") < header.index("summary/test_perplexity") < header.index(gap_metric("ranks"))
 
 
 def test_the_charts_are_drawn(study: Study, link: str, page: Any, screenshots: Path) -> None:
@@ -160,5 +161,10 @@ def test_the_report_page_is_readable(study: Study, browser: Any, screenshots: Pa
     assert all(complete and width > 300 for complete, width in images)
     body = browser.find_element("tag name", "body").text
     assert "Rank and interval: take rank" in body
+    narrow = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+    browser.get(page.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 400, "tables scroll, not the page"
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.set_window_size(1600, 4000)
     browser.save_screenshot(str(screenshots / "report.png"))
