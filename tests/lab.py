@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.compare import Study, load_study
-from relora.compose import compose, freeze
+from relora.compose import Composer, freeze
 from relora.config import RunConfig
 from relora.launch import plan, write_manifest
 from relora.metrics import MetricsLog
@@ -16,6 +16,8 @@ STEPS = 40
 SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2")
 RELORA = ("method=relora", "method.warm_start_steps=0", "method.reset_interval_steps=20")
 FULL = ("method=full",)
+COMPOSER = Composer()
+"""Of every lab: Hydra composes each choice of groups once, not every run of every test."""
 
 
 class Lab:
@@ -25,7 +27,7 @@ class Lab:
         self.runs_dir, self.tracker = runs_dir, tracker
 
     def config(self, *overrides: str) -> RunConfig:
-        return compose([*SETTING, *overrides, f"tracker={self.tracker}", f"runs_dir={self.runs_dir}"])
+        return COMPOSER.compose([*SETTING, *overrides, f"tracker={self.tracker}", f"runs_dir={self.runs_dir}"])
 
     def run(self, *overrides: str, loss: float = 3.0, state: str = "finished", **changes: Any) -> RunConfig:
         """A run whose validation loss falls linearly to `loss`; the test loss is 0.1 above."""

@@ -280,8 +280,13 @@ def test_a_baseline_keeps_the_setting_and_takes_its_own_learning_rate() -> None:
 # ----------------------------------------------------------------------------------------------------- real studies
 
 
-def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothing(tiny: list[str], capsys) -> None:
+def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothing(
+    tiny: list[str], empty_store: Path, capsys
+) -> None:
     overrides = [*tiny, *SWEEP, "tracker=mlflow"]
+    runs_dir = Path(compose(tiny).runs_dir)
+    runs_dir.mkdir()
+    shutil.copy(empty_store, runs_dir / "mlflow.db")
     assert cli.run(["-m", *overrides]) == 0
     shown = capsys.readouterr().out
     assert "3 runs, 1 of them baselines that came by themselves; 0 finished already" in shown
