@@ -267,7 +267,7 @@ def _sync(arguments: argparse.Namespace) -> int:
     results = {}
     for path in arguments.runs:
         run = RunDir(path.absolute())
-        config = compose.thaw(run.config_file)
+        config = compose.at_home(run.config_file)
         observe([run])
         with failures_told(config):
             sent = Mirror(run, config).sync()
@@ -364,14 +364,14 @@ def _retry(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from relora import clean
+    from relora import clean, disk
 
     overrides = [word for word in arguments.overrides if "=" in word]
     studies = [word for word in arguments.overrides if "=" not in word]
-    disk = clean.survey(Path(compose.compose(overrides).runs_dir), studies)
+    found = disk.survey(Path(compose.compose(overrides).runs_dir), studies)
     if arguments.delete:
-        clean.delete(disk)
-    print(json.dumps(clean.as_json(disk)) if arguments.json else clean.text(disk, deleted=arguments.delete))
-    for failure in disk.failures:
+        clean.delete(found)
+    print(json.dumps(clean.as_json(found)) if arguments.json else clean.text(found, deleted=arguments.delete))
+    for failure in found.failures:
         print(f"relora: {failure}", file=sys.stderr)
-    return 1 if disk.failures else 0
+    return 1 if found.failures else 0

@@ -4,26 +4,22 @@ Nothing is dropped: a run that failed or has no baseline is a row that says so. 
 results are read on `test`.
 """
 
-import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relora import compose
 from relora.config import RunConfig
 from relora.errors import ConfigError
-from relora.metrics import read_rows
-from relora.rundir import RunDir, Status, read_json
-from relora.state import State, observe
+from relora.gaps import Compared, FullRank, Gap, compared, relative
+from relora.results import Run, deviation, mean
+from relora.rundir import RunDir, read_json
+from relora.state import observe
 
 CONFIDENCE = 0.95
 SEEDS_FOR_AN_INTERVAL = 3
-SAME_BUDGET = 0.01
-"""Budgets within this share of each other count as equal."""
 
 
 def study_dir(runs_dir: Path, study: str) -> Path:
@@ -34,222 +30,6 @@ def study_dir(runs_dir: Path, study: str) -> Path:
 def studies(runs_dir: Path) -> list[str]:
     """The studies of a runs_dir, by name."""
     return sorted(path.parent.name for path in runs_dir.glob("studies/*/study.json"))
-
-
-# ----------------------------------------------------------------------------------------------------------- a run
-
-
-@dataclass(kw_only=True)
-class Run:
-    """One run as its folder tells it."""
-
-    name: str
-    role: str
-    """"arm", "baseline", or "other": a full-rank run of the same runs_dir that is in no manifest of this study."""
-    path: Path
-    config: RunConfig | None
-    status: Status | None
-    state: str
-
-    @classmethod
-    def of(cls, path: Path, role: str, state: State) -> "Run":
-        """The run in `path`, "missing" where there is none."""
-        folder = RunDir(path)
-        try:
-            config, status = compose.thaw(folder.config_file), folder.status
-        except ConfigError:
-            return cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
-        return cls(name=path.name, role=role, path=path, config=config, status=status, state=state.name)
-
-    @property
-    def folder(self) -> RunDir:
-        """Its files."""
-        return RunDir(self.path)
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has results."""
-        return self.state == "finished" and self.config is not None
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """Results of a finished run."""
-        assert self.status is not None
-        return self.status.summary
-
-    @property
-    def message(self) -> str:
-        """Why it has no results."""
-        return self.status.message if self.status else "it was never begun"
-
-    @property
-    def machine(self) -> tuple[str, str]:
-        """What its seconds depend on: host and device."""
-        return (self.status.host, self.status.device) if self.status else ("", "")
-
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        """What runs of any length and seed must share to be compared: setting_key and the text that was read."""
-        assert self.config is not None
-        assert self.status is not None
-        return (self.config.setting_key, *sorted(self.status.corpus.items()))
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        assert self.config is not None
-        return self.config.trainer.seed
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """Its metrics, one record a step."""
-        by_step: dict[int, dict[str, Any]] = defaultdict(dict)
-        for row in read_rows(self.path / "metrics.jsonl"):
-            by_step[row["step"]] |= row
-        return [by_step[step] for step in sorted(by_step)]
-
-    def curve(self, axis: str) -> list[tuple[float, float]]:
-        """(value of `axis`, validation loss) at each evaluation."""
-        name = "perf/training_seconds" if axis == "seconds" else f"progress/{axis}"
-        return [(row.get(name, 0.0), row["eval/loss"]) for row in self.rows if "eval/loss" in row]
-
-    def budget(self, axis: str) -> float:
-        """What the whole run took of `axis`."""
-        return self.summary["training_seconds" if axis == "seconds" else axis]
-
-
-# ------------------------------------------------------------------------------------------------------------ gaps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """Loss difference to full rank, in nats; a relative difference of perplexities is exp(it) - 1."""
-
-    loss: float | None
-    note: str
-    """How it was read, or why there is none."""
-    kind: str = "measured"
-    """"measured" on runs that end there, "interpolated" between them, or read off a "curve"."""
-
-    @property
-    def relative(self) -> float | None:
-        """Perplexity over the baseline's, less 1."""
-        return None if self.loss is None else relative(self.loss)
-
-
-def relative(loss_difference: float) -> float:
-    """Perplexity over another, less 1, of a difference of losses; infinite where that overflows."""
-    return math.expm1(loss_difference) if loss_difference < 700 else math.inf
-
-
-@dataclass(kw_only=True)
-class Compared:
-    """A run of the study with its gaps."""
-
-    run: Run
-    label: str
-    baseline: Run | None = None
-    tokens: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
-    flops: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
-    seconds: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
-    tokens_to_baseline: int | None = None
-    """Tokens at the first evaluation that reached the baseline's last validation loss; None: never."""
-
-
-def _gap_at_equal_tokens(run: Run, baseline: Run | None) -> Gap:
-    if baseline is None:
-        return Gap(loss=None, note="no finished full-rank run of the same setting, budget and seed")
-    return Gap(loss=run.summary["test_loss"] - baseline.summary["test_loss"], note=f"against {baseline.name}")
-
-
-def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run]) -> Gap:
-    """Against the full-rank runs `ended` whose schedules end at that budget, or else between, or else on a curve.
-
-    A curve that is read before its learning rate has decayed flatters the other arm, and the note says so.
-    """
-    budget, unit = run.budget(axis), {"flops": "FLOPs", "seconds": "seconds"}[axis]
-    if axis == "seconds":
-        ended = [other for other in ended if other.machine == run.machine]
-        if baseline is not None and baseline not in ended and run is not baseline:
-            return Gap(loss=None, note="the full-rank runs were trained on another machine or device")
-    if run.config is not None and run.config.method.name == "full" and run is baseline:
-        return Gap(loss=0.0, note="itself")
-    points = sorted((other.budget(axis), other.summary["test_loss"], other.name) for other in ended)
-    near = [point for point in points if abs(point[0] / budget - 1) <= SAME_BUDGET]
-    if near:
-        _, loss, name = min(near, key=lambda point: abs(point[0] / budget - 1))
-        return Gap(loss=run.summary["test_loss"] - loss, note=f"against {name}, whose schedule ends there")
-    at = bisect.bisect([point[0] for point in points], budget)
-    if 0 < at < len(points):
-        low, high = points[at - 1], points[at]
-        loss = _between(low[:2], high[:2], budget)
-        note = f"interpolated between full-rank runs that end at {low[0]:.3g} and {high[0]:.3g} {unit}"
-        return Gap(loss=run.summary["test_loss"] - loss, note=note, kind="interpolated")
-    if baseline is None:
-        return Gap(loss=None, note="no finished full-rank run of the same setting and seed")
-    curve = [point for point in baseline.curve(axis) if point[0] > 0]
-    at = bisect.bisect([point[0] for point in curve], budget)
-    if at == 0:
-        return Gap(loss=None, note="the full-rank run was not evaluated as early as that")
-    if at == len(curve):
-        return Gap(loss=None, note=f"no full-rank run of this setting took that many {unit}")
-    loss = _between(curve[at - 1], curve[at], budget)
-    note = f"read off the validation curve of {baseline.name} before its learning rate has decayed: flatters this arm"
-    return Gap(loss=run.summary["eval_loss"] - loss, note=note, kind="curve")
-
-
-def _between(low: tuple[float, float], high: tuple[float, float], x: float) -> float:
-    """Linear in log x."""
-    share = math.log(x / low[0]) / math.log(high[0] / low[0])
-    return low[1] + share * (high[1] - low[1])
-
-
-def _tokens_to_reach(run: Run, baseline: Run) -> int | None:
-    goal = baseline.summary["eval_loss"]
-    return next((int(tokens) for tokens, loss in run.curve("tokens") if loss <= goal), None)
-
-
-# ------------------------------------------------------------------------------------------------------- baselines
-
-
-class _FullRank:
-    """Every finished full-rank run without a warm start that may serve as a baseline."""
-
-    def __init__(self, runs: Iterable[Run]) -> None:
-        self.runs = [run for run in runs if run.finished and _is_baseline(run.config)]
-
-    def tuned(self, setting: tuple[Any, ...], total_steps: int) -> dict[int, Run]:
-        """By seed, the runs of the variant that is best on validation.
-
-        The study's own variants come first, then those with the most seeds: a mean over fewer is another figure.
-        """
-        found = [run for run in self.runs if run.setting == setting and _steps(run) == total_steps]
-        own = [run for run in found if run.role != "other"]
-        by_variant: dict[str, list[Run]] = defaultdict(list)
-        for run in own or found:
-            by_variant[run.config.variant].append(run)  # type: ignore[union-attr]
-        if not by_variant:
-            return {}
-        best = min(by_variant.values(), key=lambda runs: (-len(runs), mean([run.summary["eval_loss"] for run in runs])))
-        return {run.seed: run for run in best}
-
-    def of_any_length(self, setting: tuple[Any, ...], seed: int) -> list[Run]:
-        """The tuned run of each budget."""
-        lengths = {_steps(run) for run in self.runs if run.setting == setting}
-        tuned = (self.tuned(setting, steps).get(seed) for steps in lengths)
-        return [run for run in tuned if run is not None]
-
-
-def _is_baseline(config: RunConfig | None) -> bool:
-    return config is not None and config.method.name == "full" and not config.method.warm_start_steps
-
-
-def _steps(run: Run) -> int:
-    assert run.config is not None
-    return run.config.total_steps
-
-
-# ----------------------------------------------------------------------------------------------------------- a study
 
 
 @dataclass(kw_only=True)
@@ -314,18 +94,6 @@ class Arm:
         return list(dict.fromkeys(getattr(member, axis).note for member in self.finished))
 
 
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return math.fsum(values) / len(values)
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation, 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    return math.sqrt(math.fsum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
-
-
 @dataclass(kw_only=True)
 class Study:
     """A question, its runs and what they are measured against."""
@@ -387,12 +155,12 @@ def load_study(runs_dir: Path, name: str) -> Study:
     states = observe([RunDir(path) for path in roles])
     runs = [Run.of(path, role, state) for (path, role), state in zip(roles.items(), states, strict=True)]
     own, others = [run for run in runs if run.role != "other"], [run for run in runs if run.role == "other"]
-    full = _FullRank([*own, *others])
+    full = FullRank([*own, *others])
     labels = labels_of([run.config for run in own if run.config is not None])
     by_variant: dict[str, list[Compared]] = defaultdict(list)
     for run in own:
         variant = manifest["runs"][run.name]["variant"]
-        by_variant[variant].append(_compared(run, labels.get(variant) or variant, full))
+        by_variant[variant].append(compared(run, labels.get(variant) or variant, full))
     arms = [
         Arm(
             label=members[0].label,
@@ -403,21 +171,6 @@ def load_study(runs_dir: Path, name: str) -> Study:
         for variant, members in by_variant.items()
     ]
     return Study(name=name, question=manifest.get("question", ""), launches=manifest["launches"], arms=arms)
-
-
-def _compared(run: Run, label: str, full: _FullRank) -> Compared:
-    found = Compared(run=run, label=label)
-    if not run.finished:
-        found.tokens = found.flops = found.seconds = Gap(loss=None, note=f"{run.state}: {run.message}")
-        return found
-    found.baseline = baseline = full.tuned(run.setting, _steps(run)).get(run.seed)
-    ended = full.of_any_length(run.setting, run.seed)
-    found.tokens = _gap_at_equal_tokens(run, baseline)
-    found.flops = _gap_at_equal("flops", run, baseline, ended)
-    found.seconds = _gap_at_equal("seconds", run, baseline, ended)
-    if baseline is not None:
-        found.tokens_to_baseline = _tokens_to_reach(run, baseline)
-    return found
 
 
 def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
@@ -433,8 +186,11 @@ def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
         )
         if all(config.rank is None or config.parameters.get("method.alpha") == 0.25 * config.rank for config in own):
             varied = [name for name in varied if name != "method.alpha"]
+        models = {(config.model.name, str(config.model)) for config in own}
+        if len(models) == len({name for name, _ in models}):
+            varied = [name for name in varied if not name.startswith("model.") or name == "model.name"]
         for config, values in zip(own, fields, strict=True):
-            parts = [f"{_short(name)}={_brief(values.get(name))}" for name in varied]
+            parts = [f"{_short(name)}={_brief(name, values.get(name))}" for name in varied]
             labels[config.variant] = " ".join([method, *parts])
     return labels
 
@@ -449,11 +205,15 @@ def _short(name: str) -> str:
         "optimizer.learning_rate": "lr",
         "optimizer.embedding_learning_rate": "embedding_lr",
         "trainer.total_steps": "steps",
+        "model.name": "model",
+        "method.warm_start_learning_rate": "warm_start_lr",
     }
     return known.get(name, name.rpartition(".")[2])
 
 
-def _brief(value: Any) -> str:
+def _brief(name: str, value: Any) -> str:
+    if name == "method.reset_interval_steps" and not value:
+        return "never"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

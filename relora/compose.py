@@ -5,9 +5,9 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from omegaconf import Container, DictConfig, OmegaConf
@@ -19,6 +19,9 @@ from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.groups import METHODS, check_files
 from relora.rundir import write_whole
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 OF_A_SWEEP = ("grids", "tune")
 """Keys of sweeps/ files that are no settings of a run."""
@@ -130,13 +133,6 @@ def hydra_main(argv: Sequence[str], run: Callable[[DictConfig, list[str]], None]
 
 def parsed(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(key, the single overrides that it stands for) of each override. Raises ConfigError."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(_explain(error)) from error
     return [
         (
             override.get_key_element(),
@@ -144,8 +140,19 @@ def parsed(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
             if override.is_sweep_override()
             else [str(override.input_line)],
         )
-        for override in parsed
+        for override in _overrides(overrides)
     ]
+
+
+def _overrides(texts: Sequence[str]) -> "list[Override]":
+    """What Hydra's grammar makes of them. Raises ConfigError."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_overrides(list(texts))
+    except HydraException as error:
+        raise ConfigError(_explain(error)) from error
 
 
 def study_of(file: DictConfig) -> str | None:
@@ -163,20 +170,17 @@ def as_values(node: Any) -> Any:
 
 def cluster_with(values: dict[str, Any], overrides: Sequence[str]) -> ClusterConfig:
     """Cluster settings as they were written down, changed by overrides of cluster.*. Raises ConfigError."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
+    given = _overrides(overrides)
     try:
-        parsed_overrides = OverridesParser.create().parse_overrides(list(overrides))
-        chosen = next((str(item.value()) for item in parsed_overrides if item.key_or_group == "cluster"), None)
+        chosen = next((str(item.value()) for item in given if item.key_or_group == "cluster"), None)
         if chosen is not None:
             values = as_values(composed([f"cluster={chosen}"]).cluster)
         made = OmegaConf.merge(OmegaConf.structured(CLUSTERS[values["name"]]), values)
-        for item in parsed_overrides:
+        for item in given:
             if item.key_or_group != "cluster":
                 OmegaConf.update(made, item.key_or_group.removeprefix("cluster."), item.value(), merge=True)
         return cast(ClusterConfig, OmegaConf.to_object(made))
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
 
 
@@ -322,14 +326,11 @@ class Composer:
             return None
 
     def _with_values(self, base: DictConfig, texts: Sequence[str], overrides: Sequence[str]) -> RunConfig:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-        from hydra.errors import HydraException
-
         made = copy.deepcopy(base)
         try:
-            for override in OverridesParser.create().parse_overrides([*texts, *_steps_alone(given_values(overrides))]):
+            for override in _overrides([*texts, *_steps_alone(given_values(overrides))]):
                 OmegaConf.update(made, override.key_or_group, override.value(), merge=True)
-        except (HydraException, OmegaConfBaseException):
+        except (ConfigError, OmegaConfBaseException):
             return compose(overrides)  # whose message is the one to show
         return _checked(made)
 
@@ -399,6 +400,11 @@ def freeze(config: RunConfig, path: Path) -> None:
     """Write the whole config; the file is whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.dump(asdict(config), Dumper=yaml.CSafeDumper, sort_keys=False))
+
+
+def at_home(path: Path) -> RunConfig:
+    """The config of a run's frozen file, its runs_dir the one where it stands now. Raises ConfigError."""
+    return replace(thaw(path), runs_dir=str(path.absolute().parent.parent))
 
 
 def thaw(path: Path) -> RunConfig:

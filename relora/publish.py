@@ -20,16 +20,16 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
     folder = write_report(study, runs_dir)
     mirrored = [member for member in study.members if _is_mirrored(member.run.config, on_node)]
     if mirrored:
-        from relora.tracking import attach_report, mirror_all
+        from relora.tracking import mirror_all
+        from relora.view import attach_report
 
         mirror_all([(member.run.folder, member.run.config) for member in mirrored if member.run.config], _warn)
         finished = [member for member in mirrored if member.run.finished]
         config = mirrored[-1].run.config
         assert config is not None
-        gaps = {member.run.path: member.tokens.relative for member in finished}
         try:
             if finished:
-                attach_report(config, name, folder, gaps)
+                attach_report(config, name, folder, finished)
         except Exception as error:  # whatever MLflow raises
             print(f"the report could not be attached in MLflow at {config.mlflow_uri}: {error}", flush=True)
     print("\n".join(["", *answer(study), f"report: {folder / 'report.html'}"]), flush=True)

@@ -1,294 +1,27 @@
-"""A study as a page: what came out, tables, pictures. The one importer of matplotlib."""
+"""A study as a page: what came out, tables, pictures."""
 
-import base64
 import csv
-import html
 import json
 import math
 import os
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from relora.compare import Arm, Compared, Estimate, Gap, Run, Study, as_row, deviation, mean, study_dir
+from relora.compare import Arm, Estimate, Study, as_row, study_dir
+from relora.gaps import SAME_BUDGET, Compared, Gap
+from relora.page import Page
+from relora.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map
+from relora.results import deviation, mean
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GIB, MIB = 2**30, 2**20
-SMOOTHED_SHARE = 0.02
-"""Of a training curve that each drawn point averages over."""
-STYLES = ("-", "--", ":", "-.")
-
-
-# ---------------------------------------------------------------------------------------------------------- the page
-
-
-@dataclass
-class Page:
-    """Blocks that are written as Markdown and as HTML alike."""
-
-    title: str
-    blocks: list[tuple[str, Any]] = field(default_factory=list)
-
-    def heading(self, text: str) -> None:
-        """A section begins."""
-        self.blocks.append(("heading", text))
-
-    def paragraph(self, text: str) -> None:
-        """Running text."""
-        self.blocks.append(("paragraph", text))
-
-    def listing(self, items: Sequence[str]) -> None:
-        """A bullet each."""
-        self.blocks.append(("listing", list(items)))
-
-    def code(self, text: str) -> None:
-        """As it is typed."""
-        self.blocks.append(("code", text))
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The first column is text, the others are figures."""
-        self.blocks.append(("table", (list(header), [list(row) for row in rows])))
-
-    def figure(self, file: str, caption: str) -> None:
-        """A picture beside the page."""
-        self.blocks.append(("figure", (file, caption)))
-
-    def markdown(self) -> str:
-        """report.md."""
-        return "\n\n".join([f"# {self.title}", *(_markdown(kind, content) for kind, content in self.blocks)]) + "\n"
-
-    def html(self, folder: Path) -> str:
-        """report.html, whole in one file."""
-        body = "\n".join(_html(kind, content, folder) for kind, content in self.blocks)
-        title = html.escape(self.title)
-        return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f"<style>{CSS}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n"
-        )
-
-
-CSS = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:90rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;display:block;overflow-x:auto}"
-    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;white-space:nowrap}"
-    "th:first-child,td:first-child{text-align:left}img{max-width:100%}figure{margin:1.5rem 0}"
-    "figcaption{color:#555}pre{background:#f5f5f5;padding:.8rem;overflow-x:auto}"
-)
-
-
-def _markdown(kind: str, content: Any) -> str:
-    if kind == "heading":
-        return f"## {content}"
-    if kind == "listing":
-        return "\n".join(f"- {item}" for item in content)
-    if kind == "code":
-        return "\n".join(f"    {line}" for line in content.splitlines())
-    if kind == "table":
-        header, rows = content
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:]))
-    if kind == "figure":
-        return f"![{content[1]}]({content[0]})\n\n{content[1]}"
-    return content
-
-
-def _html(kind: str, content: Any, folder: Path) -> str:
-    def escaped(text: str) -> str:
-        return html.escape(text, quote=False)
-
-    if kind == "heading":
-        return f"<h2>{escaped(content)}</h2>"
-    if kind == "listing":
-        return f"<ul>{''.join(f'<li>{escaped(item)}</li>' for item in content)}</ul>"
-    if kind == "code":
-        return f"<pre>{escaped(content)}</pre>"
-    if kind == "table":
-        header, rows = content
-        head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
-        body = "".join(f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    if kind == "figure":
-        data = base64.b64encode((folder / content[0]).read_bytes()).decode()
-        image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(content[1])}">'
-        return f"<figure>{image}<figcaption>{escaped(content[1])}</figcaption></figure>"
-    return f"<p>{escaped(content)}</p>"
-
-
-# ----------------------------------------------------------------------------------------------------------- figures
-
-
-def draw_curves(study: Study) -> "Figure | None":
-    """Training loss and validation perplexity, over tokens and over FLOPs."""
-    drawn = [arm for arm in study.arms if any(len(member.run.rows) > 1 for member in arm.members)]
-    if not drawn:
-        return None
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for column, axis in enumerate(("tokens", "flops")):
-        for arm, style in zip(drawn, _styles(len(drawn)), strict=True):
-            for number, member in enumerate(arm.members):
-                label = arm.label if number == 0 else None
-                axes[0, column].plot(*_training_curve(member.run, axis), label=label, lw=1, **style)
-                points = [(x, math.exp(loss)) for x, loss in member.run.curve(axis) if x > 0 and loss < 20]
-                axes[1, column].plot(*_columns(points), label=label, marker=".", lw=1.2, **style)
-        axes[1, column].set_yscale("log")
-        _plain_log_ticks(axes[1, column])
-        axes[0, column].set_ylabel("training loss (nats)")
-        axes[1, column].set_ylabel("validation perplexity")
-        for row in (0, 1):
-            axes[row, column].set_xlabel("training FLOPs" if axis == "flops" else "tokens")
-            axes[row, column].xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes[row, column].grid(alpha=0.25)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    return figure
-
-
-def draw_schedule(study: Study) -> "Figure | None":
-    """Learning rate over the updates, one run for each shape of schedule; restarts as marks."""
-    shapes: dict[tuple[Any, ...], tuple[str, Run]] = {}
-    for arm in study.arms:
-        for member in arm.members[:1]:
-            if member.run.config is not None and any("train/lr" in row for row in member.run.rows):
-                shapes.setdefault(_shape(member.run), (arm.label, member.run))
-    if not shapes:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for (label, run), style in zip(shapes.values(), _styles(len(shapes)), strict=True):
-        rates = {row["step"]: row["train/lr"] for row in run.rows if "train/lr" in row}
-        axes.plot(list(rates), list(rates.values()), label=label, lw=1.2, **style)
-        restarts = [row["step"] for row in run.rows if "restart/number" in row]
-        axes.plot(restarts, [0.0] * len(restarts), "|", color=style["color"], ms=12)
-    axes.set_xlabel("update (marks: restarts)")
-    axes.set_ylabel("learning rate")
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8)
-    return figure
-
-
-def draw_gaps(study: Study) -> "Figure | None":
-    """The gap of every arm, its seeds and its interval."""
-    found = [(arm, arm.gap("tokens")) for arm in study.arms if arm.method != "full"]
-    rows = [(arm, gap) for arm, gap in found if gap is not None and math.isfinite(gap.relative)]
-    if not rows:
-        return None
-    from matplotlib.figure import Figure
-
-    rows.sort(key=lambda row: row[1].relative, reverse=True)
-    figure = Figure(figsize=(12, 1.2 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for y, (arm, gap) in enumerate(rows):
-        axes.barh(y, 100 * gap.relative, color="#9ab8d4")
-        if gap.low is not None and gap.high is not None:
-            axes.plot([100 * gap.low, 100 * gap.high], [y, y], color="#1f3b57", lw=2)
-        seeds = [100 * gap for member in arm.finished if (gap := member.tokens.relative) is not None]
-        axes.plot(seeds, [y] * len(seeds), "o", color="#1f3b57", ms=4)
-    axes.set_yticks(range(len(rows)), [arm.label for arm, _ in rows], fontsize=8)
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_xlabel("test perplexity over full rank's, at equal tokens (%)")
-    return figure
-
-
-def draw_heat_map(study: Study) -> "Figure | None":
-    """Gap (or, without a baseline, test perplexity) by rank and reset interval, where both or one are swept."""
-    cells = heat_map(study)
-    if cells is None:
-        return None
-    from matplotlib.figure import Figure
-
-    ranks = sorted({rank for rank, _ in cells.values})
-    intervals = sorted(
-        {interval for _, interval in cells.values}, key=lambda value: math.inf if value is None else value
-    )
-    grid = [[cells.values.get((rank, interval), math.nan) for interval in intervals] for rank in ranks]
-    figure = Figure(figsize=(2.5 + 1.2 * len(intervals), 1.8 + 0.7 * len(ranks)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(grid, cmap="viridis_r", aspect="auto")
-    axes.set_xticks(range(len(intervals)), ["never" if value is None else str(value) for value in intervals])
-    axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
-    axes.set_xlabel("reset interval (updates)")
-    axes.set_ylabel("rank")
-    finite = [value for row in grid for value in row if not math.isnan(value)]
-    middle = (min(finite) + max(finite)) / 2
-    for y, row in enumerate(grid):
-        for x, value in enumerate(row):
-            text = "-" if math.isnan(value) else cells.text(value)
-            axes.text(x, y, text, ha="center", va="center", color="white" if value > middle else "black")
-    figure.colorbar(image, label=cells.caption)
-    return figure
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeatMap:
-    """What is drawn by rank and interval."""
-
-    values: dict[tuple[int, int | None], float]
-    caption: str
-    text: Callable[[float], str]
-
-
-def heat_map(study: Study) -> HeatMap | None:
-    """The ReLoRA arms that differ in rank or interval; None where neither is swept or another setting is, too."""
-    arms = [arm for arm in study.arms if arm.method == "relora" and arm.finished and arm.config is not None]
-    places = [(arm.config.rank, arm.config.reset_interval_steps) for arm in arms if arm.config is not None]
-    if len(set(places)) < max(len(arms), 2):
-        return None
-    gaps = [arm.gap("tokens") for arm in arms]
-    if all(gap is not None for gap in gaps):
-        values = {place: 100 * gap.relative for place, gap in zip(places, gaps, strict=True) if gap is not None}
-        return HeatMap(values=_with_rank(values), caption="gap to full rank (%)", text=lambda value: f"{value:+.1f}%")
-    values = {place: mean(arm.values("test_perplexity")) for place, arm in zip(places, arms, strict=True)}
-    return HeatMap(values=_with_rank(values), caption="test perplexity", text=lambda value: f"{value:.2f}")
-
-
-def _with_rank(values: dict[tuple[int | None, int | None], float]) -> dict[tuple[int, int | None], float]:
-    return {(rank or 0, interval): value for (rank, interval), value in values.items()}
-
-
-def _shape(run: Run) -> tuple[Any, ...]:
-    config = run.config
-    assert config is not None
-    steps = (config.total_steps, config.method.warm_start_steps, config.reset_interval_steps)
-    return (*steps, config.optimizer.learning_rate, config.schedule.warmup_steps, config.schedule.restart_warmup_steps)
-
-
-def _styles(count: int) -> list[dict[str, Any]]:
-    """A colour each, and a new kind of line whenever the ten colours are used up."""
-    return [{"color": f"C{number % 10}", "ls": STYLES[number // 10 % len(STYLES)]} for number in range(count)]
-
-
-def _training_curve(run: Run, axis: str) -> tuple[list[float], list[float]]:
-    points = [(row[f"progress/{axis}"], row["train/loss"]) for row in run.rows if "train/loss" in row]
-    width = max(1, round(SMOOTHED_SHARE * len(points)))
-    smooth = [points[start : start + width] for start in range(0, len(points), width)]
-    return _columns([(mean([x for x, _ in part]), mean([y for _, y in part])) for part in smooth])
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _plain_log_ticks(axes: "Axes") -> None:
-    from matplotlib.ticker import LogLocator, ScalarFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_locator(LogLocator(subs=()))
 
 
 # -------------------------------------------------------------------------------------------------------------- words
@@ -363,11 +96,17 @@ def _answer(study: Study) -> list[str]:
     if 0 < seeds < 3:
         told.append(
             f"There {'is one seed' if seeds == 1 else 'are two seeds'} for at least one arm: no interval can be given, "
-            "and a small difference may be chance. Three seeds from `-m ... trainer.seed=0,1,2` give one."
+            f"and a small difference may be chance. Three seeds give one: {_command(study, 'trainer.seed', '0,1,2')}"
         )
     if study.unfinished:
         told.append(f"{len(study.unfinished)} of {len(study.members)} runs have no result; they are listed below.")
     return told
+
+
+def _command(study: Study, key: str, values: str) -> str:
+    """The study's last launch, with other values of a key."""
+    kept = [text for text in study.launches[-1] if not text.startswith(f"{key}=")]
+    return shlex.join(["python", "run.py", "-m", *kept, f"{key}={values}"])
 
 
 def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
@@ -407,7 +146,7 @@ ARM_COLUMNS = (
     "gap, equal tokens",
     "gap, equal FLOPs",
     "gap, equal wall-clock",
-    "tokens to full rank's",
+    "tokens to full rank's loss",
     "trainable",
     "peak memory",
     "tokens/s",
@@ -423,16 +162,16 @@ RUN_COLUMNS = (
     "gap, equal FLOPs",
     "gap, equal wall-clock",
     "measured against",
-    "tokens to full rank's",
+    "tokens to full rank's loss",
     "trainable",
     "peak memory",
     "skipped",
 )
 FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
     ("gaps.png", draw_gaps, "Gap to full rank at equal tokens; points are seeds, dark lines 95% intervals."),
-    ("heat_map.png", draw_heat_map, "Rank against reset interval."),
+    ("heat_map.png", draw_heat_map, "By rank and reset interval; lighter is better."),
     ("curves.png", draw_curves, "Training loss (smoothed) and validation perplexity over tokens and training FLOPs."),
-    ("schedule.png", draw_schedule, "Learning rates; marks on the axis are restarts."),
+    ("schedule.png", draw_schedule, "Learning rates, one arm for each shape; marks on the axis are restarts."),
 )
 
 
@@ -448,7 +187,8 @@ def _arm_row(arm: Arm, notes: Notes) -> list[str]:
     reached = [tokens for tokens in measured if tokens is not None]
     never = len(measured) - len(reached)
     parts = [f"{mean(reached):,.0f}"] if reached else []
-    parts += [f"{never} of {len(measured)} never"] if never else []
+    if never:
+        parts.append("never" if len(measured) == 1 else f"{never} of {len(measured)} never")
     cells.append(", ".join(parts) or "-")
     cells.append(_figure(arm.values("trainable_parameters"), lambda value: f"{value / 1e6:.2f}M"))
     cells.append(_figure(arm.values("peak_memory_bytes"), _memory))
@@ -458,6 +198,32 @@ def _arm_row(arm: Arm, notes: Notes) -> list[str]:
 
 def _memory(value: float) -> str:
     return f"{value / GIB:.2f} GiB" if value >= 10 * GIB else f"{value / MIB:,.0f} MiB"
+
+
+OF_THE_ARMS = (
+    *("sweeps=", "study=", "method", "optimizer.learning_rate", "optimizer.embedding_learning_rate"),
+    *("schedule.restart_warmup_steps", "trainer.total_steps", "trainer.total_tokens"),
+)
+
+
+def _missing_budgets(study: Study) -> str | None:
+    """What trains the full-rank runs that the arms of one setting lack for a comparison at equal FLOPs."""
+    steps: set[int] = set()
+    for member in study.members:
+        at_equal_flops, baseline = member.flops, member.baseline
+        if baseline is None or baseline.config is None or at_equal_flops.kind == "interpolated":
+            continue
+        if at_equal_flops.loss is None or at_equal_flops.kind == "curve":
+            steps.add(round(baseline.config.total_steps * member.run.budget("flops") / baseline.budget("flops")))
+    if not steps:
+        return None
+    budgets: list[int] = []
+    for needed in sorted(steps):
+        if not budgets or needed / budgets[-1] - 1 > SAME_BUDGET:
+            budgets.append(needed)
+    kept = [text for text in study.launches[-1] if not text.startswith(OF_THE_ARMS)]
+    wanted = f"trainer.total_steps={','.join(map(str, budgets))}"
+    return shlex.join(["python", "run.py", "-m", "sweeps=baseline_budgets", *kept, wanted])
 
 
 def _run_gap(member: Compared, axis: str, notes: Notes) -> str:
@@ -507,6 +273,12 @@ def write_report(study: Study, runs_dir: Path) -> Path:
         "little where runs shared a machine; peak memory on a CPU is all that the process held while it trained."
     )
     page.listing([f"({notes.mark(text)}) {text}" for text in notes.texts])
+    for command in filter(None, map(_missing_budgets, study.settings())):
+        page.paragraph(
+            "A gap at equal FLOPs that is missing, or read off a curve, wants a full-rank run whose schedule ends "
+            "there. This trains those; the next report finds them, and compares at equal wall-clock with them too:"
+        )
+        page.code(command)
     if study.unfinished:
         page.heading("Runs without a result")
         page.listing([_line(f"{m.run.name} ({m.label}): {m.run.state}: {m.run.message}") for m in study.unfinished])

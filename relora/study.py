@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from relora import compose
 from relora.compare import studies, study_dir
+from relora.compose import at_home
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json, write_json
@@ -102,8 +103,3 @@ def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
         for name, entry in manifest["runs"].items()
         if (runs_dir / name / "config.yaml").is_file()  # a folder may have been removed
     ]
-
-
-def at_home(file: Path) -> RunConfig:
-    """A run's frozen config, its runs_dir the one where it stands now."""
-    return replace(compose.thaw(file), runs_dir=str(file.absolute().parent.parent))

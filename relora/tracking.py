@@ -5,13 +5,10 @@ equal point once, so sending again changes nothing, and an MLflow that is down c
 sent when it is back, at the end, or by `relora sync`.
 """
 
-import hashlib
 import json
 import logging
-import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,8 +113,11 @@ class Mirror:
         state, status = read_json(self.run.mirror_file), self.run.status or Status(state="running")
         fresh = self._client is None
         client = self._client = self._client or open_store(self.config.mlflow_uri, Path(self.config.runs_dir))
-        if state.get("uri") != self.config.mlflow_uri or (fresh and not _knows(client, state["run_id"])):
+        elsewhere = state.get("uri") != self.config.mlflow_uri
+        if not state or ((fresh or elsewhere) and not knows(client, state["run_id"])):
             state = self._start(client, status)
+        elif elsewhere:  # the store moved with its runs, or has another address: what it has of this run is unknown
+            state |= {"uri": self.config.mlflow_uri, "tags": {}, "status": "", "sent_bytes": 0}
         run_id = state["run_id"]
         if "message" in state["tags"] and not status.message:
             client.delete_tag(run_id, "message")
@@ -145,6 +145,7 @@ class Mirror:
             "variant": config.variant,
             "comparison_key": config.comparison_key,
             "git_commit": status.git_commit or "unknown",
+            "run_dir": str(self.run.path),
             "attempt": str(status.attempt),
             **status.corpus,
         }
@@ -214,7 +215,7 @@ class Mirror:
         return len(lines)
 
 
-def _knows(client: "MlflowClient", run_id: str) -> bool:
+def knows(client: "MlflowClient", run_id: str) -> bool:
     """Whether the store has the run; one that was removed and made anew has not."""
     from mlflow.exceptions import MlflowException
 
@@ -258,147 +259,6 @@ def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
     """Make a run that MLflow has already a member of one more study. Raises what MLflow raises."""
     client = open_store(config.mlflow_uri, Path(config.runs_dir))
     client.set_tag(read_json(run.mirror_file)["run_id"], f"study.{study}", "1")
-
-
-# ------------------------------------------------------------------------------------------------------------ studies
-
-GAP_METRIC = "summary/gap_to_full_percent"
-
-
-def attach_report(config: RunConfig, study: str, folder: Path, gaps: dict[Path, float | None]) -> None:
-    """Make each run of the store a member of the study with its gap, and keep the report with a run of its own.
-
-    Raises what MLflow raises.
-    """
-    from mlflow.entities import Metric
-
-    client = open_store(config.mlflow_uri, Path(config.runs_dir))
-    for path, gap in gaps.items():
-        state = read_json(RunDir(path).mirror_file)
-        if state.get("uri") != config.mlflow_uri or not _knows(client, state["run_id"]):
-            continue
-        known = client.get_run(run_id := state["run_id"]).data
-        if known.tags.get(f"study.{study}") != "1":
-            client.set_tag(run_id, f"study.{study}", "1")
-        if gap is not None and math.isfinite(gap) and known.metrics.get(GAP_METRIC) != 100 * gap:
-            client.log_batch(run_id, metrics=[Metric(GAP_METRIC, 100 * gap, time.time_ns() // 1_000_000, 0)])
-    experiment = experiment_id(client, config)
-    found = client.search_runs([experiment], f"tags.report_of = '{study}'")
-    if found:
-        run_id = found[0].info.run_id
-    else:
-        created = client.create_run(experiment, tags={"report_of": study}, run_name=f"report {study}")
-        run_id = created.info.run_id
-    client.log_artifacts(run_id, str(folder), "report")
-    client.set_terminated(run_id, "FINISHED")
-    write_view(client, experiment, study)
-
-
-def view_key(study: str) -> str:
-    """Names a study's prepared view in the UI's address."""
-    return hashlib.sha256(f"relora view {study}".encode()).hexdigest()
-
-
-def write_view(client: "MlflowClient", experiment: str, study: str) -> None:
-    """Prepare the UI's table and charts for a study; where MLflow no longer takes it, the UI just shows all runs."""
-    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key(study)}", json.dumps(_view(study)))
-
-
-TABLE_COLUMNS = (
-    "params.`method.name`",
-    "params.`method.rank`",
-    "params.`method.reset_interval_steps`",
-    "metrics.`summary/test_perplexity`",
-    "metrics.`summary/eval_perplexity`",
-    f"metrics.`{GAP_METRIC}`",
-    "metrics.`summary/trainable_parameters`",
-    "metrics.`summary/tokens_per_second`",
-    "metrics.`summary/peak_memory_bytes`",
-    "params.`trainer.seed`",
-)
-
-
-def _view(study: str) -> dict[str, Any]:
-    """The UI's own state as it would share it: measured with MLflow 3.17."""
-    sections = ("perplexity", "results", "what matters")
-    chart: dict[str, Any] = {
-        "deleted": False,
-        "isGenerated": False,
-        "runsCountToCompare": 50,
-        "useGlobalXaxisKey": False,
-        "useGlobalLineSmoothing": False,
-        "lineSmoothness": 0,
-        "ignoreOutliers": False,
-        "range": {"xMin": None, "xMax": None, "yMin": None, "yMax": None},
-        "yAxisKey": "metric",
-        "yAxisExpressions": [],
-        "xAxisScaleType": "linear",
-        "scaleType": "linear",
-    }
-
-    def line(metric: str, axis: str, scale: str) -> dict[str, Any]:
-        keys = {"metricKey": metric, "selectedMetricKeys": [metric], "xAxisKey": "metric"}
-        keys |= {"selectedXAxisMetricKey": axis, "scaleType": scale, "displayName": f"{metric} over {axis}"}
-        return {**chart, "type": "LINE", "metricSectionId": "perplexity", "uuid": f"{metric} {axis}", **keys}
-
-    def bar(metric: str) -> dict[str, Any]:
-        return {**chart, "type": "BAR", "metricSectionId": "results", "uuid": metric, "metricKey": metric}
-
-    parallel = {
-        **chart,
-        "type": "PARALLEL",
-        "metricSectionId": "what matters",
-        "uuid": "parallel",
-        "displayName": "rank, interval and pruning ratio against perplexity",
-        "selectedParams": [
-            "method.rank",
-            "method.reset_interval_steps",
-            "method.optimizer_reset.pruning_ratio",
-        ],
-        "selectedMetrics": ["summary/test_perplexity"],
-        "showAllRuns": True,
-    }
-    return {
-        "searchFilter": f"tags.`study.{study}` = '1'",
-        "orderByKey": "metrics.`summary/test_perplexity`",
-        "orderByAsc": True,
-        "startTime": "ALL",
-        "lifecycleFilter": "Active",
-        "datasetsFilter": [],
-        "modelVersionFilter": "All Runs",
-        "selectedColumns": list(TABLE_COLUMNS),
-        "columnOrder": [],
-        "columnWidths": {},
-        "runsExpanded": {},
-        "runsPinned": [],
-        "runsHidden": [],
-        "runsVisibilityMap": {},
-        "runsHiddenMode": "SHOWALL",
-        "viewMaximized": False,
-        "runListHidden": False,
-        "isAccordionReordered": True,
-        "useGroupedValuesInCharts": True,
-        "hideEmptyCharts": True,
-        "groupBy": None,
-        "groupsExpanded": {},
-        "autoRefreshEnabled": True,
-        "globalLineChartConfig": {
-            "xAxisKey": "metric",
-            "lineSmoothness": 0,
-            "selectedXAxisMetricKey": "progress/tokens",
-        },
-        "compareRunSections": [
-            {"uuid": name, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": False}
-            for name in sections
-        ],
-        "compareRunCharts": [
-            line("eval/perplexity", "progress/tokens", "log"),
-            line("eval/perplexity", "progress/flops", "log"),
-            bar("summary/test_perplexity"),
-            bar(GAP_METRIC),
-            parallel,
-        ],
-    }
 
 
 # ---------------------------------------------------------------------------------------------- beside the training

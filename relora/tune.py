@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from relora import compose
-from relora.compare import mean, study_dir
+from relora.compare import study_dir
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.launch import POLL_SECONDS, start_process, stoppable, wait_for_stop
 from relora.metrics import read_rows
+from relora.results import mean
 from relora.study import Planned, prepare, write_manifest
 from relora.sweeps import Search, Sweep
 

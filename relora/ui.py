@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from relora import compose
 from relora.compare import studies
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.publish import mirror_runs
-from relora.study import Planned, at_home
+from relora.study import Planned
 
 PORT = 5000
 START_SECONDS = 90.0
@@ -31,7 +32,8 @@ def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
     if uri.startswith("sqlite:") and not store.exists() and not create and not _submitted(runs_dir):
         raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
 
-    from relora.tracking import experiment_id, failures_told, open_store, view_key, write_view
+    from relora.tracking import experiment_id, failures_told, open_store
+    from relora.view import view_key, write_view
 
     known = studies(runs_dir)
     if config.study is not None and config.study not in known:
@@ -51,7 +53,7 @@ def _submitted(runs_dir: Path) -> list[Planned]:
     """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone."""
     files = sorted(runs_dir.glob("*/submission.json"))
     configs = [file.with_name("config.yaml") for file in files]
-    return [Planned(config=at_home(file), role="arm") for file in configs if file.is_file()]
+    return [Planned(config=compose.at_home(file), role="arm") for file in configs if file.is_file()]
 
 
 def serve(config: RunConfig, *, port: int | None, host: str | None, ready: Callable[[str], None]) -> int:

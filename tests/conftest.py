@@ -35,6 +35,16 @@ def tiny(text: Path, tmp_path: Path) -> list[str]:
     return [*TINY, "data=text", f"data.path={text}", f"runs_dir={tmp_path / 'runs'}", "tracker=jsonl"]
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without runs; creating one takes MLflow seconds, so tests copy this one."""
+    from relora.tracking import open_store
+
+    folder = tmp_path_factory.mktemp("store")
+    open_store(f"sqlite:///{folder / 'mlflow.db'}", folder)
+    return folder / "mlflow.db"
+
+
 @pytest.fixture(autouse=True)
 def _terminal_untouched() -> Iterator[None]:
     """Hydra's main replaces sys.argv."""

@@ -1,6 +1,11 @@
-"""What the tests share: where the project is, and overrides of a run of seconds."""
+"""What the tests share: where the project is, overrides of a run of seconds, and patience."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -27,3 +32,14 @@ TINY = (
     "data.test_fraction=0.05",
 )
 """Restarts at 7 and 11 of 14 steps, re-warm-ups of 2 steps, an evaluation and a checkpoint every 5."""
+
+
+def eventually(question: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
+    """The first answer that is true."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = question()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.2)

@@ -14,9 +14,10 @@ from small import TINY
 
 from relora import cli
 from relora.checkpoint import load_latest, save
-from relora.clean import as_json, delete, survey
+from relora.clean import as_json, delete
 from relora.compose import compose, freeze
 from relora.config import RunConfig
+from relora.disk import survey
 from relora.rundir import RunDir, Status, write_json
 from relora.warmstart import folder_of, key
 

@@ -7,71 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import FULL, RELORA, Lab
 from scipy.stats import ttest_rel
 
 from relora import cli
-from relora.compare import Study, load_study
-from relora.compose import compose, freeze
-from relora.config import RunConfig
+from relora.compare import Study, labels_of, load_study
 from relora.errors import ConfigError
-from relora.launch import plan, write_manifest
-from relora.metrics import MetricsLog
 from relora.report import answer, write_report
-from relora.rundir import RunDir, Status
-from relora.sweeps import Sweep
-
-STEPS = 40
-SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2", "tracker=jsonl")
-RELORA = ("method=relora", "method.warm_start_steps=0", "method.reset_interval_steps=20")
-FULL = ("method=full",)
-
-
-class Lab:
-    """Makes run folders as training leaves them, with the figures that a test asks for."""
-
-    def __init__(self, runs_dir: Path) -> None:
-        self.runs_dir = runs_dir
-
-    def config(self, *overrides: str) -> RunConfig:
-        return compose([*SETTING, *overrides, f"runs_dir={self.runs_dir}"])
-
-    def run(self, *overrides: str, loss: float = 3.0, state: str = "finished", **changes: Any) -> RunConfig:
-        """A run whose validation loss falls linearly to `loss`; the test loss is 0.1 above."""
-        config = self.config(*overrides)
-        run = RunDir(config.run_dir)
-        freeze(config, run.config_file)
-        total, tokens = config.total_steps, config.total_steps * config.tokens_per_step
-        flops, seconds = changes.pop("flops", 1e9), changes.pop("seconds", 100.0)
-        with MetricsLog.opened(run.metrics_file, exact=True) as log:
-            for step in range(0, total + 1, 10):
-                share = step / total
-                progress = {"progress/tokens": step * config.tokens_per_step, "progress/flops": share * flops}
-                row = {"train/loss": 5 - share, "train/lr": 1e-3, "perf/training_seconds": share * seconds}
-                log.log(step, row | progress | {"eval/loss": loss + 2 * (1 - share)})
-                if step in (20, 30) and config.reset_interval_steps:
-                    log.log(step, {"restart/number": step // 20})
-        summary = {
-            "eval_loss": loss,
-            "eval_perplexity": math.exp(loss),
-            "test_loss": loss + 0.1,
-            "test_perplexity": math.exp(loss + 0.1),
-            "tokens": tokens,
-            "flops": flops,
-            "training_seconds": seconds,
-            "peak_memory_bytes": 2**30,
-            "parameters": 1_000_000,
-            "trainable_parameters": 600_000 if config.rank else 1_000_000,
-            "restarts": 1,
-            "skipped_updates": 0,
-        }
-        summary |= changes.pop("summary", {})
-        run.status = Status(state=state, summary=summary if state == "finished" else {}, **changes)
-        return config
-
-    def study(self, *configs: RunConfig, name: str = "mine") -> Study:
-        sweep = Sweep(study=name, question="Which one?", runs=list(configs))
-        write_manifest(self.runs_dir, sweep, plan(sweep), ["method.rank=8,16"])
-        return load_study(self.runs_dir, name)
 
 
 def took(axis: str, value: float) -> dict[str, Any]:
@@ -208,6 +150,17 @@ def test_an_undecayed_curve_is_labelled_as_flattering(lab: Lab) -> None:
     assert "before its learning rate has decayed: flatters this arm" in gap.note
 
 
+def test_the_report_names_the_full_rank_budgets_that_are_missing_until_they_are_there(lab: Lab) -> None:
+    cheap = lab.run(*RELORA, loss=3.1, flops=7.5e8)
+    dear = lab.run(*RELORA, "method.rank=8", loss=3.1, flops=1.25e9)
+    full = lab.run(*FULL, loss=3.0, flops=1e9)
+    command = "python run.py -m sweeps=baseline_budgets trainer.total_steps=30,50"
+    assert command in (write_report(lab.study(cheap, dear, full), lab.runs_dir) / "report.md").read_text()
+    lab.run(*FULL, "trainer.total_steps=30", flops=7.5e8)
+    lab.run(*FULL, "trainer.total_steps=50", flops=1.25e9)
+    assert "baseline_budgets" not in (write_report(lab.study(full), lab.runs_dir) / "report.md").read_text()
+
+
 def test_a_budget_beyond_every_full_rank_run_has_no_gap(lab: Lab) -> None:
     configs = [lab.run(*FULL, flops=1e9), lab.run(*RELORA, flops=2e9)]
     gap = arm(lab.study(*configs), "relora").members[0].flops
@@ -307,6 +260,19 @@ def test_a_loss_beyond_all_perplexity_costs_no_report(lab: Lab, capsys: pytest.C
     assert cli.main(["report", "--json", "mine", f"runs_dir={lab.runs_dir}"]) == 0
     values = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert values["arms"][1]["gap_at_equal_tokens"]["relative"] is None
+
+
+def test_models_are_told_apart_by_their_name_and_by_their_sizes_where_it_does_not(lab: Lab) -> None:
+    overrides = (("model=llama_9m",), ("model=llama_20m",), ("model=llama_20m", "model.layers=2"))
+    configs = [lab.config(*FULL, *chosen) for chosen in overrides]
+    assert list(labels_of(configs[:2]).values()) == ["full model=llama_9m", "full model=llama_20m"]
+    assert len(set(labels_of(configs).values())) == 3
+    assert list(labels_of(configs[1:]).values()) == ["full layers=4", "full layers=2"]
+
+
+def test_an_arm_without_restarts_says_never(lab: Lab) -> None:
+    configs = [lab.config(*RELORA[:2], f"method.reset_interval_steps={steps}") for steps in ("20", "null")]
+    assert list(labels_of(configs).values()) == ["relora interval=20", "relora interval=never"]
 
 
 def test_arms_that_differ_in_alpha_are_told_apart(lab: Lab) -> None:
@@ -415,7 +381,7 @@ def test_the_runs_table_holds_what_the_csv_holds(lab: Lab) -> None:
         assert told["trainable"] == f"{member.run.summary['trainable_parameters'] / 1e6:.2f}M"
         assert told["peak memory"] == f"{member.run.summary['peak_memory_bytes'] / 2**20:,.0f} MiB"
         reached = member.tokens_to_baseline
-        assert told["tokens to full rank's"] == (
+        assert told["tokens to full rank's loss"] == (
             "-" if member.baseline is None else "never" if reached is None else f"{reached:,}"
         )
     spread = (math.expm1(0.2) - math.expm1(0.1)) / math.sqrt(2)

@@ -16,7 +16,10 @@ FLOORS = [
         *("distributed", "evaluate"),
     ],
     ["methods", "microsteps", "trainer"],
-    ["compose", "sweeps", "slurm", "state", "compare", "study", "tracking", "corpus", "console", "status", "report"],
+    [
+        *("compose", "sweeps", "slurm", "state", "results", "gaps", "compare", "study", "tracking", "view", "corpus"),
+        *("console", "status", "page", "pictures", "report", "disk"),
+    ],
     ["ranks", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
 ]
 """From the ground up; a module imports from floors below its own, or from one that stands before it on its own."""
@@ -31,7 +34,7 @@ HOMES = {
     "tokenizers": "corpus",
     "transformers": "model",
     "rich": "console",
-    "matplotlib": "report",
+    "matplotlib": "pictures",
     "optuna": "tune",
     "submitit": "submit",
 }

@@ -75,24 +75,24 @@ def test_every_sweep_composes_under_an_experiment_or_names_the_remedy(path: Path
     if experiment not in REFUSED.get(path.stem, {}):
         assert len(expand(overrides).runs) > 1
         return
-    key, fitting = REFUSED[path.stem][experiment]
+    key, fitting, runs = REFUSED[path.stem][experiment]
     with pytest.raises(ConfigError, match=rf"do not fit, give others on the command line: {key}=\.\.\.$"):
         expand(overrides)
-    assert len(expand([*overrides, f"{key}={fitting}"]).runs) == 6
+    assert len(expand([*overrides, f"{key}={fitting}"]).runs) == runs
 
 
 REFUSED = {
     "rank_x_reset": {
-        "paper/relora_60m": ("method.reset_interval_steps", "1000,null"),
-        "paper/galore_1b": ("method.reset_interval_steps", "10000,null"),
+        "paper/relora_60m": ("method.reset_interval_steps", "1000,null", 6),
+        "paper/galore_1b": ("method.reset_interval_steps", "10000,null", 6),
     },
     "baseline_budgets": {
-        "paper/relora_60m": ("trainer.total_steps", "4000,5000,6000,7000,8000,10000"),
-        "paper/galore_1b": ("trainer.total_steps", "40000,50000,60000,70000,80000,100000"),
+        "paper/relora_60m": ("trainer.total_steps", "4000,5000,6000,7000,8000,10000", 6),
+        "paper/galore_1b": ("trainer.total_steps", "40000,50000,60000,70000,80000,100000", 6),
     },
-    "size_ladder": {"paper/galore_1b": ("model", "llama_250m,llama_350m,llama_1b")},
+    "size_ladder": {"paper/galore_1b": ("model", "llama_250m,llama_350m,llama_1b", 18)},
 }
-"""Sweep -> experiment whose values its choices do not fit -> the key to give, and choices that do."""
+"""Sweep -> experiment whose values its choices do not fit -> the key to give, choices that do, and their runs."""
 
 
 def test_choices_that_are_the_same_run_are_told(text: Path) -> None:
@@ -161,6 +161,19 @@ def test_every_cell_of_the_papers_ablation_trains(tiny: list[str]) -> None:
     assert launch.launch_study(sweep, overrides)
     restarts = [RunDir(config.run_dir).status.summary["restarts"] for config in sweep.runs]  # type: ignore[union-attr]
     assert sorted(restarts) == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_every_arm_of_the_size_ladder_has_as_many_rates_at_every_size_in_the_same_proportions() -> None:
+    runs = expand(["sweeps=size_ladder", "experiments=laptop/small"]).runs
+    rates: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        rates.setdefault((run.model.name, run.method.name), []).append(run.optimizer.learning_rate)
+    assert len(rates) == 4 * 2
+    for (_, method), found in rates.items():
+        tuned = compose([f"method={method}", "experiments=laptop/small"]).optimizer.learning_rate
+        assert found == [tuned, tuned / 2, tuned / 4]
+    warm_starts = {run.warm_start_learning_rate for run in runs if run.method.name == "relora"}
+    assert warm_starts == {run.optimizer.learning_rate for run in runs if run.method.name == "full"}
 
 
 def test_arms_that_share_no_grid_are_a_union() -> None:
@@ -267,8 +280,13 @@ def test_a_baseline_keeps_the_setting_and_takes_its_own_learning_rate() -> None:
 # ----------------------------------------------------------------------------------------------------- real studies
 
 
-def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothing(tiny: list[str], capsys) -> None:
+def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothing(
+    tiny: list[str], empty_store: Path, capsys
+) -> None:
     overrides = [*tiny, *SWEEP, "tracker=mlflow"]
+    runs_dir = Path(compose(tiny).runs_dir)
+    runs_dir.mkdir()
+    shutil.copy(empty_store, runs_dir / "mlflow.db")
     assert cli.run(["-m", *overrides]) == 0
     shown = capsys.readouterr().out
     assert "3 runs, 1 of them baselines that came by themselves; 0 finished already" in shown

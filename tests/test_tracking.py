@@ -13,22 +13,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from relora import cli, tracking
-from relora.compose import compose, freeze, thaw
+from relora.compose import at_home, compose, freeze, thaw
 from relora.config import RunConfig
 from relora.metrics import MetricsLog, read_rows, row_metrics
 from relora.rundir import RunDir, Status
-from relora.tracking import Mirror, MirrorThread, _view, experiment_id, open_store
+from relora.tracking import Mirror, MirrorThread, experiment_id, open_store
+from relora.view import view
 
 STARTED_MS = 1_700_000_000_000
 CORPUS = {"corpus_digest": "c" * 32, "tokenizer_digest": "d" * 32}
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without runs; creating one takes MLflow seconds, so tests copy this one."""
-    folder = tmp_path_factory.mktemp("store")
-    open_store(f"sqlite:///{folder / 'mlflow.db'}", folder)
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -191,7 +184,7 @@ def test_every_method_has_every_axis_of_the_parallel_coordinates(
     Mirror(run, config).sync()
     params = the_run(config).data.params
     assert params["method.name"] == method
-    (chart,) = [chart for chart in _view("any")["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    (chart,) = [chart for chart in view("any")["compareRunCharts"] if chart["type"] == "PARALLEL"]
     assert [float(params[name]) for name in chart["selectedParams"]] == [rank, interval, ratio]
 
 
@@ -592,6 +585,23 @@ def test_sync_fills_a_store_that_was_removed(runs_dir: Path, empty_store: Path) 
     assert cli.main(["sync", str(run.path)]) == 0
     assert points(config, the_run(config).info.run_id) == points_of_file(run)
     assert the_run(config).info.status == "FINISHED"
+
+
+def test_runs_that_moved_with_their_store_are_the_same_runs_there(runs_dir: Path, tmp_path: Path) -> None:
+    run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 1))
+    Mirror(run, config).sync()
+    before = all_of(config)
+    shutil.copytree(runs_dir, tmp_path / "copied")
+    runs_dir.rename(tmp_path / "moved")
+    for place in ("moved", "copied"):
+        path = tmp_path / place / run.path.name
+        for _ in range(2):
+            assert cli.main(["sync", str(path)]) == 0
+        config = at_home(path / "config.yaml")
+        found = the_run(config)
+        assert found.data.tags["run_dir"] == str(path)
+        assert (found.info.run_id, points(config, found.info.run_id)) == (before[0], before[-1])
+    assert not runs_dir.exists(), "nothing is written where they were"
 
 
 def test_sync_of_what_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

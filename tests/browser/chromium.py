@@ -8,13 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import pytest
-
-T = TypeVar("T")
+from small import eventually
 
 START_SECONDS = 60.0
 PAGE_SECONDS = 30.0
@@ -60,16 +58,6 @@ def required(name: str, found: str | None) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
-
-
-def eventually(question: Callable[[], T | None], what: str, seconds: float) -> T:
-    deadline = time.monotonic() + seconds
-    while True:
-        answer = question()
-        if answer:
-            return answer
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.2)
 
 
 class Ui:

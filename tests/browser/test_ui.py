@@ -14,11 +14,11 @@ from chromium import (
     SCREEN,
     START_SECONDS,
     Ui,
-    eventually,
     listens,
     plot_of,
     setting,
 )
+from small import eventually
 
 from relora.compose import compose
 from relora.job import launch

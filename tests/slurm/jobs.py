@@ -4,17 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from small import REPOSITORY
+from small import REPOSITORY, eventually
 
 from relora.compose import compose
 from relora.rundir import RunDir, read_json
-
-T = TypeVar("T")
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 
@@ -45,17 +41,6 @@ def standing(runs_dir: Path, name: str) -> list[dict[str, Any]]:
     """`relora status --json`."""
     command = [sys.executable, "-m", "relora", "status", name, "--json", f"runs_dir={runs_dir}"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=ONE_THREAD).stdout)
-
-
-def eventually(question: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
-    """The first answer that is true."""
-    deadline = time.monotonic() + seconds
-    while True:
-        answer = question()
-        if answer:
-            return answer
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.5)
 
 
 def ended(runs_dir: Path, name: str, seconds: float = 180.0) -> list[dict[str, Any]]:

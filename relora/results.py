@@ -1,0 +1,107 @@
+"""One run as its folder tells it: its config, how it stands, its results and its curves."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from relora import compose
+from relora.config import RunConfig
+from relora.errors import ConfigError
+from relora.metrics import read_rows
+from relora.rundir import RunDir, Status
+from relora.state import State
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run as its folder tells it."""
+
+    name: str
+    role: str
+    """"arm", "baseline", or "other": a full-rank run of the same runs_dir that is in no manifest of this study."""
+    path: Path
+    config: RunConfig | None
+    status: Status | None
+    state: str
+
+    @classmethod
+    def of(cls, path: Path, role: str, state: State) -> "Run":
+        """The run in `path`, "missing" where there is none."""
+        folder = RunDir(path)
+        try:
+            config, status = compose.at_home(folder.config_file), folder.status
+        except ConfigError:
+            return cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
+        return cls(name=path.name, role=role, path=path, config=config, status=status, state=state.name)
+
+    @property
+    def folder(self) -> RunDir:
+        """Its files."""
+        return RunDir(self.path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has results."""
+        return self.state == "finished" and self.config is not None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Results of a finished run."""
+        assert self.status is not None
+        return self.status.summary
+
+    @property
+    def message(self) -> str:
+        """Why it has no results."""
+        return self.status.message if self.status else "it was never begun"
+
+    @property
+    def machine(self) -> tuple[str, str]:
+        """What its seconds depend on: host and device."""
+        return (self.status.host, self.status.device) if self.status else ("", "")
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What runs of any length and seed must share to be compared: setting_key and the text that was read."""
+        assert self.config is not None
+        assert self.status is not None
+        return (self.config.setting_key, *sorted(self.status.corpus.items()))
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        assert self.config is not None
+        return self.config.trainer.seed
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """Its metrics, one record a step."""
+        by_step: dict[int, dict[str, Any]] = defaultdict(dict)
+        for row in read_rows(self.path / "metrics.jsonl"):
+            by_step[row["step"]] |= row
+        return [by_step[step] for step in sorted(by_step)]
+
+    def curve(self, axis: str) -> list[tuple[float, float]]:
+        """(value of `axis`, validation loss) at each evaluation."""
+        name = "perf/training_seconds" if axis == "seconds" else f"progress/{axis}"
+        return [(row.get(name, 0.0), row["eval/loss"]) for row in self.rows if "eval/loss" in row]
+
+    def budget(self, axis: str) -> float:
+        """What the whole run took of `axis`."""
+        return self.summary["training_seconds" if axis == "seconds" else axis]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return math.fsum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation, 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    return math.sqrt(math.fsum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))

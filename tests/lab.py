@@ -1,0 +1,68 @@
+"""Run folders as training leaves them, with the figures that a test asks for: studies without training."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from relora.compare import Study, load_study
+from relora.compose import Composer, freeze
+from relora.config import RunConfig
+from relora.launch import plan, write_manifest
+from relora.metrics import MetricsLog
+from relora.rundir import RunDir, Status
+from relora.sweeps import Sweep
+
+STEPS = 40
+SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2")
+RELORA = ("method=relora", "method.warm_start_steps=0", "method.reset_interval_steps=20")
+FULL = ("method=full",)
+COMPOSER = Composer()
+"""Of every lab: Hydra composes each choice of groups once, not every run of every test."""
+
+
+class Lab:
+    """Makes run folders as training leaves them, with the figures that a test asks for."""
+
+    def __init__(self, runs_dir: Path, tracker: str = "jsonl") -> None:
+        self.runs_dir, self.tracker = runs_dir, tracker
+
+    def config(self, *overrides: str) -> RunConfig:
+        return COMPOSER.compose([*SETTING, *overrides, f"tracker={self.tracker}", f"runs_dir={self.runs_dir}"])
+
+    def run(self, *overrides: str, loss: float = 3.0, state: str = "finished", **changes: Any) -> RunConfig:
+        """A run whose validation loss falls linearly to `loss`; the test loss is 0.1 above."""
+        config = self.config(*overrides)
+        run = RunDir(config.run_dir)
+        freeze(config, run.config_file)
+        total, tokens = config.total_steps, config.total_steps * config.tokens_per_step
+        flops, seconds = changes.pop("flops", 1e9), changes.pop("seconds", 100.0)
+        with MetricsLog.opened(run.metrics_file, exact=True) as log:
+            for step in range(0, total + 1, 10):
+                share = step / total
+                progress = {"progress/tokens": step * config.tokens_per_step, "progress/flops": share * flops}
+                row = {"train/loss": 5 - share, "train/lr": 1e-3, "perf/training_seconds": share * seconds}
+                log.log(step, row | progress | {"eval/loss": loss + 2 * (1 - share)})
+                if step in (20, 30) and config.reset_interval_steps:
+                    log.log(step, {"restart/number": step // 20})
+        summary = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(loss),
+            "test_loss": loss + 0.1,
+            "test_perplexity": math.exp(loss + 0.1),
+            "tokens": tokens,
+            "flops": flops,
+            "training_seconds": seconds,
+            "peak_memory_bytes": 2**30,
+            "parameters": 1_000_000,
+            "trainable_parameters": 600_000 if config.rank else 1_000_000,
+            "restarts": 1,
+            "skipped_updates": 0,
+        }
+        summary |= changes.pop("summary", {})
+        run.status = Status(state=state, summary=summary if state == "finished" else {}, **changes)
+        return config
+
+    def study(self, *configs: RunConfig, name: str = "mine") -> Study:
+        sweep = Sweep(study=name, question="Which one?", runs=list(configs))
+        write_manifest(self.runs_dir, sweep, plan(sweep), ["method.rank=8,16"])
+        return load_study(self.runs_dir, name)

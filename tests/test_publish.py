@@ -1,0 +1,71 @@
+"""A study's results in MLflow, as its client finds them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from lab import FULL, RELORA, Lab
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from relora.compose import at_home
+from relora.config import RunConfig
+from relora.publish import publish_report
+
+
+@pytest.fixture
+def lab(tmp_path: Path, empty_store: Path) -> Lab:
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
+    return Lab(tmp_path / "runs", tracker="mlflow")
+
+
+def recorded(config: RunConfig) -> Run:
+    """The one run of MLflow that mirrors it."""
+    client = MlflowClient(config.mlflow_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (found,) = client.search_runs(experiments, f"tags.config_hash = '{config.config_hash}'")
+    return found
+
+
+def test_a_run_has_its_gap_in_each_of_its_studies_whatever_baseline_they_measure_against(lab: Lab) -> None:
+    preset = lab.run(*FULL, loss=3.0)
+    better = lab.run(*FULL, "optimizer.learning_rate=3e-3", loss=2.8)
+    relora = lab.run(*RELORA, loss=3.2)
+    lab.study(preset, relora, name="methods")
+    lab.study(better, preset, relora, name="rates")
+    for order in (("methods", "rates"), ("rates", "methods")):
+        for study in order:
+            publish_report(lab.runs_dir, study)
+        found = recorded(relora).data
+        gaps = {name: value for name, value in found.metrics.items() if "gap" in name}
+        assert gaps == {
+            "summary/gap_to_full_percent.methods": pytest.approx(22.14, abs=0.01),
+            "summary/gap_to_full_percent.rates": pytest.approx(49.18, abs=0.01),
+        }
+        assert (found.tags["baseline.methods"], found.tags["baseline.rates"]) == (preset.name, better.name)
+    assert recorded(preset).data.metrics["summary/gap_to_full_percent.methods"] == 0
+
+
+def test_a_moved_folder_is_reported_in_the_store_that_moved_with_it(lab: Lab, tmp_path: Path, capsys) -> None:
+    relora = lab.run(*RELORA, loss=3.2)
+    lab.study(lab.run(*FULL, loss=3.0), relora)
+    publish_report(lab.runs_dir, "mine")
+    before = recorded(relora)
+    moved = lab.runs_dir.rename(tmp_path / "moved")
+    publish_report(moved, "mine")
+    assert "moved was moved or copied, and its store keeps artifacts in" in capsys.readouterr().out
+    assert not lab.runs_dir.exists()
+    found = recorded(at_home(moved / relora.name / "config.yaml"))
+    assert found.info.run_id == before.info.run_id
+    assert found.data.metrics == before.data.metrics
+
+
+def test_the_gap_of_a_study_follows_the_baseline_that_it_has_now(lab: Lab) -> None:
+    relora = lab.run(*RELORA, loss=3.2)
+    lab.study(lab.run(*FULL, loss=3.0), relora)
+    publish_report(lab.runs_dir, "mine")
+    lab.study(lab.run(*FULL, "optimizer.learning_rate=3e-3", loss=2.8))
+    for _ in range(2):
+        publish_report(lab.runs_dir, "mine")
+        assert recorded(relora).data.metrics["summary/gap_to_full_percent.mine"] == pytest.approx(49.18, abs=0.01)
