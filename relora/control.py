@@ -59,7 +59,7 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
     planned = runs_of(runs_dir, name)
     while True:
         try:
-            text = render_plain(planned)
+            rows = standings(planned)
         except RunError as error:
             if not watch:
                 raise
@@ -68,11 +68,10 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
             continue
         if watch and is_terminal():
             print("\x1b[2J\x1b[H", end="")
-        print(text, flush=True)
-        names = [state.name for state in observe([item.run for item in planned])]
+        print(render_plain(rows), flush=True)
         mirror_runs(planned)
-        if not watch or not {"queued", "running"} & set(names):
-            return not {"failed", "cancelled"} & set(names)
+        if not watch or not any(row.state.is_under_way for row in rows):
+            return not any(row.state.name in ("failed", "cancelled") for row in rows)
         time.sleep(WATCH_SECONDS)
 
 
@@ -103,7 +102,7 @@ def cancel(runs_dir: Path, name: str) -> list[str]:
     """Stop what is queued or running; returns the runs' names. Raises RunError where that cannot be done from here."""
     planned = runs_of(runs_dir, name)
     states = observe([item.run for item in planned])
-    active = [item for item, state in zip(planned, states, strict=True) if state.name in ("queued", "running")]
+    active = [item for item, state in zip(planned, states, strict=True) if state.is_under_way]
     submissions = [read_json(item.run.submission_file) for item in active]
     folder = study_dir(runs_dir, name) if name in studies(runs_dir) else planned[0].run.path
     beside = read_json(folder / BESIDE).get("jobs", [])

@@ -19,7 +19,7 @@ from relora.job import job
 from relora.publish import join_study, publish_report
 from relora.rundir import read_json
 from relora.state import State, observe
-from relora.status import render_plain, show_progress
+from relora.status import render_plain, show_progress, standings
 from relora.study import Planned, plan, prepare, write_manifest
 from relora.sweeps import Sweep
 
@@ -85,11 +85,12 @@ def _to_launch(
 
 def _conclude(study: str, planned: Sequence[Planned]) -> bool:
     """The table and the report of a study whose runs have ended; whether all are finished."""
-    print(render_plain(planned), flush=True)
+    rows = standings(planned)
+    print(render_plain(rows), flush=True)
     publish_report(Path(planned[0].config.runs_dir), study)
-    unfinished = [state for state in observe([item.run for item in planned]) if state.name != "finished"]
+    unfinished = sum(row.state.name != "finished" for row in rows)
     if unfinished:
-        print(f"{len(unfinished)} runs are not finished; the same command goes on with them", flush=True)
+        print(f"{unfinished} runs are not finished; the same command goes on with them", flush=True)
     return not unfinished
 
 
@@ -119,7 +120,7 @@ def _submit_study(study: str, planned: Sequence[Planned], command: Sequence[str]
         under_way = {
             read_json(item.run.submission_file)["job"].partition("_")[0]
             for item, state in zip(planned, states, strict=True)
-            if state.name in ("queued", "running") and item.run.submission_file.exists()
+            if state.is_under_way and item.run.submission_file.exists()
         }
         told = "submitted nothing"
         if pending:
@@ -150,10 +151,11 @@ def _wait(planned: Sequence[Planned]) -> None:
     """Show the runs until none is in the queue or running; Ctrl-C leaves them to SLURM."""
     show = show_progress(planned)
     try:
-        while any(state.name in ("queued", "running") for state in observe([item.run for item in planned])):
-            time.sleep(SLURM_POLL_SECONDS)
+        while True:
             with suppress(RunError):  # SLURM may be busy for a moment
-                show(False)
+                if not any(state.is_under_way for state in show(False)):
+                    break
+            time.sleep(SLURM_POLL_SECONDS)
     finally:
         show(True)
 

@@ -79,6 +79,11 @@ def own_job() -> str:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
+def own_requeues() -> int:
+    """How often SLURM has put the job that this process belongs to back into the queue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What SLURM knows."""
@@ -117,11 +122,12 @@ def ask(ids: Sequence[str]) -> Answer:
                 into[job] = Job(state=word, reason=by, exit_code=exit_code, node=node, requeues=requeues)
     known = {**pools, **found}
     # All of the user's: squeue refuses a list in which one id has left the queue long ago.
-    for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-o", "%i|%T|%r|%N") if ids else []:
-        job, state, reason, node = line.split("|")
+    fields = "JobArrayID:|,State:|,Reason:|,NodeList:|,RestartCnt:|"
+    for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-O", fields) if ids else []:
+        job, state, reason, node, requeues = line.split("|")[:5]
         if job.partition("_")[0] in masters and (state not in DEAD or job not in found):
-            requeues = found[job].requeues if job in found else 0
-            known[job] = Job(state=state, reason="" if reason == "None" else reason, node=node, requeues=requeues)
+            reason = "" if reason == "None" else reason
+            known[job] = Job(state=state, reason=reason, node=node, requeues=int(requeues))
     return Answer(jobs=known, is_accounted=is_accounted)
 
 

@@ -27,9 +27,14 @@ class State:
     """How often SLURM has put its job back into the queue."""
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether it may become another one without anybody's doing."""
+        return self.name in ("queued", "running")
+
+    @property
     def needs_launch(self) -> bool:
         """Whether nothing is under way that would finish the run."""
-        return self.name not in ("queued", "running", "finished")
+        return not self.is_under_way and self.name != "finished"
 
 
 def observe(runs: Sequence[RunDir]) -> list[State]:
@@ -52,7 +57,7 @@ def observe(runs: Sequence[RunDir]) -> list[State]:
 def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
     status = run.status
     if status is not None and status.state == "finished":
-        return State(name="finished")
+        return State(name="finished", requeues=status.requeues)
     if not submission:
         return _of_local(run, status)
     if not slurm.is_here():

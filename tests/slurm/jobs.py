@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from small import REPOSITORY
 
+from relora import control
 from relora.compose import compose
 from relora.rundir import RunDir, read_json
 
@@ -42,9 +43,8 @@ def run_py(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> str:
 
 
 def standing(runs_dir: Path, name: str) -> list[dict[str, Any]]:
-    """`relora status --json`."""
-    command = [sys.executable, "-m", "relora", "status", name, "--json", f"runs_dir={runs_dir}"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=ONE_THREAD).stdout)
+    """What `relora status --json` prints, from this process: a new one each time would take a core from the jobs."""
+    return control.status_json(runs_dir, name)
 
 
 def eventually(question: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
@@ -55,7 +55,7 @@ def eventually(question: Callable[[], T | None], what: str, seconds: float = 120
         if answer:
             return answer
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def ended(runs_dir: Path, name: str, seconds: float = 180.0) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 However a run was disturbed, its model equals, to the bit, that of a run of the same config that was not.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -92,7 +93,7 @@ def test_a_study_is_arrays_behind_their_corpus_and_warm_start(one: list[str], ru
     assert any(name.startswith("warm-start-") for name in names)
     again = run_py("-m", *study)
     assert "submitted nothing" in again
-    rows = standing(runs_dir, "ranks")
+    rows = json.loads(relora("status", "ranks", "--json", f"runs_dir={runs_dir}"))
     wait_for_finish(runs_dir, "ranks")
     arms = [row["run"] for row in rows if row["role"] == "arm"]
     logs = [relora("logs", f"ranks/{name}", f"runs_dir={runs_dir}") for name in arms]
@@ -113,6 +114,29 @@ def test_one_can_wait_for_a_study_and_see_how_it_stands(one: list[str], runs_dir
     assert f"report: {runs_dir / 'studies' / 'wait' / 'report' / 'report.html'}" in shown
     watched = relora("status", "wait", "--watch", f"runs_dir={runs_dir}")
     assert watched.count("finished  14/14") == 3
+
+
+def test_a_look_at_a_study_asks_slurm_once(one: list[str], runs_dir: Path, counted: Path) -> None:
+    """The controller of a cluster serves everybody."""
+    blocker = occupy()
+    run_py("-m", *one, "method.rank=2,3", "study=looks")
+    release(blocker)
+    counted.write_text("")
+    relora("status", "looks", f"runs_dir={runs_dir}")
+    assert sorted(counted.read_text().split()) == ["sacct", "squeue"]
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a line for each time that SLURM was asked."""
+    shims, log = tmp_path / "bin", tmp_path / "asked"
+    shims.mkdir()
+    for name in ("squeue", "sacct"):
+        shim = shims / name
+        shim.write_text(f'#!/bin/sh\necho {name} >>{log}\nexec {shutil.which(name)} "$@"\n')
+        shim.chmod(0o755)
+    monkeypatch.setitem(ONE_THREAD, "PATH", f"{shims}:{os.environ['PATH']}")
+    return log
 
 
 def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
@@ -210,6 +234,9 @@ def test_a_preempted_run_goes_on(slow: list[str], runs_dir: Path, tmp_path: Path
     states = states_of(job_of(run))
     assert len(states) >= 2
     assert states[-1] == "COMPLETED"
+    assert standing(runs_dir, run.path.name)[0]["requeues"] == len(states) - 1
+    headings, cells = (line.split() for line in relora("status", run.path.name, f"runs_dir={runs_dir}").splitlines())
+    assert cells[headings.index("requeues")] == str(len(states) - 1)
     assert steps_logged(run) == list(range(1, 1501))
     assert weights(run) == undisturbed(slow, tmp_path)
 
