@@ -172,10 +172,11 @@ def cluster_with(values: dict[str, Any], overrides: Sequence[str]) -> ClusterCon
         if chosen is not None:
             values = as_values(composed([f"cluster={chosen}"]).cluster)
         made = OmegaConf.merge(OmegaConf.structured(CLUSTERS[values["name"]]), values)
+        config = OmegaConf.create({"cluster": made})  # so that errors name the whole key
         for item in parsed_overrides:
             if item.key_or_group != "cluster":
-                OmegaConf.update(made, item.key_or_group.removeprefix("cluster."), item.value(), merge=True)
-        return cast(ClusterConfig, OmegaConf.to_object(made))
+                OmegaConf.update(config, item.key_or_group, item.value(), merge=True)
+        return cast(ClusterConfig, OmegaConf.to_object(config.cluster))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
 

@@ -90,8 +90,6 @@ class Answer:
 
     jobs: dict[str, Job]
     """By id ("4711", or "4711_3" in an array). Tasks that were cancelled in the queue stand under their array's."""
-    is_accounted: bool
-    """Whether a job that is missing ended unseen; without accounting it may have ended in any way."""
 
     def of(self, job: str) -> Job | None:
         """The job, or the array that it was cancelled with."""
@@ -101,18 +99,16 @@ class Answer:
 def ask(ids: Sequence[str]) -> Answer:
     """What SLURM knows of these jobs: squeue of the queue and of what left it lately, sacct of what is long gone.
 
-    Raises RunError without SLURM.
+    A job that is missing has ended, nobody knows how; without accounting that is soon so. Raises RunError where SLURM
+    does not answer.
     """
     found: dict[str, Job] = {}
     pools: dict[str, Job] = {}
-    is_accounted = True
     masters = sorted({job.partition("_")[0] for job in ids}, key=int)
     for start in range(0, len(masters), IDS_PER_COMMAND):
         chosen = ",".join(masters[start : start + IDS_PER_COMMAND])
         fields = "JobID,State,ExitCode,NodeList"
-        lines = _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True)
-        is_accounted = is_accounted and lines is not None
-        for line in lines or []:
+        for line in _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True) or []:
             shown, state, exit_code, node = line.split("|")
             word, _, by = state.partition(" ")
             # What is left of an array stands in one row, which may be older than its tasks' own.
@@ -128,7 +124,7 @@ def ask(ids: Sequence[str]) -> Answer:
         if job.partition("_")[0] in masters and (state not in DEAD or job not in found):
             reason = "" if reason == "None" else reason
             known[job] = Job(state=state, reason=reason, node=node, requeues=int(requeues))
-    return Answer(jobs=known, is_accounted=is_accounted)
+    return Answer(jobs=known)
 
 
 def _expanded(shown: str) -> list[str]:
