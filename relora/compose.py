@@ -295,6 +295,7 @@ class Composer:
 
     def __init__(self) -> None:
         self._bases: dict[tuple[str, ...], DictConfig | None] = {}
+        self._parsed: dict[str, tuple[str, Any]] = {}
         self._files_checked: set[tuple[str | None, str | None]] = set()
 
     def compose(self, overrides: Sequence[str]) -> RunConfig:
@@ -323,16 +324,24 @@ class Composer:
             return None
 
     def _with_values(self, base: DictConfig, texts: Sequence[str], overrides: Sequence[str]) -> RunConfig:
-        from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
 
         made = copy.deepcopy(base)
         try:
-            for override in OverridesParser.create().parse_overrides([*texts, *_steps_alone(given_values(overrides))]):
-                OmegaConf.update(made, override.key_or_group, override.value(), merge=True)
+            for text in [*texts, *_steps_alone(given_values(overrides))]:
+                OmegaConf.update(made, *self._key_and_value(text), merge=True)
         except (HydraException, OmegaConfBaseException):
             return compose(overrides)  # whose message is the one to show
         return _checked(made)
+
+    def _key_and_value(self, text: str) -> tuple[str, Any]:
+        """Most overrides are those of all runs of a sweep, and Hydra's parser is slow."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        if text not in self._parsed:
+            override = OverridesParser.create().parse_override(text)
+            self._parsed[text] = (override.key_or_group, override.value())
+        return self._parsed[text]
 
 
 def _is_plain(override: str) -> bool:
