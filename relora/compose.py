@@ -176,10 +176,11 @@ def cluster_with(values: dict[str, Any], overrides: Sequence[str]) -> ClusterCon
         if chosen is not None:
             values = as_values(composed([f"cluster={chosen}"]).cluster)
         made = OmegaConf.merge(OmegaConf.structured(CLUSTERS[values["name"]]), values)
+        config = OmegaConf.create({"cluster": made})  # so that errors name the whole key
         for item in given:
             if item.key_or_group != "cluster":
-                OmegaConf.update(made, item.key_or_group.removeprefix("cluster."), item.value(), merge=True)
-        return cast(ClusterConfig, OmegaConf.to_object(made))
+                OmegaConf.update(config, item.key_or_group, item.value(), merge=True)
+        return cast(ClusterConfig, OmegaConf.to_object(config.cluster))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
 
@@ -298,6 +299,7 @@ class Composer:
 
     def __init__(self) -> None:
         self._bases: dict[tuple[str, ...], DictConfig | None] = {}
+        self._parsed: dict[str, tuple[str, Any]] = {}
         self._files_checked: set[tuple[str | None, str | None]] = set()
 
     def compose(self, overrides: Sequence[str]) -> RunConfig:
@@ -328,11 +330,18 @@ class Composer:
     def _with_values(self, base: DictConfig, texts: Sequence[str], overrides: Sequence[str]) -> RunConfig:
         made = copy.deepcopy(base)
         try:
-            for override in _overrides([*texts, *_steps_alone(given_values(overrides))]):
-                OmegaConf.update(made, override.key_or_group, override.value(), merge=True)
+            for text in [*texts, *_steps_alone(given_values(overrides))]:
+                OmegaConf.update(made, *self._key_and_value(text), merge=True)
         except (ConfigError, OmegaConfBaseException):
             return compose(overrides)  # whose message is the one to show
         return _checked(made)
+
+    def _key_and_value(self, text: str) -> tuple[str, Any]:
+        """Most overrides are those of all runs of a sweep, and Hydra's parser is slow."""
+        if text not in self._parsed:
+            (override,) = _overrides([text])
+            self._parsed[text] = (override.key_or_group, override.value())
+        return self._parsed[text]
 
 
 def _is_plain(override: str) -> bool:

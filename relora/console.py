@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from relora.metrics import Progress
@@ -87,23 +87,25 @@ class Console:
             self._bar = None
 
 
-def live_table(columns: Sequence[str], rows: Callable[[], Sequence[Sequence[str]]]) -> Callable[[bool], None]:
-    """A table on the terminal that each call draws again, and for the last time where it is told so."""
-    from rich.live import Live
-    from rich.table import Table
+class LiveTable:
+    """A table on the terminal that is drawn anew again and again, and taken away in the end."""
 
-    def drawn() -> Table:
-        table = Table(*columns, box=None)
-        for row in rows():
-            table.add_row(*row)
-        return table
+    def __init__(self) -> None:
+        from rich.live import Live
 
-    live = Live(drawn(), auto_refresh=False, transient=True)
-    live.start()
+        self._live = Live(auto_refresh=False, transient=True)
+        self._live.start()
 
-    def show(last: bool) -> None:
-        live.update(drawn(), refresh=True)
-        if last:
-            live.stop()
+    def draw(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """In the place of what was drawn before."""
+        from rich.markup import escape
+        from rich.table import Table
 
-    return show
+        table = Table(*headings, box=None)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self._live.update(table, refresh=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._live.stop()

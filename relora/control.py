@@ -11,17 +11,20 @@ from pathlib import Path
 
 from relora import compose, slurm
 from relora.compare import studies, study_dir
+from relora.compose import at_home
 from relora.console import is_terminal
 from relora.errors import ConfigError, RunError
+from relora.job import relaunch_command
 from relora.launch import launch_again
 from relora.publish import mirror_runs
 from relora.rundir import RunDir, read_json, write_json
 from relora.state import log_of, observe
 from relora.status import render_plain, standings
-from relora.study import Planned, at_home, of_manifest
+from relora.study import Planned, note_cancellation, of_manifest
 from relora.submit import BESIDE
 
 WATCH_SECONDS = 5.0
+NAMES_TOLD = 20
 
 
 def runs_of(runs_dir: Path, name: str) -> list[Planned]:
@@ -36,6 +39,9 @@ def find_run(runs_dir: Path, name: str) -> Planned:
     study, _, part = name.rpartition("/")
     if study:
         candidates = of_manifest(runs_dir, study)
+    elif part in studies(runs_dir):
+        runs = [f"{part}/{item.config.name}" for item in of_manifest(runs_dir, part)]
+        raise ConfigError(f"{part} is a study, and one run is wanted: {_listed(runs)}")
     else:
         files = sorted(runs_dir.glob(f"*{_escaped(part)}*/config.yaml"))
         candidates = [Planned(config=at_home(file), role="arm") for file in files]
@@ -45,9 +51,17 @@ def find_run(runs_dir: Path, name: str) -> Planned:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError(f"{name} may be {', '.join(item.config.name for item in found)}; write more of the name")
-    known = ", ".join([*studies(runs_dir), *(item.config.name for item in candidates)]) or "nothing"
-    raise ConfigError(f"there is no study or run {name} in {runs_dir}; there is {known}")
+        raise ConfigError(f"{name} may be {_listed([item.config.name for item in found])}; write more of the name")
+    if study:
+        raise ConfigError(f"study {study} has no run {part}; it has {_listed([run.config.name for run in candidates])}")
+    names = [*studies(runs_dir), *sorted(file.parent.name for file in runs_dir.glob("*/config.yaml"))]
+    known = f"there are {_listed(names)}" if names else "it holds none; runs_dir=... names another folder"
+    raise ConfigError(f"there is no study or run {name} in {runs_dir}; {known}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
+    return ", ".join(names[:NAMES_TOLD]) + more
 
 
 def _escaped(text: str) -> str:
@@ -59,7 +73,7 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
     planned = runs_of(runs_dir, name)
     while True:
         try:
-            text = render_plain(planned)
+            rows = standings(planned)
         except RunError as error:
             if not watch:
                 raise
@@ -68,11 +82,10 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
             continue
         if watch and is_terminal():
             print("\x1b[2J\x1b[H", end="")
-        print(text, flush=True)
-        names = [state.name for state in observe([item.run for item in planned])]
+        print(render_plain(rows), flush=True)
         mirror_runs(planned)
-        if not watch or not {"queued", "running"} & set(names):
-            return not {"failed", "cancelled"} & set(names)
+        if not watch or not any(row.state.is_under_way for row in rows):
+            return not any(row.state.name in ("failed", "cancelled") for row in rows)
         time.sleep(WATCH_SECONDS)
 
 
@@ -102,8 +115,10 @@ def log_file(runs_dir: Path, name: str) -> Path:
 def cancel(runs_dir: Path, name: str) -> list[str]:
     """Stop what is queued or running; returns the runs' names. Raises RunError where that cannot be done from here."""
     planned = runs_of(runs_dir, name)
+    if name in studies(runs_dir):
+        note_cancellation(runs_dir, name)
     states = observe([item.run for item in planned])
-    active = [item for item, state in zip(planned, states, strict=True) if state.name in ("queued", "running")]
+    active = [item for item, state in zip(planned, states, strict=True) if state.is_under_way]
     submissions = [read_json(item.run.submission_file) for item in active]
     folder = study_dir(runs_dir, name) if name in studies(runs_dir) else planned[0].run.path
     beside = read_json(folder / BESIDE).get("jobs", [])
@@ -144,6 +159,9 @@ def retry(runs_dir: Path, name: str, overrides: Sequence[str]) -> bool:
     others = [text for text in changes if not text.lstrip("+").startswith(("cluster=", "cluster."))]
     if others:
         raise ConfigError(f"{others[0]} would make other runs of them; retry takes cluster settings alone")
+    if name not in studies(runs_dir):
+        run = find_run(runs_dir, name).run
+        raise ConfigError(f"{name} is a single run, and retry takes a study; go on with: {relaunch_command(run)}")
     planned = of_manifest(runs_dir, name)
     manifest = read_json(study_dir(runs_dir, name) / "study.json")
     cluster = compose.cluster_with(manifest["cluster"], changes)

@@ -47,7 +47,7 @@ def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
     if World.here().is_first:
         run.path.mkdir(parents=True, exist_ok=True)
         (state,) = observe([run])
-        if run.submission_file.exists() and state.name in ("queued", "running"):
+        if run.submission_file.exists() and state.is_under_way:
             job_id = read_json(run.submission_file)["job"]
             raise RunError(
                 f"{run.path} is {state.name} as SLURM job {job_id}; wait for it, or relora cancel {config.name}"
@@ -84,7 +84,8 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
             status.attempt, status.started_ms = previous.attempt + 1, previous.started_ms
             status.corpus = previous.corpus
             status.ranks = world.size if previous.ranks == world.size else 0
-        status.slurm_job_id = slurm.own_job() if on_node else ""
+        if on_node:
+            status.slurm_job_id, status.requeues = slurm.own_job(), slurm.own_requeues()
         run.status = status
         for rank in run.rank_errors:
             run.error_file(rank).unlink()

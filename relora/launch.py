@@ -19,8 +19,8 @@ from relora.job import job
 from relora.publish import join_study, publish_report
 from relora.rundir import read_json
 from relora.state import State, observe
-from relora.status import render_plain, show_progress
-from relora.study import Planned, plan, prepare, write_manifest
+from relora.status import render_plain, show_progress, standings
+from relora.study import Planned, cancellations, plan, prepare, write_manifest
 from relora.sweeps import Sweep
 
 POLL_SECONDS = 1.0
@@ -64,12 +64,10 @@ def launch_again(study: str, planned: Sequence[Planned], command: Sequence[str])
         f"{names.count('finished')} finished already, {names.count('running') + names.count('queued')} running",
         flush=True,
     )
-    for item in pending:
-        item.run.submission_file.unlink(missing_ok=True)
     if config.cluster.name == "debug":
         _one_after_the_other(pending)
     else:
-        _Processes(planned, pending, config.cluster.max_parallel).run()
+        _Processes(study, planned, pending, config.cluster.max_parallel).run()
     return _conclude(study, planned)
 
 
@@ -85,11 +83,12 @@ def _to_launch(
 
 def _conclude(study: str, planned: Sequence[Planned]) -> bool:
     """The table and the report of a study whose runs have ended; whether all are finished."""
-    print(render_plain(planned), flush=True)
+    rows = standings(planned)
+    print(render_plain(rows), flush=True)
     publish_report(Path(planned[0].config.runs_dir), study)
-    unfinished = [state for state in observe([item.run for item in planned]) if state.name != "finished"]
+    unfinished = sum(row.state.name != "finished" for row in rows)
     if unfinished:
-        print(f"{len(unfinished)} runs are not finished; the same command goes on with them", flush=True)
+        print(f"{unfinished} runs are not finished; the same command goes on with them", flush=True)
     return not unfinished
 
 
@@ -97,10 +96,21 @@ def _one_after_the_other(pending: Sequence[Planned]) -> None:
     """In this process, until one is interrupted."""
     for item in pending:
         try:
-            if job(item.run.path).state == "interrupted":
+            if _claim(item) and job(item.run.path).state == "interrupted":
                 return
         except RunError as error:
             print(f"{item.config.name}: {error}", flush=True)
+
+
+def _claim(item: Planned) -> bool:
+    """Take a run for this machine, unless another launcher has meanwhile. Raises RunError where SLURM does not tell."""
+    with _alone(Path(item.config.runs_dir)):
+        (state,) = observe([item.run])
+        if state.needs_launch:
+            item.run.submission_file.unlink(missing_ok=True)
+    if not state.needs_launch:
+        print(f"{item.config.name} is {state.name} already, by another launch", flush=True)
+    return state.needs_launch
 
 
 # ------------------------------------------------------------------------------------------------------------ SLURM
@@ -119,7 +129,7 @@ def _submit_study(study: str, planned: Sequence[Planned], command: Sequence[str]
         under_way = {
             read_json(item.run.submission_file)["job"].partition("_")[0]
             for item, state in zip(planned, states, strict=True)
-            if state.name in ("queued", "running") and item.run.submission_file.exists()
+            if state.is_under_way and item.run.submission_file.exists()
         }
         told = "submitted nothing"
         if pending:
@@ -150,10 +160,11 @@ def _wait(planned: Sequence[Planned]) -> None:
     """Show the runs until none is in the queue or running; Ctrl-C leaves them to SLURM."""
     show = show_progress(planned)
     try:
-        while any(state.name in ("queued", "running") for state in observe([item.run for item in planned])):
-            time.sleep(SLURM_POLL_SECONDS)
+        while True:
             with suppress(RunError):  # SLURM may be busy for a moment
-                show(False)
+                if not any(state.is_under_way for state in show(False)):
+                    break
+            time.sleep(SLURM_POLL_SECONDS)
     finally:
         show(True)
 
@@ -185,21 +196,24 @@ def submit_run(config: RunConfig, overrides: Sequence[str]) -> bool:
 class _Processes:
     """Runs the pending ones, a few at a time, and shows how all of them stand."""
 
-    def __init__(self, planned: Sequence[Planned], pending: Sequence[Planned], max_parallel: int) -> None:
-        self.planned, self.waiting, self.max_parallel = planned, list(pending), max_parallel
+    def __init__(self, study: str, planned: Sequence[Planned], pending: Sequence[Planned], max_parallel: int) -> None:
+        self.study, self.planned, self.waiting, self.max_parallel = study, planned, list(pending), max_parallel
         self.running: list[tuple[Planned, subprocess.Popen[bytes]]] = []
 
     def run(self) -> None:
         show = show_progress(self.planned)
+        runs_dir = Path(self.planned[0].config.runs_dir)
+        cancelled_before = cancellations(runs_dir, self.study)
         try:
             with stoppable():
                 while self.waiting or self.running:
-                    while self.waiting and len(self.running) < self.max_parallel:
-                        item = self.waiting.pop(0)
-                        self.running.append((item, start_process(item, self.max_parallel)))
+                    if cancellations(runs_dir, self.study) != cancelled_before:
+                        self.waiting.clear()
+                    self._start()
                     time.sleep(POLL_SECONDS)
                     self.running = [(item, process) for item, process in self.running if process.poll() is None]
-                    show(False)
+                    with suppress(RunError):  # SLURM, which has some of the runs, may be busy for a moment
+                        show(False)
         except KeyboardInterrupt:
             print("stopping the runs, each with a checkpoint", flush=True)
             for _, process in self.running:
@@ -208,6 +222,16 @@ class _Processes:
                 wait_for_stop(item, process)
         finally:
             show(True)
+
+    def _start(self) -> None:
+        """As many of those that wait as may run now."""
+        while self.waiting and len(self.running) < self.max_parallel:
+            item = self.waiting.pop(0)
+            try:
+                if _claim(item):
+                    self.running.append((item, start_process(item, self.max_parallel)))
+            except RunError as error:
+                print(f"{item.config.name}: {error}", flush=True)
 
 
 def start_process(item: Planned, max_parallel: int) -> subprocess.Popen[bytes]:

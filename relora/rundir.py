@@ -28,6 +28,8 @@ class Status:
     pid: int = field(default_factory=os.getpid)
     device: str = ""
     slurm_job_id: str = ""
+    requeues: int = 0
+    """How often SLURM had put that job back into the queue before this attempt."""
     git_commit: str | None = None
     ranks: int = 1
     """Processes that train it together; 0 once attempts differed in that, and with it steps that are replayed."""

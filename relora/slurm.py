@@ -79,14 +79,17 @@ def own_job() -> str:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
+def own_requeues() -> int:
+    """How often SLURM has put the job that this process belongs to back into the queue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What SLURM knows."""
 
     jobs: dict[str, Job]
     """By id ("4711", or "4711_3" in an array). Tasks that were cancelled in the queue stand under their array's."""
-    is_accounted: bool
-    """Whether a job that is missing ended unseen; without accounting it may have ended in any way."""
 
     def of(self, job: str) -> Job | None:
         """The job, or the array that it was cancelled with."""
@@ -96,18 +99,16 @@ class Answer:
 def ask(ids: Sequence[str]) -> Answer:
     """What SLURM knows of these jobs: squeue of the queue and of what left it lately, sacct of what is long gone.
 
-    Raises RunError without SLURM.
+    A job that is missing has ended, nobody knows how; without accounting that is soon so. Raises RunError where SLURM
+    does not answer.
     """
     found: dict[str, Job] = {}
     pools: dict[str, Job] = {}
-    is_accounted = True
     masters = sorted({job.partition("_")[0] for job in ids}, key=int)
     for start in range(0, len(masters), IDS_PER_COMMAND):
         chosen = ",".join(masters[start : start + IDS_PER_COMMAND])
         fields = "JobID,State,ExitCode,NodeList"
-        lines = _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True)
-        is_accounted = is_accounted and lines is not None
-        for line in lines or []:
+        for line in _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True) or []:
             shown, state, exit_code, node = line.split("|")
             word, _, by = state.partition(" ")
             # What is left of an array stands in one row, which may be older than its tasks' own.
@@ -117,12 +118,13 @@ def ask(ids: Sequence[str]) -> Answer:
                 into[job] = Job(state=word, reason=by, exit_code=exit_code, node=node, requeues=requeues)
     known = {**pools, **found}
     # All of the user's: squeue refuses a list in which one id has left the queue long ago.
-    for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-o", "%i|%T|%r|%N") if ids else []:
-        job, state, reason, node = line.split("|")
+    fields = "JobArrayID:|,State:|,Reason:|,NodeList:|,RestartCnt:|"
+    for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-O", fields) if ids else []:
+        job, state, reason, node, requeues = line.split("|")[:5]
         if job.partition("_")[0] in masters and (state not in DEAD or job not in found):
-            requeues = found[job].requeues if job in found else 0
-            known[job] = Job(state=state, reason="" if reason == "None" else reason, node=node, requeues=requeues)
-    return Answer(jobs=known, is_accounted=is_accounted)
+            reason = "" if reason == "None" else reason
+            known[job] = Job(state=state, reason=reason, node=node, requeues=int(requeues))
+    return Answer(jobs=known)
 
 
 def _expanded(shown: str) -> list[str]:

@@ -27,9 +27,14 @@ class State:
     """How often SLURM has put its job back into the queue."""
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether it may become another one without anybody's doing."""
+        return self.name in ("queued", "running")
+
+    @property
     def needs_launch(self) -> bool:
         """Whether nothing is under way that would finish the run."""
-        return self.name not in ("queued", "running", "finished")
+        return not self.is_under_way and self.name != "finished"
 
 
 def observe(runs: Sequence[RunDir]) -> list[State]:
@@ -52,7 +57,7 @@ def observe(runs: Sequence[RunDir]) -> list[State]:
 def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
     status = run.status
     if status is not None and status.state == "finished":
-        return State(name="finished")
+        return State(name="finished", requeues=status.requeues)
     if not submission:
         return _of_local(run, status)
     if not slurm.is_here():
@@ -62,7 +67,8 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
     if job is not None and job.waits:
         return State(name="queued", message=job.reason, requeues=job.requeues)
     if job is not None and job.alive:
-        return State(name="running", message=f"on {job.node}" if job.node else "", requeues=job.requeues)
+        message = "being cancelled" if submission.get("cancelled") else f"on {job.node}" if job.node else ""
+        return State(name="running", message=message, requeues=job.requeues)
     told = status is not None and status.slurm_job_id == submission["job"] and status.state != "running"
     if told and status is not None and (job is None or job.state in ("COMPLETED", "FAILED")):
         return State(name=status.state, message=status.message, requeues=job.requeues if job else 0)
@@ -71,10 +77,10 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
             return _settled(run, status, "cancelled", "cancelled")
         if time.time() * 1000 - submission["submitted_ms"] < 1000 * ACCOUNTING_SECONDS:
             return State(name="queued", message="submitted")
-        message = f"SLURM does not know its job {submission['job']} any more"
-        if not answer.is_accounted:  # it may have ended in any way, or sacct is down for a moment
-            return State(name=status.state if status else "queued", message=message)
+        message = f"SLURM does not know its job {submission['job']} any more, nor how it ended"
         return _settled(run, status, "failed", message)
+    if submission.get("cancelled") and job.state == "CANCELLED":
+        return _settled(run, status, "cancelled", job.why_dead, job.requeues)
     for number, what in submission["needs"].items():
         needed, log = answer.of(number), log_of(Path(submission["log"]).parent, number)
         if needed is not None and not needed.alive and needed.state != "COMPLETED":

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relora.console import duration, is_terminal, live_table
+from relora.console import LiveTable, duration, is_terminal
 from relora.metrics import read_rows
 from relora.rundir import Status
 from relora.state import State, observe
@@ -98,8 +98,8 @@ def _begun(item: Planned, state: State, status: Status | None) -> Standing:
 
 
 COLUMNS = (
-    *("run", "role", "state", "step", "left", "attempts", "validation", "test", "gap to full", "tokens/s", "memory"),
-    "note",
+    *("run", "role", "state", "step", "left", "requeues", "validation", "test", "gap to full"),
+    *("tokens/s", "memory", "note"),
 )
 
 
@@ -113,7 +113,7 @@ def _cells(row: Standing) -> tuple[str, ...]:
         row.state.name,
         f"{row.step}/{row.total_steps}",
         shown(row.seconds_left, duration),
-        str(row.attempts or ""),
+        str(row.state.requeues or ""),
         shown(row.validation_perplexity, lambda value: f"{value:.2f}"),
         shown(row.test_perplexity, lambda value: f"{value:.2f}"),
         shown(row.gap_to_full, lambda value: f"{value:+.1%}"),
@@ -123,29 +123,49 @@ def _cells(row: Standing) -> tuple[str, ...]:
     )
 
 
-def table(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
-    """The rows under COLUMNS, as text."""
-    return [_cells(row) for row in standings(planned)]
+def table(rows: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows, as text; columns with nothing in them are left out."""
+    cells = [_cells(row) for row in rows]
+    used = [number for number in range(len(COLUMNS)) if any(row[number] for row in cells)]
+    return [COLUMNS[number] for number in used], [[row[number] for number in used] for row in cells]
 
 
-def render_plain(planned: Sequence[Planned]) -> str:
-    """The table as aligned text; columns with nothing in them are left out."""
-    cells = [COLUMNS, *table(planned)]
-    used = [column for column in range(len(COLUMNS)) if any(row[column] for row in cells[1:])]
-    widths = {column: max(len(row[column]) for row in cells) for column in used}
-    return "\n".join("  ".join(row[column].ljust(widths[column]) for column in used).rstrip() for row in cells)
+def render_plain(rows: Sequence[Standing]) -> str:
+    """The table as aligned text."""
+    headings, cells = table(rows)
+    lines = [headings, *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
-def show_progress(planned: Sequence[Planned]) -> Callable[[bool], None]:
-    """What is called again and again (and last with True) while runs are trained: a live table, or a line a change."""
+def show_progress(planned: Sequence[Planned]) -> Callable[[bool], list[State]]:
+    """What is called again and again (and last with True) while runs are trained, and tells how they stand.
+
+    It shows a live table on a terminal, elsewhere a line for each change.
+    """
     if is_terminal():
-        return live_table(COLUMNS, lambda: table(planned))
+        live = LiveTable()
+
+        def show_table(last: bool) -> list[State]:
+            try:
+                rows = standings(planned)
+                live.draw(*table(rows))
+            finally:
+                if last:
+                    live.close()
+            return [row.state for row in rows]
+
+        return show_table
     told: dict[str, str] = {}
 
-    def show(last: bool) -> None:
-        for item, state in zip(planned, observe([item.run for item in planned]), strict=True):
+    def show_changes(last: bool) -> list[State]:
+        states = observe([item.run for item in planned])
+        for item, state in zip(planned, states, strict=True):
             if told.get(item.config.name, "missing") != state.name:
                 print(f"{item.config.name}: {state.name}", flush=True)
             told[item.config.name] = state.name
+        return states
 
-    return show
+    return show_changes

@@ -17,6 +17,9 @@ from relora.rundir import RunDir, read_json, write_json
 from relora.state import observe
 from relora.sweeps import Baselines, Sweep
 
+CANCELLATIONS = "cancelled.json"
+"""In a study's folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
@@ -103,3 +106,13 @@ def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
         for name, entry in manifest["runs"].items()
         if (runs_dir / name / "config.yaml").is_file()  # a folder may have been removed
     ]
+
+
+def note_cancellation(runs_dir: Path, study: str) -> None:
+    """Let launchers of the study know that it was cancelled: what they have not started yet stays so."""
+    write_json(study_dir(runs_dir, study) / CANCELLATIONS, {"times": cancellations(runs_dir, study) + 1})
+
+
+def cancellations(runs_dir: Path, study: str) -> int:
+    """How often the study was cancelled."""
+    return read_json(study_dir(runs_dir, study) / CANCELLATIONS).get("times", 0)

@@ -7,18 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from processes import trained
 from small import REPOSITORY, eventually
 
+from relora import control
 from relora.compose import compose
 from relora.rundir import RunDir, read_json
+from relora.state import observe
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 """Sums, and so weights, are the same to the bit only for the same number of threads."""
 
-SLOW = ("trainer.total_steps=1500", "trainer.validation_interval_steps=500", "method.reset_interval_steps=300")
-"""Long enough, about ten seconds, to be disturbed; checkpoints every 100 steps."""
+SLOW_STEPS = 800
+SLOW = (
+    *(f"trainer.total_steps={SLOW_STEPS}", "trainer.validation_interval_steps=400", "method.reset_interval_steps=150"),
+    "trainer.checkpoint_interval_steps=50",
+)
+"""Long enough, some seconds, to be disturbed."""
 
 
 def relora(*arguments: str, code: int = 0) -> str:
@@ -38,19 +45,16 @@ def run_py(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> str:
 
 
 def standing(runs_dir: Path, name: str) -> list[dict[str, Any]]:
-    """`relora status --json`."""
-    command = [sys.executable, "-m", "relora", "status", name, "--json", f"runs_dir={runs_dir}"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=ONE_THREAD).stdout)
+    """What `relora status --json` prints, from this process: a new one each time would take a core from the jobs."""
+    return control.status_json(runs_dir, name)
 
 
 def ended(runs_dir: Path, name: str, seconds: float = 180.0) -> list[dict[str, Any]]:
     """How the runs stand once none is queued or running."""
 
-    def all_ended() -> list[dict[str, Any]] | None:
-        rows = standing(runs_dir, name)
-        return None if {"queued", "running"} & {row["state"] for row in rows} else rows
-
-    return eventually(all_ended, f"{name} has ended", seconds)
+    runs = [item.run for item in control.runs_of(runs_dir, name)]
+    eventually(lambda: not any(state.is_under_way for state in observe(runs)), f"{name} has ended", seconds)
+    return standing(runs_dir, name)
 
 
 def folder(overrides: list[str]) -> RunDir:
@@ -79,7 +83,7 @@ def states_of(job: str) -> list[str]:
     return eventually(states, f"job {job} has left its node", 30)
 
 
-def trains(run: RunDir, steps: int = 150) -> bool:
+def trains(run: RunDir, steps: int = 80) -> bool:
     """Whether it has come some way, past a checkpoint or two."""
     rows = run.metrics_file.read_bytes().count(b"\n") if run.metrics_file.exists() else 0
     return rows > steps
@@ -100,8 +104,7 @@ def undisturbed(overrides: list[str], tmp_path: Path) -> bytes:
     here = [*plain, f"runs_dir={runs_dir}", "tracker=jsonl"]
     key = compose(here).config_hash
     if key not in _UNDISTURBED:
-        run_py(*here)
-        _UNDISTURBED[key] = weights(folder(here))
+        _UNDISTURBED[key] = weights(trained(1, here))
     return _UNDISTURBED[key]
 
 
@@ -109,3 +112,24 @@ def steps_logged(run: RunDir) -> list[int]:
     """Of every row with a training loss, in the order they were written."""
     rows = map(json.loads, run.metrics_file.read_text().splitlines())
     return [row["step"] for row in rows if "train/loss" in row]
+
+
+def queued_names() -> list[str]:
+    """Of the jobs in the queue, each task of an array by itself."""
+    return subprocess.run(["squeue", "-h", "-r", "-o", "%j"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def occupy(nodes: int = 2) -> str:
+    """A job of a higher partition on whole nodes; returns its number."""
+    command = ["sbatch", "--parsable", "-p", "high", "--exclusive", "-N", str(nodes), "-o", "/dev/null"]
+    done = subprocess.run([*command, "--wrap", "sleep 600"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def release(job: str) -> None:
+    subprocess.run(["scancel", job], check=True)
+
+
+def wait_for_finish(runs_dir: Path, name: str) -> None:
+    rows = ended(runs_dir, name)
+    assert {row["state"] for row in rows} == {"finished"}, rows

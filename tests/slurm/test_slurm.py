@@ -3,11 +3,14 @@
 However a run was disturbed, its model equals, to the bit, that of a run of the same config that was not.
 """
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,14 @@ from jobs import (
     CLUSTER,
     ONE_THREAD,
     SLOW,
+    SLOW_STEPS,
     accounted,
     ended,
     eventually,
     folder,
     job_of,
+    occupy,
+    release,
     relora,
     run_py,
     standing,
@@ -27,10 +33,12 @@ from jobs import (
     steps_logged,
     trains,
     undisturbed,
+    wait_for_finish,
     weights,
 )
 from small import REPOSITORY
 
+from relora import cli
 from relora.compose import compose
 from relora.corpus import prepare
 from relora.tracking import open_store
@@ -50,23 +58,7 @@ def one(tiny: list[str]) -> list[str]:
 @pytest.fixture
 def slow(one: list[str]) -> list[str]:
     """A run that there is time to disturb."""
-    return [*one, *SLOW, "trainer.checkpoint_interval_steps=100"]
-
-
-def occupy(nodes: int = 2) -> str:
-    """A job of a higher partition on whole nodes; returns its number."""
-    command = ["sbatch", "--parsable", "-p", "high", "--exclusive", "-N", str(nodes), "-o", "/dev/null"]
-    done = subprocess.run([*command, "--wrap", "sleep 600"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def release(job: str) -> None:
-    subprocess.run(["scancel", job], check=True)
-
-
-def wait_for_finish(runs_dir: Path, name: str) -> None:
-    rows = ended(runs_dir, name)
-    assert {row["state"] for row in rows} == {"finished"}, rows
+    return [*one, *SLOW]
 
 
 # -------------------------------------------------------------------------------------------------- left alone
@@ -92,7 +84,7 @@ def test_a_study_is_arrays_behind_their_corpus_and_warm_start(one: list[str], ru
     assert any(name.startswith("warm-start-") for name in names)
     again = run_py("-m", *study)
     assert "submitted nothing" in again
-    rows = standing(runs_dir, "ranks")
+    rows = json.loads(relora("status", "ranks", "--json", f"runs_dir={runs_dir}"))
     wait_for_finish(runs_dir, "ranks")
     arms = [row["run"] for row in rows if row["role"] == "arm"]
     logs = [relora("logs", f"ranks/{name}", f"runs_dir={runs_dir}") for name in arms]
@@ -113,6 +105,29 @@ def test_one_can_wait_for_a_study_and_see_how_it_stands(one: list[str], runs_dir
     assert f"report: {runs_dir / 'studies' / 'wait' / 'report' / 'report.html'}" in shown
     watched = relora("status", "wait", "--watch", f"runs_dir={runs_dir}")
     assert watched.count("finished  14/14") == 3
+
+
+def test_a_look_at_a_study_asks_slurm_once(one: list[str], runs_dir: Path, counted: Path) -> None:
+    """The controller of a cluster serves everybody."""
+    blocker = occupy()
+    run_py("-m", *one, "method.rank=2,3", "study=looks")
+    release(blocker)
+    counted.write_text("")
+    relora("status", "looks", f"runs_dir={runs_dir}")
+    assert sorted(counted.read_text().split()) == ["sacct", "squeue"]
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a line for each time that SLURM was asked."""
+    shims, log = tmp_path / "bin", tmp_path / "asked"
+    shims.mkdir()
+    for name in ("squeue", "sacct"):
+        shim = shims / name
+        shim.write_text(f'#!/bin/sh\necho {name} >>{log}\nexec {shutil.which(name)} "$@"\n')
+        shim.chmod(0o755)
+    monkeypatch.setitem(ONE_THREAD, "PATH", f"{shims}:{os.environ['PATH']}")
+    return log
 
 
 def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
@@ -148,10 +163,11 @@ def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, t
     ],
 )
 def test_mistakes_are_told_before_anything_is_queued(
-    one: list[str], runs_dir: Path, override: str, message: str
+    one: list[str], runs_dir: Path, override: str, message: str, capsys
 ) -> None:
     for arguments in ([*one, override], ["-m", *one, "method.rank=2,4", "study=x", override]):
-        assert message in run_py(*arguments, code=2)
+        assert cli.run(arguments) == 2
+        assert message in capsys.readouterr().err
     assert not runs_dir.exists()
 
 
@@ -189,7 +205,7 @@ def test_a_killed_process_is_told_and_retried(slow: list[str], runs_dir: Path, t
     assert [row["state"] for row in rows].count("finished") == 2
     assert "submitted 1 runs" in relora("retry", "killed", f"runs_dir={runs_dir}")
     wait_for_finish(runs_dir, "killed")
-    assert steps_logged(run) == list(range(1, 1501))
+    assert steps_logged(run) == list(range(1, SLOW_STEPS + 1))
     assert weights(run) == undisturbed([*slow, "method.rank=5"], tmp_path)
 
 
@@ -210,30 +226,46 @@ def test_a_preempted_run_goes_on(slow: list[str], runs_dir: Path, tmp_path: Path
     states = states_of(job_of(run))
     assert len(states) >= 2
     assert states[-1] == "COMPLETED"
-    assert steps_logged(run) == list(range(1, 1501))
+    assert standing(runs_dir, run.path.name)[0]["requeues"] == len(states) - 1
+    headings, cells = (line.split() for line in relora("status", run.path.name, f"runs_dir={runs_dir}").splitlines())
+    assert cells[headings.index("requeues")] == str(len(states) - 1)
+    assert steps_logged(run) == list(range(1, SLOW_STEPS + 1))
     assert weights(run) == undisturbed(slow, tmp_path)
 
 
 def test_a_run_longer_than_its_walltime_goes_on(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
-    steps = "trainer.total_steps=4000"
-    overrides = [*slow, steps, "cluster.timeout_minutes=1", "cluster.signal_delay_seconds=15"]
+    overrides = [*slow, "cluster.timeout_minutes=1", "cluster.signal_delay_seconds=15"]
     run = folder(overrides)
     run_py(*overrides)
-    rows = ended(runs_dir, run.path.name, seconds=400)
-    assert rows[0]["state"] == "finished"
-    assert rows[0]["attempts"] >= 2
+    eventually(lambda: trains(run), "some steps")
+    assert run.status is not None
+    pid = run.status.pid
+    with suppress(ProcessLookupError):  # where the warning came before
+        os.kill(pid, signal.SIGSTOP)  # a minute is the least that SLURM takes, and the run would be done before
+        eventually(lambda: is_pending_or_gone(pid, signal.SIGUSR2), "the warning", 90)
+        os.kill(pid, signal.SIGCONT)
+    wait_for_finish(runs_dir, run.path.name)
     states = states_of(job_of(run))
-    assert len(states) == rows[0]["attempts"]
+    assert len(states) == run.status.attempt >= 2
     assert states[-1] == "COMPLETED"
-    assert steps_logged(run) == list(range(1, 4001))
-    assert weights(run) == undisturbed([*slow, steps], tmp_path)
+    assert steps_logged(run) == list(range(1, SLOW_STEPS + 1))
+    assert weights(run) == undisturbed(slow, tmp_path)
+
+
+def is_pending_or_gone(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a stopped process, should that still be there."""
+    try:
+        pending = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return True
+    return pending is None or bool(int(pending[1], 16) >> (number - 1) & 1)
 
 
 def test_a_cancelled_run_says_so_and_can_be_launched_again(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
-    slow = [*slow, "trainer.total_steps=4000"]
+    slow = [*slow, "trainer.total_steps=1500"]
     overrides = [*slow, "method.rank=4,5", "study=stop", "cluster.max_parallel=1", "tracker=mlflow"]
     run_py("-m", *overrides)
-    eventually(lambda: any(row["step"] > 150 for row in standing(runs_dir, "stop")), "some steps")
+    eventually(lambda: any(row["step"] > 80 for row in standing(runs_dir, "stop")), "some steps")
     assert "3 runs cancelled" in relora("cancel", "stop", f"runs_dir={runs_dir}")
     rows = ended(runs_dir, "stop")
     assert {row["state"] for row in rows} == {"cancelled"}
@@ -284,7 +316,7 @@ def test_a_run_whose_node_dies_goes_on_at_another(slow: list[str], runs_dir: Pat
     states = states_of(job_of(run))
     assert "NODE_FAIL" in states[0]
     assert states[-1] == "COMPLETED"
-    assert steps_logged(run) == list(range(1, 1501))
+    assert steps_logged(run) == list(range(1, SLOW_STEPS + 1))
     assert weights(run) == undisturbed(slow, tmp_path)
 
 
@@ -294,7 +326,7 @@ def test_a_run_whose_node_dies_goes_on_at_another(slow: list[str], runs_dir: Pat
 @pytest.fixture
 def two_by_two(slow: list[str]) -> list[str]:
     """Four ranks on two nodes."""
-    return [*slow, "trainer.total_steps=600", "cluster.nodes=2", "cluster.tasks_per_node=2"]
+    return [*slow, "trainer.total_steps=400", "cluster.nodes=2", "cluster.tasks_per_node=2"]
 
 
 def test_two_nodes_of_two_tasks_train_one_run_and_survive_preemption(
@@ -310,7 +342,7 @@ def test_two_nodes_of_two_tasks_train_one_run_and_survive_preemption(
     assert run.status is not None
     assert run.status.ranks == 4
     assert run.status.attempt >= 2
-    assert steps_logged(run) == list(range(1, 601))
+    assert steps_logged(run) == list(range(1, 401))
     alone = [text for text in two_by_two if not text.startswith("runs_dir=")] + [f"runs_dir={tmp_path / 'again'}"]
     run_py(*alone)
     wait_for_finish(tmp_path / "again", run.path.name)

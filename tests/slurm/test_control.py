@@ -1,0 +1,164 @@
+"""Launched twice, cancelled, and on a cluster without accounting: most of it while a study waits in the queue."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jobs import (
+    ONE_THREAD,
+    ended,
+    eventually,
+    folder,
+    occupy,
+    queued_names,
+    release,
+    relora,
+    run_py,
+    standing,
+    trains,
+    wait_for_finish,
+)
+from small import REPOSITORY
+
+from relora.rundir import RunDir, read_json, write_json
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def one(tiny: list[str]) -> list[str]:
+    return [*tiny, "cluster=slurm", "cluster.timeout_minutes=10"]
+
+
+@pytest.fixture
+def occupied() -> Iterator[str]:
+    """The job that keeps all others in the queue; in the end nothing is left there."""
+    blocker = occupy()
+    yield blocker
+    subprocess.run(["scancel", "--user=root"], check=True)
+    eventually(lambda: not queued_names(), "an empty queue")
+
+
+def launched(*arguments: str) -> subprocess.Popen[str]:
+    """`python run.py`, under way."""
+    command = [sys.executable, "run.py", *arguments]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=ONE_THREAD, text=True, stdout=subprocess.PIPE)
+
+
+def needs_of(run: RunDir) -> dict[str, str]:
+    return read_json(run.submission_file)["needs"]
+
+
+# -------------------------------------------------------------------------------------------------- launched twice
+
+
+@pytest.mark.usefixtures("occupied")
+def test_a_second_study_waits_for_the_text_and_the_warm_start_of_the_first(one: list[str], runs_dir: Path) -> None:
+    run_py("-m", *one, "method.rank=2,3", "study=first")
+    run_py("-m", *one, "method.rank=3,4", "study=second")
+    names = queued_names()
+    assert names.count("corpus") == 1
+    assert [name.startswith("warm-start-") for name in names].count(True) == 1
+    first, third = folder([*one, "method.rank=2"]), folder([*one, "method.rank=4"])
+    assert sorted(needs_of(third).values()) == ["corpus", "warm start"]
+    assert needs_of(third) == needs_of(first)
+    assert [row["state"] for row in standing(runs_dir, "second")] == ["queued"] * 3
+
+    # What the second study shares with the first goes on for the first alone.
+    relora("cancel", "second/r4", f"runs_dir={runs_dir}")
+    states = {row["run"]: row["state"] for row in standing(runs_dir, "second")}
+    assert states.pop(third.path.name) == "cancelled"
+    assert set(states.values()) == {"queued"}
+    # Nothing of a study that is cancelled in the queue counts as failed, though the jobs that it needs are gone too.
+    assert "3 runs cancelled" in relora("cancel", "first", f"runs_dir={runs_dir}")
+    assert {row["state"] for row in standing(runs_dir, "first")} == {"cancelled"}
+    eventually(lambda: not {"corpus", "first", "first-report"} & set(queued_names()), "an empty queue")
+    assert {row["state"] for row in standing(runs_dir, "first")} == {"cancelled"}
+
+
+@pytest.mark.usefixtures("occupied")
+def test_two_launchers_at_once_submit_every_run_once(one: list[str], runs_dir: Path) -> None:
+    study = ["-m", *one, "method.rank=2,3", "method.warm_start_steps=0", "study=twice"]
+    shown = sorted(process.communicate(timeout=120)[0] for process in [launched(*study), launched(*study)])
+    assert "submitted 3 runs as array" in shown[0]
+    assert "submitted nothing (3 queued)" in shown[1]
+    assert queued_names().count("twice") == 3
+    assert queued_names().count("corpus") == 1
+
+
+# -------------------------------------------------------------------------------------------------- here and there
+
+
+def test_a_study_half_here_and_half_on_slurm_is_cancelled_as_one(
+    tiny: list[str], runs_dir: Path, occupied: str
+) -> None:
+    """The launcher here must neither go on with what SLURM has by now nor with what was cancelled."""
+    settings = [text for text in tiny if not text.startswith("method.")]
+    settings += ["trainer.total_steps=20000", "method=full", "trainer.seed=0,1,2", "study=halves"]
+    here = launched("-m", *settings, "cluster=local")
+    (first, *_) = seeds = [folder([*settings[:-2], f"trainer.seed={seed}"]) for seed in range(3)]
+    eventually(lambda: trains(first), "a run here")
+    assert "submitted 2 runs as array" in run_py("-m", *settings, "cluster=slurm")
+    states = [row["state"] for row in standing(runs_dir, "halves")]
+    assert sorted(states) == ["queued", "queued", "running"]
+    assert "3 runs cancelled" in relora("cancel", "halves", f"runs_dir={runs_dir}")
+    shown, _ = here.communicate(timeout=60)
+    assert here.returncode == 1
+    assert "3 runs are not finished" in shown
+    states = {row["run"]: row["state"] for row in ended(runs_dir, "halves")}
+    assert [states[run.path.name] for run in seeds] == ["interrupted", "cancelled", "cancelled"]
+    assert not any(run.is_locked for run in seeds)
+
+
+def test_a_launcher_here_leaves_alone_what_slurm_has_taken(tiny: list[str], runs_dir: Path, occupied: str) -> None:
+    settings = [text for text in tiny if not text.startswith("method.")]
+    settings += ["trainer.total_steps=20000", "method=full", "trainer.seed=0,1", "study=halves"]
+    here = launched("-m", *settings, "cluster=local")
+    first, second = (folder([*settings[:-2], f"trainer.seed={seed}"]) for seed in range(2))
+    eventually(lambda: trains(first), "a run here")
+    run_py("-m", *settings, "cluster=slurm")
+    relora("cancel", first.path.name, f"runs_dir={runs_dir}")
+    shown, _ = here.communicate(timeout=60)
+    assert f"{second.path.name} is queued already, by another launch" in shown
+    assert [row["state"] for row in standing(runs_dir, "halves")] == ["interrupted", "queued"]
+
+
+# -------------------------------------------------------------------------------------------------- no accounting
+
+
+def test_without_accounting_states_are_true_and_nothing_waits_for_ever(
+    one: list[str], runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster that has no slurmdbd: squeue knows a job for some minutes after its end, then nobody does."""
+    shims = tmp_path / "bin"
+    shims.mkdir()
+    (shims / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2\nexit 1\n")
+    (shims / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shims}:{os.environ['PATH']}")
+    monkeypatch.setitem(ONE_THREAD, "PATH", os.environ["PATH"])
+    run = folder(one)
+    blocker = occupy()
+    run_py(*one)
+    assert standing(runs_dir, run.path.name)[0]["state"] == "queued"
+    relora("cancel", run.path.name, f"runs_dir={runs_dir}")
+    assert standing(runs_dir, run.path.name)[0]["state"] == "cancelled"
+    release(blocker)
+    # A job that died without a word, forgotten since.
+    write_json(run.submission_file, {**read_json(run.submission_file), "job": "999999", "submitted_ms": 0})
+    write_json(run.submission_file, {**read_json(run.submission_file), "cancelled": False})
+    (row,) = standing(runs_dir, run.path.name)
+    assert (row["state"], row["message"]) == ("failed", "SLURM does not know its job 999999 any more, nor how it ended")
+    (run.path / "checkpoints").write_text("a file where a folder should be")
+    run_py(*one)
+    (row,) = ended(runs_dir, run.path.name)
+    assert row["state"] == "failed"
+    assert "Error" in row["message"]
+    (run.path / "checkpoints").unlink()
+    run_py(*one)
+    wait_for_finish(runs_dir, run.path.name)

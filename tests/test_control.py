@@ -1,0 +1,49 @@
+"""What the verbs say to names and settings that are wrong; what they do to runs, tests/slurm."""
+
+from pathlib import Path
+
+import pytest
+
+from relora import cli
+from relora.compose import compose
+from relora.study import plan, prepare, write_manifest
+from relora.sweeps import expand
+
+
+@pytest.fixture
+def runs_dir(tiny: list[str]) -> Path:
+    """Holds the study `ranks`, of which nothing was begun."""
+    overrides = [*tiny, "method.rank=2,3", "study=ranks"]
+    sweep = expand(overrides)
+    folder, planned = Path(compose(tiny).runs_dir), plan(sweep)
+    prepare(planned, ["-m", *overrides])
+    write_manifest(folder, sweep, planned, overrides)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status", "rank"], "there is no study or run rank in {runs_dir}; there are ranks, llama_tiny-full-"),
+        (["cancel", "nothing"], "there is no study or run nothing in {runs_dir}; there are ranks, "),
+        (["status", "ranks", "runs_dir=nowhere"], "nowhere; it holds none; runs_dir=... names another folder"),
+        (["logs", "ranks"], "ranks is a study, and one run is wanted: ranks/llama_tiny-full-"),
+        (["logs", "ranks/r9"], "study ranks has no run r9; it has llama_tiny-full-"),
+        (["logs", "ranks/relora"], "ranks/relora may be llama_tiny-relora-r2-"),
+        (["logs", "ranks/r2"], "has written no log: it is missing"),
+        (["logs", "rinks/r2"], "no study rinks was launched in {runs_dir}; there are: ranks"),
+        (["retry", "rinks"], "there is no study or run rinks in {runs_dir}"),
+        (["retry", "r2"], "r2 is a single run, and retry takes a study; go on with: python run.py -m "),
+        (["retry", "ranks", "method.rank=5"], "method.rank=5 would make other runs of them; retry takes cluster"),
+        (["retry", "ranks", "cluster.mem_gb=1"], "unknown key cluster.mem_gb"),
+        (["retry", "ranks", "cluster=slurm", "cluster.mem_gb=much"], "cluster.mem_gb: Value 'much'"),
+        (["retry", "ranks", "cluster=nowhere"], "cluster=nowhere does not exist; choose cluster= one of debug, local"),
+        (["retry", "ranks", "cluster.max_parallel=0"], "cluster.max_parallel=0 must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(words: list[str], message: str, runs_dir: Path, capsys) -> None:
+    where = [] if any(word.startswith("runs_dir=") for word in words) else [f"runs_dir={runs_dir}"]
+    assert cli.main([*words, *where]) == 2
+    shown = capsys.readouterr().err
+    assert message.format(runs_dir=runs_dir) in shown
+    assert shown.count("\n") == 1
