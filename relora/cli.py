@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verbs.add_parser("train", help="train: the same as python run.py", add_help=False)
 
+    sub = verb("plan", _plan, "What a run will take, beside full rank: parameters, FLOPs, memory; starts nothing.")
+    sub.add_argument("overrides", nargs="*", help="as for python run.py")
+
     sub = verb("evaluate", _evaluate, "Perplexity of an exported model on held-out text.")
     sub.add_argument("folder", type=Path, help="the model folder of a run, or any local Hugging Face folder")
     sub.add_argument("--split", choices=("test", "validation"), default="test")
@@ -181,6 +184,15 @@ def _hydra_job(composed: Any, overrides: list[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ exported models
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from relora import plan
+
+    config = compose.compose(arguments.overrides)
+    made = plan.plan(config)
+    print(json.dumps(plan.as_dict(made, config)) if arguments.json else plan.text(made, config))
+    return 0
 
 
 def _model_folder(folder: Path) -> Path:

@@ -6,6 +6,7 @@ hold these numbers equal to the real model, optimizer and FLOP counter.
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -278,3 +279,21 @@ def cost(
         projection_flops=round(projection_flops),
         optimizer_bytes=state_numel * element_bytes + ADAM_STEP_BYTES * trained_tensors,
     )
+
+
+def break_even_rank(
+    shape: LlamaShape,
+    *,
+    sequence_length_tokens: int,
+    target_modules: str | Sequence[str],
+    tokens_per_update: int,
+    merged_weight: str = "resident",
+) -> int:
+    """The highest rank at which an update takes fewer FLOPs than at full rank; 0 where none does."""
+
+    def flops(rank: int | None) -> int:
+        made = cost(shape, sequence_length_tokens=sequence_length_tokens, rank=rank, target_modules=target_modules)
+        return made.flops_per_update(tokens_per_update, merged_weight=merged_weight)
+
+    highest = min(min(each) for name, each in shape.linears().items() if module_matches(name, target_modules))
+    return bisect_left(range(1, highest + 1), flops(None), key=flops)

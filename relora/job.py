@@ -19,6 +19,7 @@ from relora.console import Console
 from relora.distributed import PeerLost, World
 from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
 from relora.metrics import Broadcast, MetricsLog
+from relora.plan import plan, warning
 from relora.ranks import build_trainer, choose_device, in_words, take_part, then_stop
 from relora.rundir import PROBE_SECONDS, RunDir, Status, read_json, write_json
 from relora.state import observe
@@ -198,6 +199,8 @@ class _Attempt:
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
                 f"{config.tokens_per_step:,} tokens, {epochs:.2f} epochs of the training text"
             )
+            if above := warning(plan(config), config):
+                say(above)
             reset_peak_memory(device)
             with self.signals.asking():
                 validation = trainer.train()

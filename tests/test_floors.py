@@ -17,8 +17,8 @@ FLOORS = [
     ],
     ["methods", "microsteps", "trainer"],
     [
-        *("compose", "sweeps", "slurm", "state", "results", "gaps", "compare", "study", "tracking", "view", "corpus"),
-        *("console", "status", "page", "pictures", "report", "disk"),
+        *("compose", "plan", "sweeps", "slurm", "state", "results", "gaps", "compare", "study", "tracking", "view"),
+        *("corpus", "console", "status", "page", "pictures", "report", "disk"),
     ],
     ["ranks", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
 ]

@@ -1,0 +1,321 @@
+"""Step time, tokens/s, FLOP utilisation and peak memory of low-rank training as ratios to full rank's, and merge time.
+
+    pip install -e '.[bench]'
+    OMP_NUM_THREADS=1 python benchmarks/step.py --threads 1 --out docs/performance    # .json, .md, .png
+
+A step is what the trainer does in an update: forward, backward, clip, AdamW, and for the fast paths the refresh. All
+arms of a case live in one process and take turns, a step each a round, so that what else the machine does hits all
+alike; a ratio is the median over rounds of a step's time to the full-rank step's of its round. On the CPU with one thread the
+time is that thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. Models have the width, heads and
+vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+from relora.compose import composed
+from relora.cost import Cost, cost
+from relora.groups import ModelConfig
+from relora.lowrank import ReLoRAConfig, merge_and_reinit, refresh, wrap
+from relora.model import build, peak_memory_bytes, precision_context, reset_peak_memory, summed_cross_entropy
+from relora.reset import reset_optimizer
+
+VOCAB_SIZE = 32_100
+SEQUENCE_LENGTH_TOKENS = 256
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ARMS = ("full", "peft", "never", "rebuilt", "resident")
+NAMES = {
+    "full": "full rank",
+    "peft": "PEFT",
+    "never": "reference path",
+    "rebuilt": "fast, merged weight rebuilt",
+    "resident": "fast, merged weight resident",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is compared at a time."""
+
+    size: str
+    rank: int
+    precision: str
+    tokens: int
+    micro_steps: int
+    layers: int
+
+    def model_config(self) -> ModelConfig:
+        """The size's, with fewer layers."""
+        values = dict(composed([f"model=llama_{self.size}"]).model)
+        return ModelConfig(**{**values, "layers": min(self.layers, values["layers"])})
+
+    def cost(self, arm: str) -> Cost:
+        """Of the model as it is measured."""
+        factors = {} if arm == "full" else {"rank": self.rank, "target_modules": TARGETS}
+        return cost(
+            self.model_config().shape(VOCAB_SIZE),
+            sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
+            precision=self.precision,
+            **factors,
+        )
+
+    def flops(self, arm: str) -> int:
+        """Of one step by the arm's own way."""
+        if arm == "full":
+            return self.cost(arm).flops_per_update(self.tokens)
+        way = "never" if arm == "peft" else arm
+        return self.cost(arm).flops_per_update(self.tokens, merged_weight=way, micro_steps=self.micro_steps)
+
+
+class Arm:
+    """A model, its optimizer, and a step."""
+
+    def __init__(self, case: Case, name: str, device: torch.device) -> None:
+        self.case, self.name, self.device = case, name, device
+        config = case.model_config()
+        model = build(config, config.shape(VOCAB_SIZE), end_of_text_id=0, seed=0)
+        self.storage = torch.bfloat16 if case.precision == "bf16" else torch.float32
+        self.model = model.to(device, self.storage)
+        if name == "peft":
+            _peft(self.model, case.rank)
+        elif name != "full":
+            wrap(self.model, ReLoRAConfig(rank=case.rank, target_modules=TARGETS))
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
+        sequences = case.tokens // SEQUENCE_LENGTH_TOKENS
+        shape = (sequences, SEQUENCE_LENGTH_TOKENS)
+        self.tokens = torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(0)).to(device)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self.name in ("resident", "rebuilt"):
+            refresh(
+                self.model,
+                merged_weight=self.name,
+                tokens_per_micro_step=self.case.tokens // self.case.micro_steps,
+                micro_steps=self.case.micro_steps,
+                dtype=torch.float32 if self.case.precision == "fp32" else torch.bfloat16,
+            )
+
+    def step(self) -> None:
+        """One update, as the trainer makes it."""
+        for tokens in self.tokens.chunk(self.case.micro_steps):
+            with precision_context(self.case.precision, self.device):
+                loss = summed_cross_entropy(self.model, tokens, tokens)
+            (loss / self.case.tokens).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._refresh()
+
+    def restart(self) -> None:
+        """What a restart does."""
+        merge_and_reinit(self.model, seed=0, restart=1)
+        reset_optimizer(self.optimizer, self.model)
+
+
+def _peft(model: nn.Module, rank: int) -> None:
+    """PEFT's LoRA in the same matrices; everything else stays trainable, as ReLoRA has it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank / 4, target_modules=TARGETS), model)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".base_layer." not in name)
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `action` took."""
+    if device.type == "cuda":
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        action()
+        ended.record()
+        torch.cuda.synchronize(device)
+        return began.elapsed_time(ended) / 1000
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    action()
+    return clock() - start
+
+
+def peak_flops_per_second(precision: str, device: torch.device) -> float:
+    """The most that a square matrix product reaches here: what utilisation is relative to."""
+    n = 8192 if device.type == "cuda" else 1024
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(2):
+        a @ a
+    return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(8))
+
+
+def measured(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each arm, the restart among them."""
+    arms = {name: Arm(case, name, device) for name in ARMS}
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    for number in range(rounds + 1):
+        for name, arm in arms.items():
+            took = timed(arm.step, device)
+            if number:
+                seconds[name].append(took)
+    peak = peak_flops_per_second(case.precision, device)
+    rows = []
+    for name, times in seconds.items():
+        ratios = [own / full for own, full in zip(times, seconds["full"], strict=True)]
+        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        rows.append(
+            {
+                **asdict(case),
+                "arm": name,
+                "seconds": median(times),
+                "ratio": median(ratios),
+                "ratio_quartiles": [low, high],
+                "flop_ratio": case.flops(name) / case.flops("full"),
+                "tokens_per_second": case.tokens / median(times),
+                "flop_utilisation": case.flops(name) / median(times) / peak,
+            }
+        )
+    restart = [timed(arms["resident"].restart, device) for _ in range(3)]
+    rows.append({**asdict(case), "arm": "restart", "seconds": median(restart), "wrapped": _wrapped(case)})
+    return rows
+
+
+def _wrapped(case: Case) -> int:
+    return sum(i * o for i, o in case.cost("resident").wrapped)
+
+
+def memory(case: Case, name: str, device: torch.device) -> None:
+    """Print the bytes that two steps held at most beyond what was there before the model: alone in its process."""
+    reset_peak_memory(device)
+    before = peak_memory_bytes(device)
+    arm = Arm(case, name, device)
+    reset_peak_memory(device)
+    for _ in range(2):
+        arm.step()
+    print(peak_memory_bytes(device) - before)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| size | rank | precision | tokens | arm | step | ratio to full | FLOP ratio | tokens/s | use | peak |"]
+    lines += ["|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        if row["arm"] == "restart":
+            continue
+        low, high = row["ratio_quartiles"]
+        spread = "" if row["arm"] == "full" else f" ({low:.3f} to {high:.3f})"
+        held = f"{row['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in row else ""
+        lines.append(
+            f"| {row['size']} | {row['rank']} | {row['precision']} | {row['tokens']:,} | {NAMES[row['arm']]} "
+            f"| {row['seconds'] * 1000:,.0f} ms | {row['ratio']:.3f}{spread} | {row['flop_ratio']:.3f} "
+            f"| {row['tokens_per_second']:,.0f} | {row['flop_utilisation']:.0%} | {held} |"
+        )
+    lines += [
+        "",
+        "| size | rank | parameters wrapped | restart | per million parameters |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        if row["arm"] == "restart":
+            millions = row["wrapped"] / 1e6
+            lines.append(
+                f"| {row['size']} | {row['rank']} | {millions:.2f}M | {row['seconds'] * 1000:.0f} ms "
+                f"| {row['seconds'] * 1000 / millions:.1f} ms |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Measured ratios beside the FLOP limit of each case."""
+    import matplotlib.pyplot as plt
+
+    arms = [arm for arm in ARMS if arm != "full"]
+    cases = list(dict.fromkeys((r["size"], r["rank"], r["precision"], r["tokens"]) for r in rows))
+    figure, axes = plt.subplots(figsize=(10, 1.5 + 0.32 * len(cases)), layout="constrained")
+    for arm, colour, marker in zip(arms, ("#D55E00", "#E69F00", "#56B4E9", "#0072B2"), "XsvD", strict=True):
+        found = {(r["size"], r["rank"], r["precision"], r["tokens"]): r for r in rows if r["arm"] == arm}
+        axes.scatter([found[c]["ratio"] for c in cases], range(len(cases)), c=colour, marker=marker, label=NAMES[arm])
+    limits = {(r["size"], r["rank"], r["precision"], r["tokens"]): r for r in rows if r["arm"] == "resident"}
+    limit = [limits[case]["flop_ratio"] for case in cases]
+    axes.scatter(limit, range(len(cases)), c="black", marker="|", s=120, label="FLOP limit")
+    axes.axvline(1, color="grey", linewidth=1)
+    axes.set_yticks(range(len(cases)), [f"{s} r={r} {p}, {t:,} tokens" for s, r, p, t in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("step time / full-rank step time")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=5, frameon=False, fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["9m:8,32,64", "20m:8,64,128", "60m:8,128,256", "350m:128,512"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--tokens-at-a-time", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("performance"), help="without the ending")
+    parser.add_argument("--one-memory", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if options.one_memory:
+        memory(Case(**json.loads(options.one_memory[0])), options.one_memory[1], device)
+        return
+
+    results = options.out.with_suffix(".json")
+    rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.exists() else []
+    for text in options.cases:
+        size, _, ranks = text.partition(":")
+        for tokens in options.tokens:
+            for precision in options.precisions:
+                for rank in map(int, ranks.split(",")):
+                    micro = -(-tokens // options.tokens_at_a_time)
+                    case = Case(
+                        size=size,
+                        rank=rank,
+                        precision=precision,
+                        tokens=tokens,
+                        micro_steps=micro,
+                        layers=options.layers,
+                    )
+                    if any(row.items() >= asdict(case).items() for row in rows):
+                        continue
+                    found = measured(case, options.rounds, device)
+                    for row in found if not options.no_memory else ():
+                        if row["arm"] in ARMS:
+                            command = [sys.executable, __file__, "--threads", str(options.threads), "--device"]
+                            command += [options.device, "--one-memory", json.dumps(asdict(case)), row["arm"]]
+                            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                            row["peak_bytes"] = int(told)
+                    rows += found
+                    print(table(found), flush=True)
+                    machine = {"torch": torch.__version__, "device": str(device), "threads": options.threads}
+                    machine["processor"] = (
+                        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+                    )
+                    for row in found:
+                        row |= {"rounds": options.rounds}
+                    results.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(table(rows))
+    plot(rows, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

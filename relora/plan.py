@@ -1,0 +1,123 @@
+"""What a run will take, before anything is built: parameters, FLOPs and bytes beside full rank's. Needs no torch."""
+
+from dataclasses import asdict, dataclass
+
+from relora.config import RunConfig
+from relora.cost import Cost, break_even_rank
+from relora.groups import LoRAConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Of one run. FLOPs are those of the cheapest exact way (relora.cost), bytes those of one process."""
+
+    name: str
+    total_steps: int
+    tokens: int
+    restarts: int
+    parameters: int
+    trainable_parameters: int
+    flops_per_update: int
+    flops_per_update_at_full_rank: int
+    total_flops: int
+    weight_bytes: int
+    merged_weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    bytes_at_full_rank: int
+    break_even_rank: int | None
+    """The highest rank at which an update takes fewer FLOPs than at full rank; None where the method has no factors."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and optimizer state; activations come on top."""
+        return self.weight_bytes + self.merged_weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def plan(config: RunConfig) -> Plan:
+    """The plan of `config`, its vocabulary the one that is asked for: a tokenizer's own may be smaller."""
+    vocab_size = config.model.vocab_size or config.data.vocab_size
+    own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
+    steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
+    restart_count = restarts(steps)
+    of_update, of_full = own.flops_per_update(config.tokens_per_step), full.flops_per_update(config.tokens_per_step)
+    resident = isinstance(config.method, LoRAConfig) and config.method.merged_weight == "resident"
+    return Plan(
+        name=config.name,
+        total_steps=steps,
+        tokens=steps * config.tokens_per_step,
+        restarts=restart_count,
+        parameters=own.parameters,
+        trainable_parameters=own.trainable_parameters,
+        flops_per_update=of_update,
+        flops_per_update_at_full_rank=of_full,
+        total_flops=warm * of_full + (steps - warm) * of_update + restart_count * own.merge_flops,
+        weight_bytes=own.weight_bytes,
+        merged_weight_bytes=own.merged_weight_bytes if resident else 0,
+        gradient_bytes=own.gradient_bytes,
+        optimizer_bytes=own.optimizer_bytes,
+        bytes_at_full_rank=_state_bytes(full),
+        break_even_rank=_break_even_rank(config, vocab_size),
+    )
+
+
+def warning(made: Plan, config: RunConfig) -> str | None:
+    """What a person should know before the run starts."""
+    if made.break_even_rank is None or config.rank is None or config.rank <= made.break_even_rank:
+        return None
+    ratio = made.flops_per_update / made.flops_per_update_at_full_rank
+    return (
+        f"method.rank={config.rank} is above the break-even of {made.break_even_rank}: an update takes {ratio:.2f} "
+        "times the FLOPs of a full-rank one; lower method.rank, or expect to save memory and no time"
+    )
+
+
+def text(made: Plan, config: RunConfig) -> str:
+    """For people."""
+    parts = [f"weights {_size(made.weight_bytes)}", f"gradients {_size(made.gradient_bytes)}"]
+    parts += [f"optimizer {_size(made.optimizer_bytes)}"]
+    if made.merged_weight_bytes:
+        parts += [f"merged weights {_size(made.merged_weight_bytes)} (method.merged_weight=rebuilt: none)"]
+    ratio = made.flops_per_update / made.flops_per_update_at_full_rank
+    share = made.trainable_parameters / made.parameters
+    rows = {
+        "run": made.name,
+        "updates": f"{made.total_steps:,} of {config.tokens_per_step:,} tokens, {made.tokens:,} in all",
+        "restarts": f"{made.restarts}",
+        "parameters": f"{made.parameters:,}, {made.trainable_parameters:,} trainable ({share:.0%})",
+        "FLOPs": f"{made.flops_per_update:.3g} an update ({ratio:.3f} of full rank's), {made.total_flops:.3g} in all",
+        "memory": f"{_size(made.state_bytes)} ({made.state_bytes / made.bytes_at_full_rank:.3f} of full rank's) "
+        "and activations",
+        "": ", ".join(parts),
+    }
+    if made.break_even_rank is not None:
+        rows["break-even"] = f"rank {made.break_even_rank}: up to there an update takes fewer FLOPs than at full rank"
+    found = warning(made, config)
+    if found is not None:
+        rows["warning"] = found
+    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+
+
+def as_dict(made: Plan, config: RunConfig) -> dict[str, object]:
+    """For programs."""
+    return {**asdict(made), "state_bytes": made.state_bytes, "warning": warning(made, config)}
+
+
+def _state_bytes(of: Cost) -> int:
+    return of.weight_bytes + of.gradient_bytes + of.optimizer_bytes
+
+
+def _break_even_rank(config: RunConfig, vocab_size: int) -> int | None:
+    if not isinstance(config.method, LoRAConfig):
+        return None
+    return break_even_rank(
+        config.model.shape(vocab_size),
+        sequence_length_tokens=config.data.sequence_length_tokens,
+        target_modules=config.method.target_modules,
+        tokens_per_update=config.tokens_per_step,
+        merged_weight=config.method.merged_weight,
+    )
+
+
+def _size(count_bytes: int) -> str:
+    return f"{count_bytes / 2**20:,.0f} MiB" if count_bytes < 2**30 else f"{count_bytes / 2**30:,.2f} GiB"

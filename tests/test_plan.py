@@ -1,0 +1,77 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from small import TINY
+
+from relora.compose import compose
+from relora.cost import break_even_rank
+from relora.plan import as_dict, plan, text, warning
+
+
+def test_a_plan_is_what_the_run_will_record(tiny: list[str]) -> None:
+    config = compose([*tiny, "method.rank=12"])
+    made = plan(config)
+    assert (made.total_steps, made.restarts, made.tokens) == (14, 2, 14 * 64)
+    own, full = config.cost(300), config.cost(300, warm_start=True)
+    assert made.total_flops == 3 * full.flops_per_update(64) + 11 * own.flops_per_update(64) + 2 * own.merge_flops
+    assert made.state_bytes == own.weight_bytes + own.gradient_bytes + own.optimizer_bytes + own.merged_weight_bytes
+    rebuilt = plan(compose([*tiny, "method.rank=12", "method.merged_weight=rebuilt"]))
+    assert rebuilt.state_bytes == made.state_bytes - own.merged_weight_bytes
+    assert made.name == rebuilt.name
+
+
+@pytest.mark.parametrize("merged_weight", ["resident", "never"])
+def test_the_break_even_rank_is_the_highest_that_takes_fewer_flops(merged_weight: str) -> None:
+    base = ["model=llama_60m", "data.vocab_size=32000", "trainer.sequences_per_step=32", "method=lora"]
+    base += [f"method.merged_weight={merged_weight}"]
+    config = compose([*base, "method.rank=8"])
+    tokens = config.tokens_per_step
+    settings = {"sequence_length_tokens": 128, "target_modules": config.method.target_modules}  # type: ignore[attr-defined]
+    rank = break_even_rank(
+        config.model.shape(32_000), **settings, tokens_per_update=tokens, merged_weight=merged_weight
+    )
+    full = config.cost(32_000, warm_start=True).flops_per_update(tokens)
+    below, above = (
+        compose([*base, f"method.rank={r}"]).cost(32_000).flops_per_update(tokens, merged_weight=merged_weight)
+        for r in (rank, rank + 1)
+    )
+    assert below < full <= above
+    assert rank > 100
+
+
+def test_a_rank_above_the_break_even_is_warned_of() -> None:
+    few = [*TINY, "method.rank=4"]
+    many = [*TINY, "method.rank=30"]
+    assert warning(plan(compose(few)), compose(few)) is None
+    found = warning(plan(compose(many)), compose(many))
+    assert found is not None
+    assert found.startswith("method.rank=30 is above the break-even of ")
+    assert found in text(plan(compose(many)), compose(many))
+    assert as_dict(plan(compose(many)), compose(many))["warning"] == found
+
+
+def test_a_method_without_factors_has_no_break_even() -> None:
+    config = compose(["method=full"])
+    made = plan(config)
+    assert made.break_even_rank is None
+    assert "break-even" not in text(made, config)
+    assert made.state_bytes == made.bytes_at_full_rank
+
+
+def test_the_verb_answers_without_torch() -> None:
+    code = (
+        "import sys; from relora.cli import main; code = main(['plan', '--json', 'method.rank=8']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert json.loads(told)["trainable_parameters"] < json.loads(told)["parameters"]
+
+
+def test_a_wrong_option_is_told_and_not_thrown() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "relora", "plan", "method.rank=600"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "rank=600 exceeds" in done.stderr
