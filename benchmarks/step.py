@@ -5,9 +5,9 @@
 
 A step is what the trainer does in an update: forward, backward, clip, AdamW, and for the fast paths the refresh. All
 arms of a case live in one process and take turns, a step each a round, so that what else the machine does hits all
-alike; a ratio is the median over rounds of a step's time to the full-rank step's of its round. On the CPU with one thread the
-time is that thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. Models have the width, heads and
-vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
+alike; a ratio is the median over rounds of a step's time to the full-rank step's of its round. On the CPU with one
+thread the time is that thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. Models have the width,
+heads and vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def peak_flops_per_second(precision: str, device: torch.device) -> float:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(2):
-        a @ a
+        _ = a @ a
     return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(8))
 
 
