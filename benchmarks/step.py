@@ -5,7 +5,7 @@
 
 A step is what the trainer does in an update: forward, backward, clip, AdamW, and for the fast paths the refresh. All
 arms of a case live in one process and take turns, a step each a round, so that what else the machine does hits all
-alike; a ratio is the median over rounds of a step's time to the full-rank step's of its round. On the CPU with one
+alike, and each is first and last as often as any other when `--rounds` is a multiple of their number; a ratio is the median over rounds of a step's time to the full-rank step's of its round. On the CPU with one
 thread the time is that thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. Models have the width,
 heads and vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
 """
@@ -165,10 +165,12 @@ def measured(case: Case, rounds: int, device: torch.device) -> list[dict[str, An
     """A row for each arm, the restart among them."""
     arms = {name: Arm(case, name, device) for name in ARMS}
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    for number in range(rounds + 1):
-        for name, arm in arms.items():
-            took = timed(arm.step, device)
-            if number:
+    for number in range(-1, rounds):
+        # Another one begins each round: what came last in every round was seen to take 5% longer, whatever it was.
+        first = number % len(ARMS)
+        for name in (*ARMS[first:], *ARMS[:first]):
+            took = timed(arms[name].step, device)
+            if number >= 0:
                 seconds[name].append(took)
     peak = peak_flops_per_second(case.precision, device)
     rows = []
