@@ -5,9 +5,10 @@
 
 A step is what the trainer does in an update: forward, backward, clip, AdamW, and for the fast paths the refresh. All
 arms of a case live in one process and take turns, a step each a round, so that what else the machine does hits all
-alike, and each is first and last as often as any other when `--rounds` is a multiple of their number; a ratio is the median over rounds of a step's time to the full-rank step's of its round. On the CPU with one
-thread the time is that thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. Models have the width,
-heads and vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
+alike, and each is first and last as often as any other when `--rounds` is a multiple of their number; a ratio is the
+median over rounds of a step's time to the full-rank step's of its round. On the CPU with one thread the time is that
+thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. Models have the width, heads and vocabulary
+of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
 """
 
 import argparse
