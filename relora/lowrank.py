@@ -73,7 +73,8 @@ class LowRankLinear(nn.Module):
     The weight and the bias are the wrapped layer's own parameters, under their old names in the state dict.
 
     The formula is computed as it stands, the plain way, unless `refresh` has chosen a cheaper one, and again as soon as
-    what was refreshed is out of date: after a step of any torch optimizer, a merge, a load or a change in place.
+    what was refreshed is out of date: after a step of any torch optimizer, a merge, a load or a change in place (the
+    last is not noticed in compiled code).
     """
 
     def __init__(self, linear: nn.Linear, config: ReLoRAConfig) -> None:
@@ -92,7 +93,7 @@ class LowRankLinear(nn.Module):
         self._way = PLAIN
         self._merged: Tensor | None = None
         self._compute_dtype = self.weight.dtype
-        self._versions = (0, 0, 0)
+        self._versions: tuple[tuple[int, int], ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """... x in -> ... x out."""
@@ -105,7 +106,7 @@ class LowRankLinear(nn.Module):
 
     def _on_merged_weight(self, x: Tensor) -> Tensor | None:
         """x in the dtype that is computed in, or None where only the plain way will do."""
-        if self.training and isinstance(self.dropout, nn.Dropout):
+        if (self.training and isinstance(self.dropout, nn.Dropout)) or self.weight.requires_grad:
             return None
         dtype, device = x.dtype, x.device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -116,10 +117,10 @@ class LowRankLinear(nn.Module):
             return None
         return x.to(dtype)
 
-    def _versions_now(self) -> tuple[int, ...]:
-        """Torch's counts of changes in place. A fused optimizer leaves them as they are: hence the hook below."""
+    def _versions_now(self) -> tuple[tuple[int, int], ...]:
+        """Which tensors and torch's counts of their changes in place. Fused optimizers do not count: hence the hook."""
         tensors = (self.weight, self.lora_A, self.lora_B, self.scaling)
-        return tuple(tensor._version for tensor in tensors if isinstance(tensor, Tensor))
+        return tuple((id(tensor), tensor._version) for tensor in tensors if isinstance(tensor, Tensor))
 
     @torch.no_grad()
     def refresh(self, way: str, *, resident: bool, dtype: torch.dtype) -> None:
@@ -149,7 +150,7 @@ class LowRankLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no merged weight: no hook would tell it that its own is out of date."""
-        return self.__dict__ | {"_way": PLAIN, "_merged": None}
+        return dict(super().__getstate__()) | {"_way": PLAIN, "_merged": None}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -162,6 +163,7 @@ class LowRankLinear(nn.Module):
         A is drawn on the CPU in fp32 by a generator of its own: every replica and every resumed run draws the same,
         on any device and in any storage type.
         """
+        self.outdate()
         generator = keyed_generator(f"factor/{seed}/{restart}/{name}")
         a = torch.empty(self.rank, self.in_features, device="cpu")
         if self.reinit == "orthogonal":
@@ -343,7 +345,8 @@ def refresh(
     dtype: what layers compute in, e.g. torch.bfloat16 under autocast; None means that of the weights.
 
     What is out of date is not used: after an optimizer's step, a merge, a load or a change in place, layers whose
-    merged weight is resident compute the plain way. (A change through `.data` is not noticed.) Raises ValueError if
+    merged weight is resident compute the plain way. (A change through `.data` is not noticed, nor one in place in
+    compiled code.) Raises ValueError if
     nothing is wrapped or `merged_weight` is another word.
     """
     if merged_weight not in MERGED_WEIGHTS:

@@ -40,8 +40,9 @@ def materialise(
         return torch.addmm(weight, lora_B, lora_A, alpha=scaling, out=out)
     wide = torch.promote_types(weight.dtype, lora_A.dtype)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    for rows in row_chunks(weight):
-        out[rows] = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
+    with torch.autocast(weight.device.type, enabled=False):  # it would round every part first
+        for rows in row_chunks(weight):
+            out[rows] = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
     return out
 
 

@@ -84,7 +84,11 @@ class MicroSteps:
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         """From pinned memory, a GPU takes them while it is busy with what came before."""
-        return tokens.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tokens
+        return (
+            tokens.contiguous().pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else tokens
+        )
 
     def within_memory(self, action: Callable[[], T]) -> T:
         """The result of `action`, tried again with half as many sequences at a time whenever memory runs out.

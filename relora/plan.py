@@ -40,8 +40,10 @@ def plan(config: RunConfig) -> Plan:
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
     steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
     restart_count = restarts(steps)
-    of_update, of_full = own.flops_per_update(config.tokens_per_step), full.flops_per_update(config.tokens_per_step)
-    resident = isinstance(config.method, LoRAConfig) and config.method.merged_weight == "resident"
+    merged_weight = config.method.merged_weight if isinstance(config.method, LoRAConfig) else "resident"
+    of_update = own.flops_per_update(config.tokens_per_step, merged_weight=merged_weight)
+    of_full = full.flops_per_update(config.tokens_per_step)
+    resident = isinstance(config.method, LoRAConfig) and merged_weight == "resident"
     return Plan(
         name=config.name,
         total_steps=steps,

@@ -135,6 +135,7 @@ class Trainer:
             loss = self.forward_backward(step)
             self.update(step, loss)
             self._refresh()
+            self.wait(all_but=self._updates_ahead)
             self._durations.append(time.perf_counter() - began)
             self.counters.training_seconds += self._durations[-1]
             if settings.compile and step in (self.first_step, self.clock.warm_start_steps):
@@ -206,7 +207,7 @@ class Trainer:
         ready = None
         if self.device.type == "cuda":
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(torch.cuda.current_stream(self.device))
         rate = self.optimizer.param_groups[0]["lr"]
         self._untold.append(Update(step=step, loss_and_norm=numbers, ready=ready, learning_rate=rate))
 
@@ -228,12 +229,17 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ what goes wrong
 
-    def tell(self, *, all_but: int = 0) -> None:
-        """Count and report the updates that have been made, `all_but` the newest."""
-        while len(self._untold) > all_but:
-            update = self._untold.popleft()
+    def wait(self, *, all_but: int) -> None:
+        """Until the device has done the updates that are untold, `all_but` the newest."""
+        for update in list(self._untold)[: len(self._untold) - all_but]:
             if update.ready is not None:
                 update.ready.synchronize()
+
+    def tell(self, *, all_but: int = 0) -> None:
+        """Count and report the updates that have been made, `all_but` the newest."""
+        self.wait(all_but=all_but)
+        while len(self._untold) > all_but:
+            update = self._untold.popleft()
             loss, gradient_norm = update.loss_and_norm.tolist()
             if math.isfinite(loss) and math.isfinite(gradient_norm):
                 self.counters.consecutive_skipped_updates = 0

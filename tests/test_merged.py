@@ -296,3 +296,39 @@ def test_the_plain_way_keeps_no_merged_weight() -> None:
     made = refreshed(layer(), FACTORED, resident=True)
     refreshed(made, PLAIN, resident=True)
     assert made._merged is None
+
+
+# ----------------------------------------------------------------------------------------------- found in a review
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_under_autocast_a_rebuilt_weight_is_the_resident_one_to_the_bit(way: str) -> None:
+    made = layer(48, 64, rank=8, dtype=torch.float32)
+    x = inputs_of(made, 4, dtype=torch.float32)
+    outputs = []
+    for resident in (True, False):
+        refreshed(made, way, resident=resident, dtype=BF16)
+        with torch.autocast("cpu", dtype=BF16):
+            outputs.append(made(x).detach())
+    assert torch.equal(*outputs)
+
+
+def test_weights_of_another_model_are_not_computed_with_this_ones() -> None:
+    one, other = small_model(), small_model()
+    in_place(one)
+    in_place(other)
+    in_place(one)
+    with torch.no_grad():
+        wrapped_layers(other)["2"].lora_B.add_(0.5)
+        wrapped_layers(one)["2"].lora_B.add_(0.0)
+        wrapped_layers(other)["0"].lora_B.add_(2.0)
+    x = torch.linspace(-1, 1, 24).view(2, 12)
+    refresh(one)
+    torch.testing.assert_close(torch.func.functional_call(one, dict(other.named_parameters()), x), formula(other, x))
+
+
+def test_a_weight_that_is_trained_again_gets_its_gradient() -> None:
+    made = refreshed(layer(), FACTORED, resident=True)
+    made.requires_grad_(True)
+    made(inputs_of(made, 2)).sum().backward()
+    assert made.weight.grad is not None
