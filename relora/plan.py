@@ -43,7 +43,6 @@ def plan(config: RunConfig) -> Plan:
     merged_weight = config.method.merged_weight if isinstance(config.method, LoRAConfig) else "resident"
     of_update = own.flops_per_update(config.tokens_per_step, merged_weight=merged_weight)
     of_full = full.flops_per_update(config.tokens_per_step)
-    resident = isinstance(config.method, LoRAConfig) and merged_weight == "resident"
     return Plan(
         name=config.name,
         total_steps=steps,
@@ -55,7 +54,7 @@ def plan(config: RunConfig) -> Plan:
         flops_per_update_at_full_rank=of_full,
         total_flops=warm * of_full + (steps - warm) * of_update + restart_count * own.merge_flops,
         weight_bytes=own.weight_bytes,
-        merged_weight_bytes=own.merged_weight_bytes if resident else 0,
+        merged_weight_bytes=own.merged_weight_bytes if merged_weight == "resident" else 0,
         gradient_bytes=own.gradient_bytes,
         optimizer_bytes=own.optimizer_bytes,
         bytes_at_full_rank=_state_bytes(full),

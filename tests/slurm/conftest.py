@@ -37,3 +37,15 @@ def _namespaces_work() -> bool:
     made = subprocess.run(["ip", "netns", "add", "relora-probe"], check=False, capture_output=True).returncode == 0
     subprocess.run(["ip", "netns", "del", "relora-probe"], check=False, capture_output=True)
     return made
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Path:
+    """Where `tiny` has its runs."""
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def one(tiny: list[str]) -> list[str]:
+    """A run of seconds as a job."""
+    return [*tiny, "cluster=slurm", "cluster.timeout_minutes=10"]

@@ -45,17 +45,6 @@ from relora.tracking import open_store
 
 
 @pytest.fixture
-def runs_dir(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def one(tiny: list[str]) -> list[str]:
-    """A run of seconds as a job."""
-    return [*tiny, "cluster=slurm", "cluster.timeout_minutes=10"]
-
-
-@pytest.fixture
 def slow(one: list[str]) -> list[str]:
     """A run that there is time to disturb."""
     return [*one, *SLOW]

@@ -27,16 +27,6 @@ from relora.rundir import RunDir, read_json, write_json
 
 
 @pytest.fixture
-def runs_dir(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def one(tiny: list[str]) -> list[str]:
-    return [*tiny, "cluster=slurm", "cluster.timeout_minutes=10"]
-
-
-@pytest.fixture
 def occupied() -> Iterator[str]:
     """The job that keeps all others in the queue; in the end nothing is left there."""
     blocker = occupy()
