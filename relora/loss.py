@@ -16,31 +16,40 @@ LOGITS_NUMEL = 2**24
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The gradients are formed together with the loss, chunk by chunk: nothing is computed twice."""
+    """The gradients are formed together with the loss, chunk by chunk: nothing is computed twice.
+
+    The backward pass scales them in place, so that there is never a second matrix of the head's size; going back
+    through a retained graph again is therefore an error, which torch raises.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor, training: bool) -> Tensor:
         vocab_size = weight_VxD.shape[0]
         total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden_NxD.dtype), device=hidden_NxD.device)
         grad_hidden = torch.empty_like(hidden_NxD) if training else None
-        grad_weight = torch.zeros_like(weight_VxD, dtype=total.dtype) if training else None
+        grad_weight = torch.empty_like(weight_VxD, dtype=total.dtype) if training else None
         size = max(1, LOGITS_NUMEL // vocab_size)
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
             hidden, targets = hidden_NxD[rows], targets_N[rows, None]
             logits = (hidden @ weight_VxD.T).to(total.dtype)
-            log_sums = logits.logsumexp(-1, keepdim=True)
-            total += (log_sums - logits.gather(1, targets)).sum()
+            of_targets, highest = logits.gather(1, targets), logits.amax(-1, keepdim=True)
+            exponentials = logits.sub_(highest).exp_()
+            sums = exponentials.sum(-1, keepdim=True)
+            total += (sums.log() + highest - of_targets).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            errors = logits.sub_(log_sums).exp_()  # softmax minus the target: the gradient of the logits
+            errors = exponentials.div_(sums)  # softmax, then less the target: the gradient of the logits
             errors.scatter_add_(1, targets, errors.new_full((), -1.0).expand(targets.shape))
             errors = errors.to(hidden.dtype)
             torch.mm(errors, weight_VxD, out=grad_hidden[rows])
-            if grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(errors.T, hidden)
+            if grad_weight.dtype != hidden.dtype:
+                part = errors.T @ hidden
+                grad_weight.copy_(part) if start == 0 else grad_weight.add_(part)
+            elif start == 0:
+                torch.mm(errors.T, hidden, out=grad_weight)
             else:
-                grad_weight += errors.T @ hidden
+                grad_weight.addmm_(errors.T, hidden)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VxD.dtype))
         return total
 
@@ -49,7 +58,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+        return grad_hidden.mul_(grad.to(grad_hidden.dtype)), grad_weight.mul_(grad.to(grad_weight.dtype)), None, None
 
 
 def summed_linear_cross_entropy(hidden_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class LowRankLinear(nn.Module):
     The weight and the bias are the wrapped layer's own parameters, under their old names in the state dict.
 
     The formula is computed as it stands, the plain way, unless `refresh` has chosen a cheaper one, and again as soon as
-    what was refreshed is out of date: after a step of any torch optimizer, a merge, a load or a change in place (the
+    what was refreshed is out of date: after a torch optimizer's step on it, a merge, a load or a change in place (the
     last is not noticed in compiled code).
     """
 
@@ -198,13 +198,16 @@ class LowRankLinear(nn.Module):
 _resident: "weakref.WeakSet[LowRankLinear]" = weakref.WeakSet()
 
 
-def _outdate_all(*_: object) -> None:
-    for layer in _resident:
-        layer.outdate()
-    _resident.clear()
+def _outdate_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """The layers whose factors `optimizer` trains; those of another model are not touched."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in list(_resident):
+        if any(id(tensor) in trained for tensor in (layer.weight, layer.lora_A, layer.lora_B, layer.scaling)):
+            layer.outdate()
+            _resident.discard(layer)
 
 
-register_optimizer_step_post_hook(_outdate_all)
+register_optimizer_step_post_hook(_outdate_stepped)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,3 +93,18 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     summed_linear_cross_entropy(hidden, weight.detach(), targets).backward()
     expected = torch.autograd.grad(reference(hidden, weight, targets), hidden)[0]
     torch.testing.assert_close(hidden.grad, expected)
+
+
+def test_a_graph_is_gone_back_through_once() -> None:
+    loss = summed_linear_cross_entropy(*drawn(5, 3, 7))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_is_told_as_such(bad: float) -> None:
+    hidden, weight, targets = drawn(5, 3, 7)
+    with torch.no_grad():
+        weight[0, 0] = bad
+    assert not summed_linear_cross_entropy(hidden, weight, targets).isfinite()

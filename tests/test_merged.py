@@ -237,6 +237,13 @@ def test_what_has_changed_is_not_computed_with_an_old_merged_weight(change: str,
     torch.testing.assert_close(model(x), formula(model, x))
 
 
+def test_the_step_of_another_models_optimizer_changes_nothing() -> None:
+    model, x = small_model(), torch.ones(2, 12)
+    refresh(model)
+    step(small_model(), fused=True)
+    assert "MergedLinear" in type(model(x).grad_fn).__name__
+
+
 def test_a_copy_computes_the_plain_way_until_it_is_refreshed_itself() -> None:
     made = refreshed(layer(), FACTORED, resident=True)
     x = inputs_of(made, 2)
