@@ -202,15 +202,16 @@ class RunConfig:
             raise ConfigError(f"method=control, method.rank={method.rank}: {error}") from error
 
     def cost(self, vocab_size: int, *, warm_start: bool = False) -> Cost:
-        """What the run's model and method take; with `warm_start`, what they take while they train at full rank."""
+        """What the run's model and method take; with `warm_start`, what the model takes at full rank."""
         method: MethodConfig | None = None if warm_start else self.method
         return cost(
-            self.trained_shape(vocab_size),
+            self.model.shape(vocab_size) if warm_start else self.trained_shape(vocab_size),
             sequence_length_tokens=self.data.sequence_length_tokens,
             precision=self.trainer.precision,
             rank=method.rank if isinstance(method, LoRAConfig) else None,
             target_modules=method.target_modules if isinstance(method, TargetedConfig) else (),
             trainable_scaling=isinstance(method, LoRAConfig) and method.trainable_scaling,
+            mergeable=not isinstance(method, LoRAConfig) or method.dropout == 0,
             galore_rank=method.rank if isinstance(method, GaLoreConfig) else None,
             galore_interval_steps=method.update_interval_steps if isinstance(method, GaLoreConfig) else 1,
         )

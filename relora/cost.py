@@ -185,6 +185,8 @@ class Cost:
     """(in_features, out_features) of every matrix that has factors."""
     rank: int
     """Of the factors; 0 where there are none."""
+    mergeable: bool
+    """Whether a pass may be on W + sBA: not with dropout."""
     unwrapped_flops_per_token: int
     """Forward and backward of one token through everything but the wrapped matrices; no optimizer."""
     merge_flops: int
@@ -202,8 +204,10 @@ class Cost:
     def flops_per_update(self, tokens: int, *, merged_weight: str = "resident", micro_steps: int = 1) -> int:
         """Training FLOPs of one update on `tokens` tokens, every wrapped matrix computed by its cheapest way.
 
-        By default what the method takes at least, exactly: with W + sBA formed once.
+        By default what the method takes at least, exactly: with W + sBA formed once, where it may be formed.
         """
+        if not self.mergeable:
+            merged_weight = "never"
         ways = (
             way_multiply_adds(
                 *shape,
@@ -226,6 +230,7 @@ def cost(
     rank: int | None = None,
     target_modules: str | Sequence[str] = (),
     trainable_scaling: bool = False,
+    mergeable: bool = True,
     galore_rank: int | None = None,
     galore_interval_steps: int = 1,
 ) -> Cost:
@@ -271,10 +276,11 @@ def cost(
         trainable_parameters=trainable,
         wrapped=tuple(linears[name] for name in linears if name in wrapped),
         rank=rank or 0,
+        mergeable=mergeable,
         unwrapped_flops_per_token=3 * (unwrapped + head_flops + attention_flops),
         merge_flops=0 if rank is None else sum(2 * rank * weights[name] for name in wrapped),
         weight_bytes=(parameters + sum(factors_numel)) * element_bytes,
-        merged_weight_bytes=sum(weights[name] for name in wrapped) * COMPUTE_BYTES[precision],
+        merged_weight_bytes=sum(weights[name] for name in wrapped) * COMPUTE_BYTES[precision] if mergeable else 0,
         gradient_bytes=trainable * element_bytes,
         projection_flops=round(projection_flops),
         optimizer_bytes=state_numel * element_bytes + ADAM_STEP_BYTES * trained_tensors,

@@ -184,6 +184,11 @@ class LoRAConfig(TargetedConfig):
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"method.dropout={self.dropout} must be at least 0 and below 1")
 
+    @property
+    def merged_weight_in_use(self) -> str:
+        """`merged_weight`; "never" with dropout, which the factors' part of the input has for itself."""
+        return "never" if self.dropout > 0 else self.merged_weight
+
 
 @dataclass(kw_only=True, slots=True)
 class ReLoRAMethodConfig(LoRAConfig):

@@ -122,6 +122,7 @@ class LowRankLinear(nn.Module):
         tensors = (self.weight, self.lora_A, self.lora_B, self.scaling)
         return tuple((id(tensor), tensor._version) for tensor in tensors if isinstance(tensor, Tensor))
 
+    @torch.inference_mode(False)  # what is made in it has no gradient ever after
     @torch.no_grad()
     def refresh(self, way: str, *, resident: bool, dtype: torch.dtype) -> None:
         """Compute by `way` from here on, in `dtype`; where `resident`, on a merged weight that is made now and kept."""

@@ -75,7 +75,7 @@ class LowRank(Method):
         if self._begun:
             refresh(
                 model,
-                merged_weight="never" if method.dropout > 0 else method.merged_weight,
+                merged_weight=method.merged_weight_in_use,
                 tokens_per_micro_step=sequences_per_micro_step * self.config.data.sequence_length_tokens,
                 micro_steps=micro_steps,
                 dtype=torch.float32 if self.config.trainer.precision == "fp32" else torch.bfloat16,

@@ -106,13 +106,23 @@ class MicroSteps:
                 torch.cuda.empty_cache()
             self._halve()
 
+    def _smaller(self) -> list[str]:
+        """The options that save memory and are not taken yet."""
+        settings, method = self.config.trainer, self.config.method
+        options = {
+            "trainer.activation_checkpointing=true": not settings.activation_checkpointing,
+            "method.merged_weight=rebuilt": isinstance(method, LoRAConfig)
+            and method.merged_weight_in_use == "resident",
+            "trainer.precision=bf16": settings.precision != "bf16",
+        }
+        return [option for option, helps in options.items() if helps]
+
     def _halve(self) -> None:
         size = self.sequences_per_micro_step
         if size == 1:
             raise TrainingError(
                 f"out of memory on {self.device} with one sequence of {self.config.data.sequence_length_tokens} tokens "
-                "at a time; take trainer.activation_checkpointing=true, method.merged_weight=rebuilt, a smaller model, "
-                "shorter sequences or trainer.precision=bf16"
+                f"at a time; take {', '.join([*self._smaller(), 'a smaller model'])} or shorter sequences"
             )
         self.at_most(size // 2)
         self.on_smaller()

@@ -40,7 +40,7 @@ def plan(config: RunConfig) -> Plan:
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
     steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
     restart_count = restarts(steps)
-    merged_weight = config.method.merged_weight if isinstance(config.method, LoRAConfig) else "resident"
+    merged_weight = config.method.merged_weight_in_use if isinstance(config.method, LoRAConfig) else "resident"
     of_update = own.flops_per_update(config.tokens_per_step, merged_weight=merged_weight)
     of_full = full.flops_per_update(config.tokens_per_step)
     return Plan(
@@ -116,7 +116,7 @@ def _break_even_rank(config: RunConfig, vocab_size: int) -> int | None:
         sequence_length_tokens=config.data.sequence_length_tokens,
         target_modules=config.method.target_modules,
         tokens_per_update=config.tokens_per_step,
-        merged_weight=config.method.merged_weight,
+        merged_weight=config.method.merged_weight_in_use,
     )
 
 

@@ -20,7 +20,7 @@ from relora.evaluate import ALONE, Evaluation, evaluate
 from relora.methods import build_method, build_optimizer, learning_rate_factor, step_where_finite
 from relora.metrics import MICRO_STEP, Progress, Tracker
 from relora.microsteps import MicroSteps
-from relora.model import compile_layers, peak_memory_bytes
+from relora.model import compile_layers, fits, peak_memory_bytes
 
 MICRO_STEP_KEY = "sequences_per_micro_step"
 
@@ -213,7 +213,12 @@ class Trainer:
 
     def _refresh(self) -> None:
         """The weights are others now."""
-        self.method.refresh(self.model, self.micro.sequences_per_micro_step, self.micro.count)
+        size, count = self.micro.sequences_per_micro_step, self.micro.count
+        if not fits(lambda: self.method.refresh(self.model, size, count)):
+            raise TrainingError(
+                f"out of memory on {self.device} while the merged weights were formed; "
+                "take method.merged_weight=rebuilt, a smaller model or trainer.precision=bf16"
+            )
 
     @property
     def _parameters(self) -> list[nn.Parameter]:

@@ -244,6 +244,14 @@ def test_the_step_of_another_models_optimizer_changes_nothing() -> None:
     assert "MergedLinear" in type(model(x).grad_fn).__name__
 
 
+def test_what_is_refreshed_where_nothing_is_recorded_trains_afterwards() -> None:
+    model = small_model()
+    with torch.inference_mode():
+        refresh(model)
+    step(model)
+    assert all(layer.lora_B.grad is not None for layer in wrapped_layers(model).values())
+
+
 def test_a_copy_computes_the_plain_way_until_it_is_refreshed_itself() -> None:
     made = refreshed(layer(), FACTORED, resident=True)
     x = inputs_of(made, 2)

@@ -52,6 +52,25 @@ def test_a_rank_above_the_break_even_is_warned_of() -> None:
     assert as_dict(plan(compose(many)), compose(many))["warning"] == found
 
 
+def test_with_dropout_nothing_is_computed_on_a_merged_weight() -> None:
+    never, dropout = (compose([*TINY, item]) for item in ("method.merged_weight=never", "method.dropout=0.1"))
+    assert plan(dropout).merged_weight_bytes == plan(never).merged_weight_bytes == 0
+    for made in (plan(dropout), plan(never)):
+        assert made.flops_per_update > plan(compose(TINY)).flops_per_update
+    assert plan(dropout).flops_per_update == plan(never).flops_per_update
+    assert plan(dropout).break_even_rank == plan(never).break_even_rank
+    recorded = [config.cost(300).flops_per_update(config.tokens_per_step) for config in (never, dropout)]
+    assert recorded[0] < recorded[1], "what is recorded is the least that the method takes, whatever way it went"
+
+
+def test_a_control_model_is_compared_with_the_model_that_it_controls_for() -> None:
+    config = compose([item for item in TINY if not item.startswith("method")] + ["method=control", "method.rank=4"])
+    full = compose([item for item in TINY if not item.startswith("method")] + ["method=full"])
+    made = plan(config)
+    assert made.flops_per_update < made.flops_per_update_at_full_rank == plan(full).flops_per_update
+    assert made.state_bytes < made.bytes_at_full_rank == plan(full).state_bytes
+
+
 def test_a_method_without_factors_has_no_break_even() -> None:
     config = compose(["method=full"])
     made = plan(config)

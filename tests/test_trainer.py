@@ -340,8 +340,38 @@ def test_running_out_of_memory_in_a_validation_leaves_dropout_on(tmp_path: Path)
 def test_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     config = config_of()
     model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
-    with pytest.raises(TrainingError, match=r"take trainer\.activation_checkpointing=true, .* a smaller model"):
+    with pytest.raises(TrainingError) as told:
         trainer_of(config, tmp_path, model=model).train()
+    assert str(told.value).endswith(
+        "take trainer.activation_checkpointing=true, method.merged_weight=rebuilt, trainer.precision=bf16, "
+        "a smaller model or shorter sequences"
+    )
+
+
+def test_what_is_taken_already_is_no_remedy(tmp_path: Path) -> None:
+    config = compose([item for item in TINY if not item.startswith("method")] + ["method=full"])
+    model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
+    with pytest.raises(
+        TrainingError, match=r"take trainer\.activation_checkpointing=true, trainer\.precision=bf16, a "
+    ):
+        trainer_of(config, tmp_path, model=model).train()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_no_memory_for_the_merged_weights_is_an_error_with_a_remedy(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        if kind == "cpu":
+            torch.empty(1 << 55, dtype=torch.uint8)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = trainer_of(config_of(), tmp_path)
+    monkeypatch.setattr("relora.lowrank.materialise", no_room)
+    with pytest.raises(
+        TrainingError, match=r"while the merged weights were formed; take method\.merged_weight=rebuilt"
+    ):
+        trainer.train()
 
 
 # ------------------------------------------------------------------------------------------------------- non-finite
@@ -644,3 +674,17 @@ def test_a_compiled_model_trains_alike_and_says_what_compiling_took(tmp_path: Pa
     assert isinstance(compiled.tracker, Recorder)
     assert sum("compiled; this update took" in said for said in compiled.tracker.said) == 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
+def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("relora.model.COMPILER", "aot_eager")
+    config = config_of("trainer.compile=true")
+    whole = trainer_of(config, tmp_path / "whole")
+    whole.train()
+    with pytest.raises(Interrupted):
+        trainer_of(config, tmp_path / "parts", stop=stop_after(9)).train()
+    torch.compiler.reset()  # as in a new process
+    rest = trainer_of(config, tmp_path / "parts")
+    rest.train()
+    assert_equal_states(whole, rest)
