@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_NUMEL = 2**24
-"""Logits that are held at a time, in fp32: 64 MiB."""
+from relora.memory import LOGITS_NUMEL
+
+
+def _loss_and_errors(logits_NxV: Tensor, targets_Nx1: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss and its gradient with respect to the logits, softmax less the target, formed in their place."""
+    of_targets, highest = logits_NxV.gather(1, targets_Nx1), logits_NxV.amax(-1, keepdim=True)
+    exponentials = logits_NxV.sub_(highest).exp_()
+    sums = exponentials.sum(-1, keepdim=True)
+    errors = exponentials.div_(sums)
+    errors.scatter_add_(1, targets_Nx1, errors.new_full((), -1.0).expand(targets_Nx1.shape))
+    return (sums.log() + highest - of_targets).sum(), errors
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -31,25 +40,19 @@ class _SummedCrossEntropy(torch.autograd.Function):
         size = max(1, LOGITS_NUMEL // vocab_size)
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
-            hidden, targets = hidden_NxD[rows], targets_N[rows, None]
-            logits = (hidden @ weight_VxD.T).to(total.dtype)
-            of_targets, highest = logits.gather(1, targets), logits.amax(-1, keepdim=True)
-            exponentials = logits.sub_(highest).exp_()
-            sums = exponentials.sum(-1, keepdim=True)
-            total += (sums.log() + highest - of_targets).sum()
-            if grad_hidden is None or grad_weight is None:
-                continue
-            errors = exponentials.div_(sums)  # softmax, then less the target: the gradient of the logits
-            errors.scatter_add_(1, targets, errors.new_full((), -1.0).expand(targets.shape))
-            errors = errors.to(hidden.dtype)
-            torch.mm(errors, weight_VxD, out=grad_hidden[rows])
-            if grad_weight.dtype != hidden.dtype:
-                part = errors.T @ hidden
-                grad_weight.copy_(part) if start == 0 else grad_weight.add_(part)
-            elif start == 0:
-                torch.mm(errors.T, hidden, out=grad_weight)
-            else:
-                grad_weight.addmm_(errors.T, hidden)
+            hidden = hidden_NxD[rows]
+            loss, errors = _loss_and_errors((hidden @ weight_VxD.T).to(total.dtype), targets_N[rows, None])
+            total += loss
+            if grad_hidden is not None and grad_weight is not None:
+                errors = errors.to(hidden.dtype)
+                torch.mm(errors, weight_VxD, out=grad_hidden[rows])
+                if grad_weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(errors.T, hidden, beta=0 if start == 0 else 1)
+                else:
+                    part = errors.T @ hidden
+                    del errors  # to add what is of another type, the CPU copies it
+                    grad_weight.copy_(part) if start == 0 else grad_weight.add_(part)
+            part = errors = None  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VxD.dtype))
         return total
 

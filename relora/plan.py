@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 
 from relora.config import RunConfig
-from relora.cost import Cost, break_even_rank
+from relora.cost import Cost, LlamaShape, break_even_rank
 from relora.groups import LoRAConfig
+from relora.memory import update_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,16 @@ class Plan:
     gradient_bytes: int
     optimizer_bytes: int
     bytes_at_full_rank: int
+    peak_bytes: int
+    """The most that an update of the method holds, activations and all (relora.memory); before that, the warm start
+    takes what full rank takes."""
+    peak_bytes_at_full_rank: int
     break_even_rank: int | None
     """The highest rank at which an update takes fewer FLOPs than at full rank; None where the method has no factors."""
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and optimizer state; activations come on top."""
+        """Weights, gradients and optimizer state, all at once; activations come on top."""
         return self.weight_bytes + self.merged_weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
@@ -58,6 +63,8 @@ def plan(config: RunConfig) -> Plan:
         gradient_bytes=own.gradient_bytes,
         optimizer_bytes=own.optimizer_bytes,
         bytes_at_full_rank=_state_bytes(full),
+        peak_bytes=_peak_bytes(config, config.trained_shape(vocab_size), own, merged_weight),
+        peak_bytes_at_full_rank=_peak_bytes(config, config.model.shape(vocab_size), full, merged_weight),
         break_even_rank=_break_even_rank(config, vocab_size),
     )
 
@@ -80,16 +87,17 @@ def text(made: Plan, config: RunConfig) -> str:
     if made.merged_weight_bytes:
         parts += [f"merged weights {_size(made.merged_weight_bytes)} (method.merged_weight=rebuilt: none)"]
     ratio = made.flops_per_update / made.flops_per_update_at_full_rank
-    share = made.trainable_parameters / made.parameters
+    share, warm = made.trainable_parameters / made.parameters, config.method.warm_start_steps
     rows = {
         "run": made.name,
         "updates": f"{made.total_steps:,} of {config.tokens_per_step:,} tokens, {made.tokens:,} in all",
         "restarts": f"{made.restarts}",
         "parameters": f"{made.parameters:,}, {made.trainable_parameters:,} trainable ({share:.0%})",
         "FLOPs": f"{made.flops_per_update:.3g} an update ({ratio:.3f} of full rank's), {made.total_flops:.3g} in all",
-        "memory": f"{_size(made.state_bytes)} ({made.state_bytes / made.bytes_at_full_rank:.3f} of full rank's) "
-        "and activations",
-        "": ", ".join(parts),
+        "memory": f"{_size(made.state_bytes)} ({made.state_bytes / made.bytes_at_full_rank:.3f} of full rank's): "
+        + ", ".join(parts),
+        "peak": f"{_size(made.peak_bytes)} ({made.peak_bytes / made.peak_bytes_at_full_rank:.3f} of full rank's) "
+        f"with {_sequences_at_a_time(config)} sequences at a time" + (", the warm start as full rank" if warm else ""),
     }
     if made.break_even_rank is not None:
         rows["break-even"] = f"rank {made.break_even_rank}: up to there an update takes fewer FLOPs than at full rank"
@@ -106,6 +114,25 @@ def as_dict(made: Plan, config: RunConfig) -> dict[str, object]:
 
 def _state_bytes(of: Cost) -> int:
     return of.weight_bytes + of.gradient_bytes + of.optimizer_bytes
+
+
+def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost, merged_weight: str) -> int:
+    at_a_time = _sequences_at_a_time(config)
+    most = update_bytes(
+        shape,
+        of,
+        sequences_per_micro_step=at_a_time,
+        sequence_length_tokens=config.data.sequence_length_tokens,
+        micro_steps=config.trainer.sequences_per_step // at_a_time,
+        precision=config.trainer.precision,
+        merged_weight=merged_weight,
+        activation_checkpointing=config.trainer.activation_checkpointing,
+    )
+    return of.weight_bytes + (of.merged_weight_bytes if merged_weight == "resident" else 0) + of.optimizer_bytes + most
+
+
+def _sequences_at_a_time(config: RunConfig) -> int:
+    return config.trainer.sequences_per_micro_step or config.trainer.sequences_per_step
 
 
 def _break_even_rank(config: RunConfig, vocab_size: int) -> int | None:

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "relora"
 
 FLOORS = [
-    ["errors", "cost", "schedule"],
+    ["errors", "cost", "memory", "schedule"],
     ["merged", "lowrank", "reset", "galore", "loss"],
     [
         *("groups", "cluster", "config", "model", "data", "rundir", "metrics", "checkpoint", "warmstart"),

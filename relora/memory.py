@@ -1,0 +1,100 @@
+"""The most memory that an update takes, as plain arithmetic without torch: activations, the loss, gradients.
+
+Tests hold it within 5% of what torch allocates.
+
+For the decoder of relora.model as Hugging Face computes it, with torch's fused attention (which keeps no square of the
+sequence) and the loss of relora.loss. What an allocator rounds up and kernels take for themselves comes on top.
+"""
+
+from relora.cost import COMPUTE_BYTES, STORAGE_BYTES, Cost, LlamaShape
+
+LOGITS_NUMEL = 2**24
+"""Logits that are held at a time, in fp32: 64 MiB."""
+
+WIDE_BYTES = 4
+"""Of fp32, which norms and the loss are computed in at least."""
+
+
+def layer_bytes_per_token(
+    shape: LlamaShape, *, precision: str, plain_wrapped: tuple[tuple[int, int], ...], rank: int, dropout: bool
+) -> int:
+    """What one decoder layer keeps of a token for the backward pass.
+
+    `plain_wrapped`: (in, out) of its matrices whose low-rank part is computed on its own.
+    """
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
+    # Autocast gives each matrix a copy of its input.
+    inputs = 3 + 2 if stored != computed else 1 + 1
+    norms = 2 * (WIDE_BYTES + stored) * hidden + inputs * computed * hidden
+    attention = 4 * computed * hidden + WIDE_BYTES * shape.heads
+    mlp = 4 * computed * intermediate
+    low_rank = sum(rank * computed + (i * (computed + 1) if dropout else 0) for i, _ in plain_wrapped)
+    return norms + attention + mlp + low_rank
+
+
+def update_bytes(
+    shape: LlamaShape,
+    own: Cost,
+    *,
+    sequences_per_micro_step: int,
+    sequence_length_tokens: int,
+    micro_steps: int,
+    precision: str,
+    merged_weight: str,
+    activation_checkpointing: bool,
+    ranks: int = 1,
+) -> int:
+    """The most that one update holds at a time beyond weights, resident merged weights and optimizer state.
+
+    Either at the loss, when all activations are there, or at the beginning of the backward pass, or at its end, when
+    all gradients are (with those of the micro-steps before it, from the second on).
+    """
+    tokens = sequences_per_micro_step * sequence_length_tokens
+    stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
+    hidden, head_numel = shape.hidden_size, shape.vocab_size * shape.hidden_size
+    if not own.mergeable:
+        merged_weight = "never"
+    plain = own.wrapped if merged_weight == "never" else ()
+    layer = tokens * layer_bytes_per_token(
+        shape,
+        precision=precision,
+        plain_wrapped=plain[: len(plain) // shape.layers],
+        rank=own.rank,
+        dropout=not own.mergeable,
+    )
+    # Autocast's copies of the weights; those of frozen ones live as long as their layer's activations.
+    trained_copies = frozen_copies = 0
+    if stored != computed:
+        wrapped_numel = sum(i * o for i, o in own.wrapped)
+        trained_copies = computed * (sum(i * o for i, o in shape.linears().values()) - wrapped_numel)
+        frozen_copies = computed * sum(i * o + own.rank * (i + o) for i, o in plain)
+    final_norm = tokens * (WIDE_BYTES + 2 * stored) * hidden
+
+    of_head = stored * head_numel
+    loss = tokens * computed * hidden + WIDE_BYTES * head_numel
+    at_a_time = min(tokens, max(1, LOGITS_NUMEL // shape.vocab_size)) * shape.vocab_size
+    loss += at_a_time * (WIDE_BYTES + (computed if computed < WIDE_BYTES else 0))
+    if stored != computed:
+        loss += tokens * computed * hidden + computed * head_numel
+
+    in_layer = tokens * computed * (2 * hidden + shape.intermediate_size)
+    if merged_weight == "rebuilt" and own.wrapped:
+        in_layer += computed * max(i * o for i, o in own.wrapped)
+    at_the_end = own.gradient_bytes + in_layer
+    if activation_checkpointing:
+        between = shape.layers * tokens * stored * hidden
+        at_the_loss = between + final_norm + trained_copies + loss
+        in_layer += layer + tokens * WIDE_BYTES * hidden + (trained_copies + frozen_copies) // shape.layers
+        at_the_beginning = between + of_head + in_layer
+        at_the_end += layer
+    else:
+        kept = shape.layers * layer + final_norm + trained_copies + frozen_copies
+        at_the_loss = kept + loss
+        at_the_beginning = kept + of_head + (computed * head_numel if stored != computed else 0) + in_layer
+    if micro_steps > 1:
+        at_the_loss += own.gradient_bytes
+        at_the_beginning += own.gradient_bytes
+        at_the_end += of_head  # the embeddings' gradient, before it is added
+    summed = own.gradient_bytes + (WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0)
+    return max(at_the_loss, at_the_beginning, at_the_end, summed)

@@ -1,0 +1,120 @@
+"""What `relora plan` says that an update takes, against what torch allocates in one."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import TINY
+
+from relora.compose import compose
+from relora.config import RunConfig
+from relora.data import TokenSequences
+from relora.lowrank import low_rank_layers
+from relora.methods import LowRank
+from relora.metrics import Progress
+from relora.model import build
+from relora.plan import plan
+from relora.trainer import Trainer
+
+LENGTH = 128
+SIZES = ["hidden_size=128", "intermediate_size=344", "layers=3", "heads=4"]
+
+
+class Silent:
+    """A tracker that does nothing."""
+
+    def progress(self, progress: Progress) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def say(self, message: str) -> None: ...
+    def flush(self) -> None: ...
+
+
+def config_of(method: str, *overrides: str) -> RunConfig:
+    ours = [item for item in TINY if not item.startswith(("model", "method"))]
+    return compose(
+        [
+            *(f"model.{size}" for size in SIZES),
+            *ours,
+            f"method={method}",
+            f"data.sequence_length_tokens={LENGTH}",
+            "trainer.sequences_per_step=16",
+            *overrides,
+        ]
+    )
+
+
+def trainer_of(config: RunConfig, folder: Path) -> Trainer:
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None
+    path = folder / "tokens.bin"
+    count = LENGTH * 40 + 1
+    path.write_bytes((np.arange(count) * 7 % vocab_size).astype(np.uint16).tobytes())
+    sequences = TokenSequences(path, "uint16", LENGTH)
+    return Trainer(
+        config,
+        build(config.model, config.trained_shape(vocab_size), end_of_text_id=0, seed=0),
+        sequences,
+        sequences,
+        Silent(),
+        vocab_size=vocab_size,
+        checkpoint_folder=folder / "checkpoints",
+        device=torch.device("cpu"),
+    )
+
+
+def most_allocated_bytes(action: Callable[[], object]) -> int:
+    """The most that `action` held at a time, beyond what was there before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # type: ignore[attr-defined]
+    held = np.cumsum(changes)
+    return int(held.max())
+
+
+def kept_bytes(trainer: Trainer) -> int:
+    """Weights, merged weights, optimizer state."""
+    state = [value for values in trainer.optimizer.state.values() for value in values.values()]
+    merged = [layer._merged for _, layer in low_rank_layers(trainer.model) if layer._merged is not None]
+    return sum(each.numel() * each.element_size() for each in [*trainer.model.parameters(), *state, *merged])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("full", []),
+        ("full", ["trainer.activation_checkpointing=true"]),
+        ("full", ["trainer.sequences_per_micro_step=4"]),
+        ("lora", ["method.rank=16"]),
+        ("lora", ["method.rank=16", "method.merged_weight=rebuilt"]),
+        ("lora", ["method.rank=16", "method.merged_weight=never"]),
+        ("lora", ["method.rank=16", "method.dropout=0.1"]),
+        ("lora", ["method.rank=64", "trainer.activation_checkpointing=true"]),
+        ("lora", ["method.rank=16", "trainer.sequences_per_micro_step=4"]),
+        ("lora", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_micro_step=8"]),
+        ("control", ["method.rank=16"]),
+        ("galore", ["method.rank=16"]),
+    ],
+)
+def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
+    method: str, settings: list[str], precision: str, tmp_path: Path
+) -> None:
+    config = config_of(method, "model.vocab_size=500", f"trainer.precision={precision}", *settings)
+    trainer = trainer_of(config, tmp_path)
+    trainer.model.train()
+    trainer.begin_method(0)
+
+    def update(step: int) -> None:
+        trainer.update(step, trainer.forward_backward(step))
+        trainer._refresh()
+
+    update(0)
+    kept = kept_bytes(trainer)
+    measured = kept + most_allocated_bytes(lambda: update(1))
+    planned = plan(config)
+    assert isinstance(trainer.method, LowRank) == (method == "lora")
+    assert planned.weight_bytes + planned.merged_weight_bytes + planned.optimizer_bytes == kept
+    assert planned.peak_bytes == pytest.approx(measured, rel=0.05)
