@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -197,6 +199,32 @@ def test_gradients_are_those_of_the_merged_weight_through_the_chain_rule() -> No
 
 
 # ----------------------------------------------------------------------------------------------------------- wrap
+
+
+@pytest.mark.parametrize("alpha", [1.0, 14.0])
+def test_outputs_and_gradients_are_those_of_peft(alpha: float) -> None:
+    ours, theirs = toy(dtype=torch.float64), toy(dtype=torch.float64)
+    wrap(ours, config(rank=4, alpha=alpha))
+    fill_factors(ours, seed=3)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "up"]), theirs)  # type: ignore[arg-type]
+    factors = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, layer in theirs.named_modules():
+            if isinstance(layer, LoraLayer):
+                for factor in ("lora_A", "lora_B"):
+                    getattr(layer, factor)["default"].weight.copy_(factors[f"{name}.{factor}"])
+
+    outputs = ours(TOKENS)
+    assert torch.allclose(outputs, theirs(TOKENS), rtol=1e-12, atol=1e-12)
+    outputs.square().sum().backward()
+    theirs(TOKENS).square().sum().backward()
+    gradients = {n.removesuffix(".default.weight"): p.grad for n, p in theirs.named_parameters() if ".default." in n}
+    assert len(gradients) == 8  # q_proj and up of two blocks, two factors each
+    for name, gradient in gradients.items():
+        ours_gradient = factors[name].grad
+        assert ours_gradient is not None
+        assert gradient is not None
+        assert torch.allclose(ours_gradient, gradient, rtol=1e-10, atol=1e-12), name
 
 
 @pytest.mark.parametrize("reinit", ["kaiming", "orthogonal"])
