@@ -54,6 +54,7 @@ class RunConfig:
         self._check_control()
         self._check_clock()
         self._check_processes()
+        self._check_update_in_backward()
         if self.data.sequence_length_tokens > self.model.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length_tokens={self.data.sequence_length_tokens} exceeds "
@@ -143,6 +144,26 @@ class RunConfig:
             raise ConfigError(
                 f"trainer.sequences_per_step={whole} cannot be shared evenly by cluster.nodes * cluster.tasks_per_node "
                 f"= {processes} processes; take a multiple of {processes}"
+            )
+
+    def _check_update_in_backward(self) -> None:
+        if not self.trainer.update_in_backward:
+            return
+        norm, micro = self.optimizer.max_grad_norm, self.trainer.sequences_per_micro_step
+        if norm is not None:
+            raise ConfigError(
+                f"trainer.update_in_backward=true cannot clip to optimizer.max_grad_norm={norm}: that needs all "
+                "gradients first; set optimizer.max_grad_norm=null"
+            )
+        if micro is not None and micro < self.trainer.sequences_per_step:
+            raise ConfigError(
+                f"trainer.update_in_backward=true takes a batch at once, not trainer.sequences_per_micro_step={micro} "
+                f"of {self.trainer.sequences_per_step} sequences at a time; set it to null"
+            )
+        if isinstance(self.cluster, SlurmConfig) and self.cluster.processes > 1:
+            raise ConfigError(
+                "trainer.update_in_backward=true is for one process: several sum their gradients first; set "
+                "cluster.nodes=1 cluster.tasks_per_node=1"
             )
 
     @property

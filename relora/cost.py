@@ -198,8 +198,12 @@ class Cost:
     merged_weight_bytes: int
     """Of W + sBA of every wrapped matrix, where they are resident."""
     gradient_bytes: int
+    largest_gradient_bytes: int
+    """Of one parameter."""
     optimizer_bytes: int
-    """AdamW's state."""
+    """The optimizer's state."""
+    optimizer_step_bytes: int
+    """What its step holds for itself at a time: fused AdamW nothing, GaLore two copies of a parameter."""
 
     def flops_per_update(self, tokens: int, *, merged_weight: str = "resident", micro_steps: int = 1) -> int:
         """Training FLOPs of one update on `tokens` tokens, every wrapped matrix computed by its cheapest way.
@@ -282,7 +286,9 @@ def cost(
         weight_bytes=(parameters + sum(factors_numel)) * element_bytes,
         merged_weight_bytes=sum(weights[name] for name in wrapped) * COMPUTE_BYTES[precision] if mergeable else 0,
         gradient_bytes=trainable * element_bytes,
+        largest_gradient_bytes=max(*trained_numel, *factors_numel) * element_bytes,
         projection_flops=round(projection_flops),
+        optimizer_step_bytes=0 if galore_rank is None else 2 * max(trained_numel) * element_bytes,
         optimizer_bytes=state_numel * element_bytes + ADAM_STEP_BYTES * trained_tensors,
     )
 

@@ -90,7 +90,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(moved, moved, value=1 - beta2)
         first = state["exp_avg"] / (1 - beta1 ** (done + 1))
         second = state["exp_avg_sq"] / (1 - beta2 ** (done + 1))
-        direction = first / (second.sqrt() + group["eps"])
+        direction = first.div_(second.sqrt_().add_(group["eps"]))
+        del second
         if rank is not None:
             direction = group["scale"] * _project_back(direction, state["projector"], parameter.shape)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])

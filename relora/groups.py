@@ -299,6 +299,7 @@ class TrainerConfig:
     device: str = field(default="auto", metadata=UNHASHED)
     compile: bool = field(default=False, metadata=UNHASHED)
     activation_checkpointing: bool = field(default=False, metadata=UNHASHED)
+    update_in_backward: bool = field(default=False, metadata=UNHASHED)
     log_interval_steps: int = field(default=1, metadata=UNHASHED)
     validation_interval_steps: int = field(default=100, metadata=UNHASHED)
     checkpoint_interval_steps: int = field(default=100, metadata=UNHASHED)

@@ -200,10 +200,11 @@ _resident: "weakref.WeakSet[LowRankLinear]" = weakref.WeakSet()
 
 
 def _outdate_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """The layers whose factors `optimizer` trains; those of another model are not touched."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    """The layers with a tensor that `optimizer` has stepped: one that it holds and that has a gradient."""
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    stepped = {id(parameter) for parameter in held if parameter.grad is not None}
     for layer in list(_resident):
-        if any(id(tensor) in trained for tensor in (layer.weight, layer.lora_A, layer.lora_B, layer.scaling)):
+        if any(id(tensor) in stepped for tensor in (layer.weight, layer.lora_A, layer.lora_B, layer.scaling)):
             layer.outdate()
             _resident.discard(layer)
 

@@ -43,12 +43,14 @@ def update_bytes(
     precision: str,
     merged_weight: str,
     activation_checkpointing: bool,
+    update_in_backward: bool = False,
     ranks: int = 1,
 ) -> int:
     """The most that one update holds at a time beyond weights, resident merged weights and optimizer state.
 
     Either at the loss, when all activations are there, or at the beginning of the backward pass, or at its end, when
-    all gradients are (with those of the micro-steps before it, from the second on).
+    all gradients are (with those of the micro-steps before it, from the second on). An update in backward has one
+    gradient at a time.
     """
     tokens = sequences_per_micro_step * sequence_length_tokens
     stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
@@ -92,9 +94,14 @@ def update_bytes(
         kept = shape.layers * layer + final_norm + trained_copies + frozen_copies
         at_the_loss = kept + loss
         at_the_beginning = kept + of_head + (computed * head_numel if stored != computed else 0) + in_layer
+    if update_in_backward:
+        one = own.largest_gradient_bytes
+        at_the_head = at_the_beginning - in_layer + own.optimizer_step_bytes
+        at_the_end += one - own.gradient_bytes
+        return max(at_the_loss, at_the_head, at_the_beginning - of_head, at_the_end, one + own.optimizer_step_bytes)
     if micro_steps > 1:
         at_the_loss += own.gradient_bytes
         at_the_beginning += own.gradient_bytes
         at_the_end += of_head  # the embeddings' gradient, before it is added
-    summed = own.gradient_bytes + (WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0)
-    return max(at_the_loss, at_the_beginning, at_the_end, summed)
+    summed = WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0
+    return max(at_the_loss, at_the_beginning, at_the_end, own.gradient_bytes + max(summed, own.optimizer_step_bytes))

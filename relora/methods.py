@@ -157,15 +157,6 @@ def build_optimizer(
     )
 
 
-def step_where_finite(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """`optimizer.step()` if `finite` holds, nothing otherwise. Torch's fused optimizers decide it on the device."""
-    if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined] -- as torch.amp.GradScaler does
-        optimizer.step()
-    elif finite.item():
-        optimizer.step()
-
-
 def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
     """Step -> factor of the base learning rates, for the whole run.
 

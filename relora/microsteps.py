@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from relora.config import RunConfig
 from relora.data import TokenSequences
 from relora.distributed import World
-from relora.errors import TrainingError
+from relora.errors import RunError, TrainingError
 from relora.groups import LoRAConfig
 from relora.lowrank import keyed_generator
 from relora.model import fits, precision_context, summed_cross_entropy
@@ -20,7 +20,8 @@ T = TypeVar("T")
 class MicroSteps:
     """This rank's share of each batch, `sequences_per_micro_step` sequences at a time, fewer when memory runs out.
 
-    Raises RunError where the ranks cannot share a batch evenly. `say` tells people, `on_smaller` that the size changed.
+    Raises RunError where the ranks cannot share a batch evenly, or are several and each is to update in backward. `say`
+    tells people, `on_smaller` that the size changed.
     """
 
     def __init__(
@@ -37,6 +38,11 @@ class MicroSteps:
         self.config, self.model, self.training = config, model, training
         self.device, self.world, self.say, self.on_smaller = device, world, say, on_smaller
         self.share = world.share(config.trainer.sequences_per_step)
+        if config.trainer.update_in_backward and world.size > 1:
+            raise RunError(
+                f"trainer.update_in_backward=true is for one process, and these are {world.size}, which sum their "
+                "gradients first; set it to false"
+            )
         self.sequences_per_micro_step = self._fitting(config.trainer.sequences_per_micro_step or self.share)
 
     @property
@@ -45,7 +51,12 @@ class MicroSteps:
         return self.share // self.sequences_per_micro_step
 
     def at_most(self, sequences: int) -> None:
-        """Take no more than `sequences` at a time."""
+        """Take no more than `sequences` at a time. Raises TrainingError where the batch must be taken at once."""
+        if self.config.trainer.update_in_backward and sequences < self.share:
+            raise TrainingError(
+                f"this run had memory for {sequences} sequences at a time, and trainer.update_in_backward=true takes "
+                f"all {self.share} of a batch at once; set it to false"
+            )
         self.sequences_per_micro_step = self._fitting(min(sequences, self.sequences_per_micro_step))
 
     def _fitting(self, wanted: int) -> int:
@@ -119,6 +130,13 @@ class MicroSteps:
 
     def _halve(self) -> None:
         size = self.sequences_per_micro_step
+        if self.config.trainer.update_in_backward:
+            options = [*self._smaller(), "a smaller model", "shorter sequences"]
+            raise TrainingError(
+                f"out of memory on {self.device} with {size} sequences at a time, and trainer.update_in_backward=true "
+                f"takes a batch at once; take {', '.join(options)}, or trainer.update_in_backward=false, which can "
+                "take fewer at a time"
+            )
         if size == 1:
             raise TrainingError(
                 f"out of memory on {self.device} with one sequence of {self.config.data.sequence_length_tokens} tokens "

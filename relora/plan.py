@@ -60,9 +60,9 @@ def plan(config: RunConfig) -> Plan:
         total_flops=warm * of_full + (steps - warm) * of_update + restart_count * own.merge_flops,
         weight_bytes=own.weight_bytes,
         merged_weight_bytes=own.merged_weight_bytes if merged_weight == "resident" else 0,
-        gradient_bytes=own.gradient_bytes,
+        gradient_bytes=_gradient_bytes(config, own),
         optimizer_bytes=own.optimizer_bytes,
-        bytes_at_full_rank=_state_bytes(full),
+        bytes_at_full_rank=full.weight_bytes + _gradient_bytes(config, full) + full.optimizer_bytes,
         peak_bytes=_peak_bytes(config, config.trained_shape(vocab_size), own, merged_weight),
         peak_bytes_at_full_rank=_peak_bytes(config, config.model.shape(vocab_size), full, merged_weight),
         break_even_rank=_break_even_rank(config, vocab_size),
@@ -112,8 +112,8 @@ def as_dict(made: Plan, config: RunConfig) -> dict[str, object]:
     return {**asdict(made), "state_bytes": made.state_bytes, "warning": warning(made, config)}
 
 
-def _state_bytes(of: Cost) -> int:
-    return of.weight_bytes + of.gradient_bytes + of.optimizer_bytes
+def _gradient_bytes(config: RunConfig, of: Cost) -> int:
+    return of.largest_gradient_bytes if config.trainer.update_in_backward else of.gradient_bytes
 
 
 def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost, merged_weight: str) -> int:
@@ -127,6 +127,7 @@ def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost, merged_weight: s
         precision=config.trainer.precision,
         merged_weight=merged_weight,
         activation_checkpointing=config.trainer.activation_checkpointing,
+        update_in_backward=config.trainer.update_in_backward,
     )
     return of.weight_bytes + (of.merged_weight_bytes if merged_weight == "resident" else 0) + of.optimizer_bytes + most
 

@@ -17,7 +17,8 @@ from relora.data import TokenSequences
 from relora.distributed import World, digest
 from relora.errors import Interrupted, TrainingError
 from relora.evaluate import ALONE, Evaluation, evaluate
-from relora.methods import build_method, build_optimizer, learning_rate_factor, step_where_finite
+from relora.inbackward import UpdateInBackward, step_where_finite
+from relora.methods import build_method, build_optimizer, learning_rate_factor
 from relora.metrics import MICRO_STEP, Progress, Tracker
 from relora.microsteps import MicroSteps
 from relora.model import compile_layers, fits, peak_memory_bytes
@@ -96,7 +97,8 @@ class Trainer:
             config, model, training, device=device, world=world, say=tracker.say, on_smaller=self._refresh
         )
         self.counters = Counters()
-        self.optimizer = build_optimizer(self.model, config, config.warm_start_learning_rate, warm_start=True)
+        self.in_backward: UpdateInBackward | None = None
+        self._take(build_optimizer(self.model, config, config.warm_start_learning_rate, warm_start=True))
         self.first_step = 0
         self._untold: deque[Update] = deque()
         # The host runs one update ahead of a GPU: it does not wait for numbers that only people read.
@@ -132,6 +134,7 @@ class Trainer:
                 self.begin_method(step)
             if self.clock.restarts_at(step):
                 self.restart(step)
+            self.set_learning_rate(step)
             loss = self.forward_backward(step)
             self.update(step, loss)
             self._refresh()
@@ -150,8 +153,7 @@ class Trainer:
     def begin_method(self, step: int) -> None:
         """The warm start is over: the method takes the model, with a new optimizer."""
         self.tell()
-        self.method.begin(self.model)
-        self.optimizer = build_optimizer(self.model, self.config, self.config.optimizer.learning_rate)
+        self._begin()
         self._refresh()
         self.check_ranks(step)
         if step:
@@ -182,6 +184,11 @@ class Trainer:
             f"optimizer state{at_rate}"
         )
 
+    def set_learning_rate(self, step: int) -> None:
+        """What the schedule has for the update of `step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_learning_rate"] * self.factor(step)
+
     def forward_backward(self, step: int) -> Tensor:
         """Accumulate the gradient of the mean loss over the step's batch, of all ranks; return that loss."""
         loss, self._wishes = self.micro.within_memory(
@@ -190,18 +197,19 @@ class Trainer:
         return loss
 
     def update(self, step: int, loss: Tensor) -> None:
-        """Clip, set the learning rate and step. An update whose loss or gradient is not finite is skipped.
+        """Clip and step, unless the backward pass has stepped. Where loss or gradient is not finite, it is skipped.
 
         The clock is a function of the step, so a skipped update leaves it in phase.
         """
-        parameters = self._parameters
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.config.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.max_grad_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_learning_rate"] * self.factor(step)
-        step_where_finite(self.optimizer, norm.isfinite() & loss.isfinite())
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.in_backward is not None:
+            norm = self.in_backward.take_norm()
+        else:
+            parameters = self._parameters
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.config.optimizer.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.max_grad_norm, norm)
+            step_where_finite(self.optimizer, norm.isfinite() & loss.isfinite())
+            self.optimizer.zero_grad(set_to_none=True)
 
         numbers = torch.stack([loss.double(), norm.double()]).to("cpu", non_blocking=True)
         ready = None
@@ -210,6 +218,17 @@ class Trainer:
             ready.record(torch.cuda.current_stream(self.device))
         rate = self.optimizer.param_groups[0]["lr"]
         self._untold.append(Update(step=step, loss_and_norm=numbers, ready=ready, learning_rate=rate))
+
+    def _begin(self) -> None:
+        """The method's factors, and its optimizer in place of the warm start's."""
+        self.method.begin(self.model)
+        self._take(build_optimizer(self.model, self.config, self.config.optimizer.learning_rate))
+
+    def _take(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.in_backward is not None:
+            self.in_backward.remove()
+        self.optimizer = optimizer
+        self.in_backward = UpdateInBackward(optimizer) if self.config.trainer.update_in_backward else None
 
     def _refresh(self) -> None:
         """The weights are others now."""
@@ -256,7 +275,8 @@ class Trainer:
         counters, limit = self.counters, self.config.trainer.max_consecutive_skipped_updates
         counters.skipped_updates += 1
         counters.consecutive_skipped_updates += 1
-        self.tracker.say(f"step {step}: loss {loss}, gradient norm {gradient_norm}; the update is skipped")
+        done = "it reaches none of the parameters concerned" if self.in_backward else "the update is skipped"
+        self.tracker.say(f"step {step}: loss {loss}, gradient norm {gradient_norm}; {done}")
         if counters.consecutive_skipped_updates >= limit:
             raise TrainingError(
                 f"the run diverged: {limit} updates in a row, up to step {step}, had a non-finite loss or gradient; "
@@ -377,8 +397,7 @@ class Trainer:
         self.first_step = state["step"]
         # The method begins inside the step at which the warm start ends, so that step's checkpoint is still without it.
         if self.first_step > self.clock.warm_start_steps:
-            self.method.begin(self.model)
-            self.optimizer = build_optimizer(self.model, self.config, self.config.optimizer.learning_rate)
+            self._begin()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         # What ran out of memory once would do so again; what is asked to be smaller shall be; ranks may be more now.

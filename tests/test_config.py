@@ -43,6 +43,18 @@ WRONG = [
     ),
     (["method.target_modules=[]"], "method.target_modules is empty"),
     (["trainer.sequences_per_micro_step=5"], "trainer.sequences_per_micro_step=5 does not divide"),
+    (
+        ["trainer.update_in_backward=true"],
+        "trainer.update_in_backward=true cannot clip to optimizer.max_grad_norm=1.0: that needs all grad",
+    ),
+    (
+        ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null", "trainer.sequences_per_micro_step=4"],
+        "trainer.update_in_backward=true takes a batch at once, not trainer.sequences_per_micro_step=4 of 16",
+    ),
+    (
+        ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null", "cluster=slurm", "cluster.nodes=2"],
+        "trainer.update_in_backward=true is for one process",
+    ),
     (["trainer.total_steps=null"], "the run has no budget; set trainer.total_steps or trainer.total_tokens"),
     (["trainer.total_steps=1e3"], "trainer.total_steps: Value '1000.0' of type 'float' could not be converted"),
     (["trainer.total_tokens=1.5X"], "trainer.total_tokens=1.5X is not a count"),

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "relora"
 
 FLOORS = [
     ["errors", "cost", "memory", "schedule"],
-    ["merged", "lowrank", "reset", "galore", "loss"],
+    ["merged", "lowrank", "reset", "galore", "loss", "inbackward"],
     [
         *("groups", "cluster", "config", "model", "data", "rundir", "metrics", "checkpoint", "warmstart"),
         *("distributed", "evaluate"),

@@ -19,6 +19,7 @@ from relora.plan import plan
 from relora.trainer import Trainer
 
 LENGTH = 128
+IN_BACKWARD = ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null"]
 SIZES = ["hidden_size=128", "intermediate_size=344", "layers=3", "heads=4"]
 
 
@@ -95,8 +96,17 @@ def kept_bytes(trainer: Trainer) -> int:
         ("lora", ["method.rank=64", "trainer.activation_checkpointing=true"]),
         ("lora", ["method.rank=16", "trainer.sequences_per_micro_step=4"]),
         ("lora", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_micro_step=8"]),
+        ("full", IN_BACKWARD),
+        ("full", [*IN_BACKWARD, "trainer.activation_checkpointing=true"]),
+        ("lora", ["method.rank=16", *IN_BACKWARD]),
+        ("lora", ["method.rank=64", "method.merged_weight=rebuilt", *IN_BACKWARD]),
+        ("full", ["model.vocab_size=20000", *IN_BACKWARD]),
+        ("full", ["model.vocab_size=20000", "trainer.sequences_per_step=2", *IN_BACKWARD]),
+        ("galore", ["method.rank=16", *IN_BACKWARD]),
+        ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2", *IN_BACKWARD]),
         ("control", ["method.rank=16"]),
         ("galore", ["method.rank=16"]),
+        ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2"]),
     ],
 )
 def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
