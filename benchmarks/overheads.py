@@ -61,7 +61,7 @@ def start_up(own: list[str], folder: Path) -> None:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            seconds.append(_first_row(run)["time_ms"] / 1000 - began)
+            seconds.append(_first_row(run, process)["time_ms"] / 1000 - began)
             process.wait()
             subprocess.run(["rm", "-rf", str(run.path)], check=True)
         print(f"to the first update, tracker={tracker}: {_spread(seconds)}", flush=True)
@@ -78,7 +78,7 @@ def tracking(own: list[str], folder: Path) -> None:
 
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
-    at_the_end: dict[str, float] = {}
+    at_the_end: dict[str, tuple[float, int]] = {}
 
     def clocked(owner: type, name: str, clock: Callable[[], float]) -> None:
         original = getattr(owner, name)
@@ -92,7 +92,7 @@ def tracking(own: list[str], folder: Path) -> None:
                 spent[key] += clock() - began
                 calls[key] += 1
                 if owner is Trainer:
-                    at_the_end.update(spent)
+                    at_the_end.update({key: (spent[key], calls[key]) for key in list(spent)})
 
         setattr(owner, name, around)
 
@@ -102,24 +102,26 @@ def tracking(own: list[str], folder: Path) -> None:
     clocked(Trainer, "train", time.perf_counter)
     status = launch(compose([*own, f"runs_dir={folder}", "trainer.seed=97"]))
     training = status.summary["training_seconds"]
-    on_the_path = sum(value for key, value in at_the_end.items() if key.startswith("Broadcast"))
+    on_the_path = sum(value for key, (value, _) in at_the_end.items() if key.startswith("Broadcast"))
+    mirrored, rounds = at_the_end.get("Mirror.sync", (0.0, 0))
     updates = calls["Broadcast.progress"]
     print(
         f"tracking: {1e6 * on_the_path / updates:.0f} us an update of {1e3 * training / updates:.1f} ms, "
         f"{on_the_path / training:.2%} of the training time, on the path; the mirror's thread took "
-        f"{at_the_end.get('Mirror.sync', 0.0) / training:.2%} of one core in {calls['Mirror.sync']} rounds",
+        f"{mirrored / training:.2%} of one core in {rounds} rounds",
         flush=True,
     )
 
 
-def _first_row(run: RunDir) -> dict[str, float]:
+def _first_row(run: RunDir, process: subprocess.Popen[bytes]) -> dict[str, float]:
     """The first with a training loss, as soon as it is there."""
-    while True:
+    while process.poll() in (None, 0):
         text = run.metrics_file.read_text() if run.metrics_file.exists() else ""
         for line in text.splitlines():
             if line.endswith("}") and "train/loss" in (row := json.loads(line)):
                 return row
         time.sleep(0.02)
+    raise SystemExit(f"python run.py ended with exit code {process.returncode}: {run.path}")
 
 
 def _spread(seconds: list[float]) -> str:

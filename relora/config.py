@@ -137,9 +137,7 @@ class RunConfig:
             )
 
     def _check_processes(self) -> None:
-        if not isinstance(self.cluster, SlurmConfig):
-            return
-        processes, whole = self.cluster.processes, self.trainer.sequences_per_step
+        processes, whole = self.processes, self.trainer.sequences_per_step
         if whole % processes:
             raise ConfigError(
                 f"trainer.sequences_per_step={whole} cannot be shared evenly by cluster.nodes * cluster.tasks_per_node "
@@ -160,11 +158,21 @@ class RunConfig:
                 f"trainer.update_in_backward=true takes a batch at once, not trainer.sequences_per_micro_step={micro} "
                 f"of {self.trainer.sequences_per_step} sequences at a time; set it to null"
             )
-        if isinstance(self.cluster, SlurmConfig) and self.cluster.processes > 1:
+        if self.processes > 1:
             raise ConfigError(
                 "trainer.update_in_backward=true is for one process: several sum their gradients first; set "
                 "cluster.nodes=1 cluster.tasks_per_node=1"
             )
+
+    @property
+    def processes(self) -> int:
+        """That train the run together, as far as its config knows: torchrun may start more."""
+        return self.cluster.processes if isinstance(self.cluster, SlurmConfig) else 1
+
+    @property
+    def sequences_per_process(self) -> int:
+        """The share of each in an update's batch."""
+        return self.trainer.sequences_per_step // self.processes
 
     @property
     def total_steps(self) -> int:
@@ -323,6 +331,11 @@ class RunConfig:
     def run_dir(self) -> Path:
         """runs_dir/NAME-HASH."""
         return Path(self.runs_dir) / self.name
+
+
+def fitting(share: int, wanted: int | None) -> int:
+    """The most sequences at a time, up to `wanted` (None: any number), that divide a process's `share` evenly."""
+    return next(count for count in range(wanted or share, 0, -1) if share % count == 0)
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -195,8 +195,9 @@ class Cost:
     """GaLore's, in one update: to the subspace and back, and its share of the decompositions."""
     weight_bytes: int
     """Factors included."""
-    merged_weight_bytes: int
-    """Of W + sBA of every wrapped matrix, where they are resident."""
+    trainable_scaling: bool
+    computed_bytes: int
+    """Of one element of what matrix products take, W + sBA among them."""
     gradient_bytes: int
     largest_gradient_bytes: int
     """Of one parameter."""
@@ -204,6 +205,25 @@ class Cost:
     """The optimizer's state."""
     optimizer_step_bytes: int
     """What its step holds for itself at a time: fused AdamW nothing, GaLore two copies of a parameter."""
+
+    def ways(self, merged_weight: str, *, tokens_per_micro_step: int, micro_steps: int) -> tuple[str, ...]:
+        """How each wrapped matrix is computed (`cheapest_way`)."""
+        return tuple(
+            cheapest_way(
+                *shape,
+                self.rank,
+                merged_weight=merged_weight if self.mergeable else "never",
+                tokens_per_micro_step=tokens_per_micro_step,
+                micro_steps=micro_steps,
+            )
+            for shape in self.wrapped
+        )
+
+    def merged_weight_bytes(self, *, tokens_per_micro_step: int, micro_steps: int) -> int:
+        """Of W + sBA of every matrix that is computed on it, where they are resident."""
+        ways = self.ways("resident", tokens_per_micro_step=tokens_per_micro_step, micro_steps=micro_steps)
+        merged = (i * o for (i, o), way in zip(self.wrapped, ways, strict=True) if way != PLAIN)
+        return self.computed_bytes * sum(merged)
 
     def flops_per_update(self, tokens: int, *, merged_weight: str = "resident", micro_steps: int = 1) -> int:
         """Training FLOPs of one update on `tokens` tokens, every wrapped matrix computed by its cheapest way.
@@ -284,7 +304,8 @@ def cost(
         unwrapped_flops_per_token=3 * (unwrapped + head_flops + attention_flops),
         merge_flops=0 if rank is None else sum(2 * rank * weights[name] for name in wrapped),
         weight_bytes=(parameters + sum(factors_numel)) * element_bytes,
-        merged_weight_bytes=sum(weights[name] for name in wrapped) * COMPUTE_BYTES[precision] if mergeable else 0,
+        trainable_scaling=trainable_scaling,
+        computed_bytes=COMPUTE_BYTES[precision],
         gradient_bytes=trainable * element_bytes,
         largest_gradient_bytes=max(*trained_numel, *factors_numel) * element_bytes,
         projection_flops=round(projection_flops),
@@ -300,12 +321,13 @@ def break_even_rank(
     target_modules: str | Sequence[str],
     tokens_per_update: int,
     merged_weight: str = "resident",
+    micro_steps: int = 1,
 ) -> int:
     """The highest rank at which an update takes fewer FLOPs than at full rank; 0 where none does."""
 
     def flops(rank: int | None) -> int:
         made = cost(shape, sequence_length_tokens=sequence_length_tokens, rank=rank, target_modules=target_modules)
-        return made.flops_per_update(tokens_per_update, merged_weight=merged_weight)
+        return made.flops_per_update(tokens_per_update, merged_weight=merged_weight, micro_steps=micro_steps)
 
     highest = min(min(each) for name, each in shape.linears().items() if module_matches(name, target_modules))
     return bisect_left(range(1, highest + 1), flops(None), key=flops)

@@ -18,21 +18,27 @@ class UpdateInBackward:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._group_of = {each: group for group in optimizer.param_groups for each in group["params"]}
         self._norms: dict[nn.Parameter, Tensor] = {}
-        self._hooks = [each.register_post_accumulate_grad_hook(self._step) for each in self._parameters]
+        self._hooks = [each.register_post_accumulate_grad_hook(self._step) for each in self._group_of]
 
     def _step(self, parameter: Tensor) -> None:
         gradient = parameter.grad
         assert isinstance(parameter, nn.Parameter)
         assert gradient is not None
         self._norms[parameter] = norm = torch.linalg.vector_norm(gradient)
-        step_where_finite(self._optimizer, norm.isfinite())  # of all its parameters, this one alone has a gradient
+        # For the time of a step the optimizer has no other parameter: looking for those with a gradient takes time.
+        groups, alone = self._optimizer.param_groups, {**self._group_of[parameter], "params": [parameter]}
+        self._optimizer.param_groups = [alone]
+        try:
+            step_where_finite(self._optimizer, norm.isfinite())
+        finally:
+            self._optimizer.param_groups = groups
         parameter.grad = None
 
     def take_norm(self) -> Tensor:
         """The norm of the whole gradient of the backward pass since the last call."""
-        norms = [self._norms[each] for each in self._parameters if each in self._norms]
+        norms = [self._norms[each] for each in self._group_of if each in self._norms]
         self._norms.clear()
         return torch.linalg.vector_norm(torch.stack(norms))
 

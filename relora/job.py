@@ -165,10 +165,11 @@ class _Attempt:
 
         from relora import corpus as corpora
         from relora import warmstart
+        from relora.microsteps import share
         from relora.model import peak_memory_bytes, reset_peak_memory
 
         config, say, world = self.config, self.console.say, self.world
-        world.share(config.trainer.sequences_per_step)  # refused before hours go into the preparation of a text
+        share(config, world)  # refused before hours go into the preparation of a text
         device = choose_device(config.trainer.device, world)
         self.status.device = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
         corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)

@@ -14,14 +14,18 @@ from torch.autograd.function import once_differentiable
 from relora.memory import LOGITS_NUMEL
 
 
-def _loss_and_errors(logits_NxV: Tensor, targets_Nx1: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss and its gradient with respect to the logits, softmax less the target, formed in their place."""
+def _loss_and_errors(logits_NxV: Tensor, targets_Nx1: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+    """The summed loss and, where `training`, its gradient with respect to the logits: softmax less the target.
+
+    The gradient is formed in the logits' place, which hold something else otherwise.
+    """
     of_targets, highest = logits_NxV.gather(1, targets_Nx1), logits_NxV.amax(-1, keepdim=True)
     exponentials = logits_NxV.sub_(highest).exp_()
     sums = exponentials.sum(-1, keepdim=True)
-    errors = exponentials.div_(sums)
-    errors.scatter_add_(1, targets_Nx1, errors.new_full((), -1.0).expand(targets_Nx1.shape))
-    return (sums.log() + highest - of_targets).sum(), errors
+    if training:
+        exponentials.div_(sums)
+        exponentials.scatter_add_(1, targets_Nx1, sums.new_full((), -1.0).expand(targets_Nx1.shape))
+    return (sums.log() + highest - of_targets).sum(), exponentials
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -41,7 +45,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
             hidden = hidden_NxD[rows]
-            loss, errors = _loss_and_errors((hidden @ weight_VxD.T).to(total.dtype), targets_N[rows, None])
+            logits = (hidden @ weight_VxD.T).to(total.dtype)
+            loss, errors = _loss_and_errors(logits, targets_N[rows, None], training=training)
+            del logits
             total += loss
             if grad_hidden is not None and grad_weight is not None:
                 errors = errors.to(hidden.dtype)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from relora.cost import MERGED_WEIGHTS, PLAIN, PROJECTED, cheapest_way, module_matches
 from relora.merged import MergedLinear, materialise, row_chunks
@@ -133,7 +133,9 @@ class LowRankLinear(nn.Module):
         factors = (self.lora_A, self.lora_B, self.scaling)
         self._merged = materialise(self.weight, *factors, out=self._merged, dtype=dtype)
         self._versions = self._versions_now()
-        _resident.add(self)
+        for tensor in (self.weight, *factors):
+            if isinstance(tensor, Tensor):
+                _resident[id(tensor)] = self
 
     def outdate(self) -> None:
         """A merged weight that is kept is out of date: compute the plain way until the next refresh."""
@@ -196,19 +198,20 @@ class LowRankLinear(nn.Module):
         return squares.sqrt()
 
 
-_resident: "weakref.WeakSet[LowRankLinear]" = weakref.WeakSet()
+_resident: "weakref.WeakValueDictionary[int, LowRankLinear]" = weakref.WeakValueDictionary()
+"""The layer of each tensor, by its id, that a resident merged weight was made of."""
 
 
 def _outdate_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """The layers with a tensor that `optimizer` has stepped: one that it holds and that has a gradient."""
-    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    stepped = {id(parameter) for parameter in held if parameter.grad is not None}
-    for layer in list(_resident):
-        if any(id(tensor) in stepped for tensor in (layer.weight, layer.lora_A, layer.lora_B, layer.scaling)):
-            layer.outdate()
-            _resident.discard(layer)
+    """The layers with a tensor that `optimizer` steps: one that it holds and that has a gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and (layer := _resident.pop(id(parameter), None)) is not None:
+                layer.outdate()
 
 
+# Before it, as a hook of the optimizer's own may drop the gradients after it; after it, as a closure makes them in it.
+register_optimizer_step_pre_hook(_outdate_stepped)
 register_optimizer_step_post_hook(_outdate_stepped)
 
 

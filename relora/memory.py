@@ -6,7 +6,7 @@ For the decoder of relora.model as Hugging Face computes it, with torch's fused 
 sequence) and the loss of relora.loss. What an allocator rounds up and kernels take for themselves comes on top.
 """
 
-from relora.cost import COMPUTE_BYTES, STORAGE_BYTES, Cost, LlamaShape
+from relora.cost import COMPUTE_BYTES, PLAIN, STORAGE_BYTES, Cost, LlamaShape
 
 LOGITS_NUMEL = 2**24
 """Logits that are held at a time, in fp32: 64 MiB."""
@@ -16,7 +16,7 @@ WIDE_BYTES = 4
 
 
 def layer_bytes_per_token(
-    shape: LlamaShape, *, precision: str, plain_wrapped: tuple[tuple[int, int], ...], rank: int, dropout: bool
+    shape: LlamaShape, own: Cost, *, precision: str, plain_wrapped: tuple[tuple[int, int], ...]
 ) -> int:
     """What one decoder layer keeps of a token for the backward pass.
 
@@ -29,7 +29,8 @@ def layer_bytes_per_token(
     norms = 2 * (WIDE_BYTES + stored) * hidden + inputs * computed * hidden
     attention = 4 * computed * hidden + WIDE_BYTES * shape.heads
     mlp = 4 * computed * intermediate
-    low_rank = sum(rank * computed + (i * (computed + 1) if dropout else 0) for i, _ in plain_wrapped)
+    dropped, scaled = 0 if own.mergeable else computed + 1, computed if own.trainable_scaling else 0
+    low_rank = sum(own.rank * computed + i * dropped + o * scaled for i, o in plain_wrapped)
     return norms + attention + mlp + low_rank
 
 
@@ -43,8 +44,8 @@ def update_bytes(
     precision: str,
     merged_weight: str,
     activation_checkpointing: bool,
-    update_in_backward: bool = False,
-    ranks: int = 1,
+    update_in_backward: bool,
+    ranks: int,
 ) -> int:
     """The most that one update holds at a time beyond weights, resident merged weights and optimizer state.
 
@@ -55,16 +56,11 @@ def update_bytes(
     tokens = sequences_per_micro_step * sequence_length_tokens
     stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
     hidden, head_numel = shape.hidden_size, shape.vocab_size * shape.hidden_size
-    if not own.mergeable:
-        merged_weight = "never"
-    plain = own.wrapped if merged_weight == "never" else ()
-    layer = tokens * layer_bytes_per_token(
-        shape,
-        precision=precision,
-        plain_wrapped=plain[: len(plain) // shape.layers],
-        rank=own.rank,
-        dropout=not own.mergeable,
-    )
+    ways = own.ways(merged_weight, tokens_per_micro_step=tokens, micro_steps=micro_steps)
+    plain = tuple(each for each, way in zip(own.wrapped, ways, strict=True) if way == PLAIN)
+    merged = (each for each, way in zip(own.wrapped, ways, strict=True) if way != PLAIN)
+    of_a_layer = plain[: len(plain) // shape.layers]
+    layer = tokens * layer_bytes_per_token(shape, own, precision=precision, plain_wrapped=of_a_layer)
     # Autocast's copies of the weights; those of frozen ones live as long as their layer's activations.
     trained_copies = frozen_copies = 0
     if stored != computed:
@@ -81,8 +77,8 @@ def update_bytes(
         loss += tokens * computed * hidden + computed * head_numel
 
     in_layer = tokens * computed * (2 * hidden + shape.intermediate_size)
-    if merged_weight == "rebuilt" and own.wrapped:
-        in_layer += computed * max(i * o for i, o in own.wrapped)
+    if merged_weight == "rebuilt":
+        in_layer += computed * max((i * o for i, o in merged), default=0)
     at_the_end = own.gradient_bytes + in_layer
     if activation_checkpointing:
         between = shape.layers * tokens * stored * hidden
@@ -103,5 +99,6 @@ def update_bytes(
         at_the_loss += own.gradient_bytes
         at_the_beginning += own.gradient_bytes
         at_the_end += of_head  # the embeddings' gradient, before it is added
-    summed = WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0
+    # Several ranks add their gradients up in one fp32 buffer, gathered from fp32 copies.
+    summed = (2 if stored < WIDE_BYTES else 1) * WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0
     return max(at_the_loss, at_the_beginning, at_the_end, own.gradient_bytes + max(summed, own.optimizer_step_bytes))

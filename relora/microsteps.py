@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from relora.config import RunConfig
+from relora.config import RunConfig, fitting
 from relora.data import TokenSequences
 from relora.distributed import World
 from relora.errors import RunError, TrainingError
@@ -17,11 +17,23 @@ from relora.model import fits, precision_context, summed_cross_entropy
 T = TypeVar("T")
 
 
+def share(config: RunConfig, world: World) -> int:
+    """Sequences of each batch that a rank takes.
+
+    Raises RunError where the ranks cannot share it evenly, or are several and each would update in backward.
+    """
+    if config.trainer.update_in_backward and world.size > 1:
+        raise RunError(
+            f"trainer.update_in_backward=true is for one process, and these are {world.size}, which sum their "
+            "gradients first; set it to false"
+        )
+    return world.share(config.trainer.sequences_per_step)
+
+
 class MicroSteps:
     """This rank's share of each batch, `sequences_per_micro_step` sequences at a time, fewer when memory runs out.
 
-    Raises RunError where the ranks cannot share a batch evenly, or are several and each is to update in backward. `say`
-    tells people, `on_smaller` that the size changed.
+    Raises RunError as `share` does. `say` tells people, `on_smaller` that the size changed.
     """
 
     def __init__(
@@ -37,13 +49,8 @@ class MicroSteps:
     ) -> None:
         self.config, self.model, self.training = config, model, training
         self.device, self.world, self.say, self.on_smaller = device, world, say, on_smaller
-        self.share = world.share(config.trainer.sequences_per_step)
-        if config.trainer.update_in_backward and world.size > 1:
-            raise RunError(
-                f"trainer.update_in_backward=true is for one process, and these are {world.size}, which sum their "
-                "gradients first; set it to false"
-            )
-        self.sequences_per_micro_step = self._fitting(config.trainer.sequences_per_micro_step or self.share)
+        self.share = share(config, world)
+        self.sequences_per_micro_step = fitting(self.share, config.trainer.sequences_per_micro_step)
 
     @property
     def count(self) -> int:
@@ -54,14 +61,10 @@ class MicroSteps:
         """Take no more than `sequences` at a time. Raises TrainingError where the batch must be taken at once."""
         if self.config.trainer.update_in_backward and sequences < self.share:
             raise TrainingError(
-                f"this run had memory for {sequences} sequences at a time, and trainer.update_in_backward=true takes "
+                f"up to here this run took {sequences} sequences at a time, and trainer.update_in_backward=true takes "
                 f"all {self.share} of a batch at once; set it to false"
             )
-        self.sequences_per_micro_step = self._fitting(min(sequences, self.sequences_per_micro_step))
-
-    def _fitting(self, wanted: int) -> int:
-        """The most sequences at a time, up to `wanted`, that divide this rank's share."""
-        return next(n for n in range(wanted, 0, -1) if self.share % n == 0)
+        self.sequences_per_micro_step = fitting(self.share, min(sequences, self.sequences_per_micro_step))
 
     def gradient(self, step: int, parameters: list[nn.Parameter], *, wish: bool) -> tuple[Tensor, bool]:
         """Accumulate the gradient of the mean loss over the batch of `step`, of all ranks.

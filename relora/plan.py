@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from relora.config import RunConfig
+from relora.config import RunConfig, fitting
 from relora.cost import Cost, LlamaShape, break_even_rank
 from relora.groups import LoRAConfig
 from relora.memory import update_bytes
@@ -10,7 +10,7 @@ from relora.memory import update_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of one run. FLOPs are those of the cheapest exact way (relora.cost), bytes those of one process."""
+    """Of one run: the FLOPs of all its processes, by the ways that they take (relora.cost), and the bytes of one."""
 
     name: str
     total_steps: int
@@ -44,9 +44,12 @@ def plan(config: RunConfig) -> Plan:
     vocab_size = config.model.vocab_size or config.data.vocab_size
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
     steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
-    restart_count = restarts(steps)
-    merged_weight = config.method.merged_weight_in_use if isinstance(config.method, LoRAConfig) else "resident"
-    of_update = own.flops_per_update(config.tokens_per_step, merged_weight=merged_weight)
+    restart_count, merged_weight = restarts(steps), _merged_weight(config)
+    at_a_time = {"tokens_per_micro_step": _tokens_at_a_time(config), "micro_steps": _micro_steps(config)}
+    of_update = own.flops_per_update(
+        config.tokens_per_step, merged_weight=merged_weight, micro_steps=config.processes * _micro_steps(config)
+    )
+    merged_weight_bytes = own.merged_weight_bytes(**at_a_time) if merged_weight == "resident" else 0
     of_full = full.flops_per_update(config.tokens_per_step)
     return Plan(
         name=config.name,
@@ -59,12 +62,12 @@ def plan(config: RunConfig) -> Plan:
         flops_per_update_at_full_rank=of_full,
         total_flops=warm * of_full + (steps - warm) * of_update + restart_count * own.merge_flops,
         weight_bytes=own.weight_bytes,
-        merged_weight_bytes=own.merged_weight_bytes if merged_weight == "resident" else 0,
+        merged_weight_bytes=merged_weight_bytes,
         gradient_bytes=_gradient_bytes(config, own),
         optimizer_bytes=own.optimizer_bytes,
         bytes_at_full_rank=full.weight_bytes + _gradient_bytes(config, full) + full.optimizer_bytes,
-        peak_bytes=_peak_bytes(config, config.trained_shape(vocab_size), own, merged_weight),
-        peak_bytes_at_full_rank=_peak_bytes(config, config.model.shape(vocab_size), full, merged_weight),
+        peak_bytes=merged_weight_bytes + _peak_bytes(config, config.trained_shape(vocab_size), own),
+        peak_bytes_at_full_rank=_peak_bytes(config, config.model.shape(vocab_size), full),
         break_even_rank=_break_even_rank(config, vocab_size),
     )
 
@@ -97,7 +100,9 @@ def text(made: Plan, config: RunConfig) -> str:
         "memory": f"{_size(made.state_bytes)} ({made.state_bytes / made.bytes_at_full_rank:.3f} of full rank's): "
         + ", ".join(parts),
         "peak": f"{_size(made.peak_bytes)} ({made.peak_bytes / made.peak_bytes_at_full_rank:.3f} of full rank's) "
-        f"with {_sequences_at_a_time(config)} sequences at a time" + (", the warm start as full rank" if warm else ""),
+        f"with {_sequences_at_a_time(config)} sequences at a time"
+        + (f" in each of {config.processes} processes" if config.processes > 1 else "")
+        + (", the warm start as full rank" if warm else ""),
     }
     if made.break_even_rank is not None:
         rows["break-even"] = f"rank {made.break_even_rank}: up to there an update takes fewer FLOPs than at full rank"
@@ -116,24 +121,42 @@ def _gradient_bytes(config: RunConfig, of: Cost) -> int:
     return of.largest_gradient_bytes if config.trainer.update_in_backward else of.gradient_bytes
 
 
-def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost, merged_weight: str) -> int:
-    at_a_time = _sequences_at_a_time(config)
-    most = update_bytes(
-        shape,
-        of,
-        sequences_per_micro_step=at_a_time,
-        sequence_length_tokens=config.data.sequence_length_tokens,
-        micro_steps=config.trainer.sequences_per_step // at_a_time,
-        precision=config.trainer.precision,
-        merged_weight=merged_weight,
-        activation_checkpointing=config.trainer.activation_checkpointing,
-        update_in_backward=config.trainer.update_in_backward,
+def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost) -> int:
+    """Of one process, its resident merged weights left out."""
+    settings = config.trainer
+    return (
+        of.weight_bytes
+        + of.optimizer_bytes
+        + update_bytes(
+            shape,
+            of,
+            sequences_per_micro_step=_sequences_at_a_time(config),
+            sequence_length_tokens=config.data.sequence_length_tokens,
+            micro_steps=_micro_steps(config),
+            precision=settings.precision,
+            merged_weight=_merged_weight(config),
+            activation_checkpointing=settings.activation_checkpointing,
+            update_in_backward=settings.update_in_backward,
+            ranks=config.processes,
+        )
     )
-    return of.weight_bytes + (of.merged_weight_bytes if merged_weight == "resident" else 0) + of.optimizer_bytes + most
+
+
+def _merged_weight(config: RunConfig) -> str:
+    return config.method.merged_weight_in_use if isinstance(config.method, LoRAConfig) else "never"
 
 
 def _sequences_at_a_time(config: RunConfig) -> int:
-    return config.trainer.sequences_per_micro_step or config.trainer.sequences_per_step
+    return fitting(config.sequences_per_process, config.trainer.sequences_per_micro_step)
+
+
+def _tokens_at_a_time(config: RunConfig) -> int:
+    return _sequences_at_a_time(config) * config.data.sequence_length_tokens
+
+
+def _micro_steps(config: RunConfig) -> int:
+    """Of one update in one process."""
+    return config.sequences_per_process // _sequences_at_a_time(config)
 
 
 def _break_even_rank(config: RunConfig, vocab_size: int) -> int | None:
@@ -145,6 +168,7 @@ def _break_even_rank(config: RunConfig, vocab_size: int) -> int | None:
         target_modules=config.method.target_modules,
         tokens_per_update=config.tokens_per_step,
         merged_weight=config.method.merged_weight_in_use,
+        micro_steps=config.processes * _micro_steps(config),
     )
 
 

@@ -114,6 +114,13 @@ class Trainer:
 
     def train(self) -> Evaluation:
         """Train to the end of the budget; return the last validation."""
+        try:
+            return self._train()
+        finally:
+            if self.in_backward is not None:
+                self.in_backward.remove()
+
+    def _train(self) -> Evaluation:
         settings = self.config.trainer
         self.model.train()
         for step in range(self.first_step, self.clock.total_steps):
@@ -197,8 +204,9 @@ class Trainer:
         return loss
 
     def update(self, step: int, loss: Tensor) -> None:
-        """Clip and step, unless the backward pass has stepped. Where loss or gradient is not finite, it is skipped.
+        """Clip and step; where loss or gradient is not finite, the update is skipped.
 
+        After an update in backward nothing is left to do; it skipped the parameters whose own gradient is not finite.
         The clock is a function of the step, so a skipped update leaves it in phase.
         """
         if self.in_backward is not None:

@@ -201,8 +201,9 @@ def test_merge_flops_are_those_of_a_real_merge(arm: str) -> None:
 
 def test_autocast_stores_what_fp32_stores_and_bf16_half_of_it() -> None:
     costs = {precision: cost_of(conf_of("60m"), ARMS["low_rank"], precision=precision) for precision in STORAGE_BYTES}
-    assert costs["bf16_autocast"] == replace(costs["fp32"], merged_weight_bytes=costs["bf16"].merged_weight_bytes)
-    assert costs["bf16"].merged_weight_bytes * 2 == costs["fp32"].merged_weight_bytes
+    assert costs["bf16_autocast"] == replace(costs["fp32"], computed_bytes=costs["bf16"].computed_bytes)
+    merged = {name: each.merged_weight_bytes(tokens_per_micro_step=4096, micro_steps=1) for name, each in costs.items()}
+    assert merged["bf16"] * 2 == merged["bf16_autocast"] * 2 == merged["fp32"] == 4 * 25_296_896
     assert costs["bf16"].weight_bytes * 2 == costs["fp32"].weight_bytes
     assert costs["bf16"].gradient_bytes * 2 == costs["fp32"].gradient_bytes
     assert costs["bf16"].flops_per_update(96) == costs["fp32"].flops_per_update(96)

@@ -11,6 +11,7 @@ from small import TINY
 from relora.compose import compose
 from relora.config import RunConfig
 from relora.data import TokenSequences
+from relora.distributed import World
 from relora.lowrank import low_rank_layers
 from relora.methods import LowRank
 from relora.metrics import Progress
@@ -50,9 +51,10 @@ def trainer_of(config: RunConfig, folder: Path) -> Trainer:
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
     path = folder / "tokens.bin"
-    count = LENGTH * 40 + 1
+    length = config.data.sequence_length_tokens
+    count = length * 40 + 1
     path.write_bytes((np.arange(count) * 7 % vocab_size).astype(np.uint16).tobytes())
-    sequences = TokenSequences(path, "uint16", LENGTH)
+    sequences = TokenSequences(path, "uint16", length)
     return Trainer(
         config,
         build(config.model, config.trained_shape(vocab_size), end_of_text_id=0, seed=0),
@@ -104,6 +106,10 @@ def kept_bytes(trainer: Trainer) -> int:
         ("full", ["model.vocab_size=20000", "trainer.sequences_per_step=2", *IN_BACKWARD]),
         ("galore", ["method.rank=16", *IN_BACKWARD]),
         ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2", *IN_BACKWARD]),
+        ("lora", ["method.rank=16", "method.merged_weight=never", "method.trainable_scaling=true"]),
+        ("lora", ["method.rank=16", "method.dropout=0.1", "method.trainable_scaling=true"]),
+        ("lora", ["method.rank=16", "method.merged_weight=rebuilt", "trainer.sequences_per_micro_step=1"]),
+        ("lora", ["method.rank=16", "trainer.sequences_per_step=1", "data.sequence_length_tokens=96"]),
         ("control", ["method.rank=16"]),
         ("galore", ["method.rank=16"]),
         ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2"]),
@@ -128,3 +134,27 @@ def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
     assert isinstance(trainer.method, LowRank) == (method == "lora")
     assert planned.weight_bytes + planned.merged_weight_bytes + planned.optimizer_bytes == kept
     assert planned.peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+class Two(World):
+    """One of two ranks: it allocates what it sends and is told, whether or not there is another."""
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_of_a_rank_is_that_of_its_share(precision: str, tmp_path: Path) -> None:
+    cluster = ["cluster=slurm", "cluster.nodes=2", "model.vocab_size=20000", "trainer.sequences_per_step=8"]
+    config = config_of("lora", "method.rank=16", f"trainer.precision={precision}", *cluster)
+    trainer = trainer_of(config, tmp_path)
+    trainer.micro.world, trainer.micro.share, trainer.micro.sequences_per_micro_step = Two(rank=0, size=2), 4, 4
+    trainer.model.train()
+    trainer.begin_method(0)
+
+    def gradient() -> None:
+        trainer.update(0, trainer.forward_backward(0))
+        trainer._refresh()
+
+    gradient()
+    measured = kept_bytes(trainer) + most_allocated_bytes(gradient)
+    assert plan(config).peak_bytes == pytest.approx(measured, rel=0.05)

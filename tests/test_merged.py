@@ -244,6 +244,31 @@ def test_the_step_of_another_models_optimizer_changes_nothing() -> None:
     assert "MergedLinear" in type(model(x).grad_fn).__name__
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_noticed_though_its_gradients_are_gone_at_once(fused: bool) -> None:
+    model, x = small_model(), torch.linspace(-1, 1, 24).view(2, 12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    optimizer.register_step_post_hook(lambda stepped, *_: stepped.zero_grad())
+    refresh(model)
+    model(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model(x), formula(model, x))
+
+
+def test_a_step_is_noticed_whose_gradients_come_from_a_closure() -> None:
+    model, x = small_model(), torch.linspace(-1, 1, 24).view(2, 12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    refresh(model)
+
+    def closure() -> float:
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    torch.testing.assert_close(model(x), formula(model, x))
+
+
 def test_what_is_refreshed_where_nothing_is_recorded_trains_afterwards() -> None:
     model = small_model()
     with torch.inference_mode():

@@ -16,9 +16,10 @@ def test_a_plan_is_what_the_run_will_record(tiny: list[str]) -> None:
     assert (made.total_steps, made.restarts, made.tokens) == (14, 2, 14 * 64)
     own, full = config.cost(300), config.cost(300, warm_start=True)
     assert made.total_flops == 3 * full.flops_per_update(64) + 11 * own.flops_per_update(64) + 2 * own.merge_flops
-    assert made.state_bytes == own.weight_bytes + own.gradient_bytes + own.optimizer_bytes + own.merged_weight_bytes
+    merged_weight_bytes = own.merged_weight_bytes(tokens_per_micro_step=64, micro_steps=1)
+    assert made.state_bytes == own.weight_bytes + own.gradient_bytes + own.optimizer_bytes + merged_weight_bytes
     rebuilt = plan(compose([*tiny, "method.rank=12", "method.merged_weight=rebuilt"]))
-    assert rebuilt.state_bytes == made.state_bytes - own.merged_weight_bytes
+    assert rebuilt.state_bytes == made.state_bytes - merged_weight_bytes
     assert made.name == rebuilt.name
 
 
@@ -50,6 +51,25 @@ def test_a_rank_above_the_break_even_is_warned_of() -> None:
     assert found.startswith("method.rank=30 is above the break-even of ")
     assert found in text(plan(compose(many)), compose(many))
     assert as_dict(plan(compose(many)), compose(many))["warning"] == found
+
+
+def test_a_plan_of_several_processes_is_of_their_shares_and_says_so() -> None:
+    base = ["model=llama_60m", "data.vocab_size=32000", "method.rank=128", "trainer.sequences_per_step=512"]
+    several = compose([*base, "cluster=slurm", "cluster.nodes=2", "cluster.tasks_per_node=8"])
+    share = compose([*base, "trainer.sequences_per_step=32"])
+    assert "with 32 sequences at a time in each of 16 processes" in text(plan(several), several)
+    assert plan(several).peak_bytes == plan(share).peak_bytes
+    uneven = compose([*base, "cluster=slurm", "cluster.nodes=2", "trainer.sequences_per_micro_step=512"])
+    assert "with 256 sequences at a time in each of 2 processes" in text(plan(uneven), uneven)
+
+
+def test_flops_are_those_of_the_ways_that_the_run_takes() -> None:
+    base = ["model=llama_350m", "data.vocab_size=32100", "data.sequence_length_tokens=256", "method.rank=128"]
+    base += ["method.merged_weight=rebuilt", "trainer.sequences_per_step=64"]
+    at_once, one_by_one = (compose([*base, *more]) for more in ([], ["trainer.sequences_per_micro_step=1"]))
+    never = compose([*base, "method.merged_weight=never"])
+    assert plan(at_once).flops_per_update < plan(one_by_one).flops_per_update == plan(never).flops_per_update
+    assert plan(at_once).break_even_rank > plan(one_by_one).break_even_rank  # type: ignore[operator]
 
 
 def test_with_dropout_nothing_is_computed_on_a_merged_weight() -> None:
