@@ -7,18 +7,18 @@ A step is what the trainer does in an update: forward, backward, clip, AdamW, an
 arms of a case live in one process and take turns, a step each a round, so that what else the machine does hits all
 alike, and each is first and last as often as any other when `--rounds` is a multiple of their number; a ratio is the
 median over rounds of a step's time to the full-rank step's of its round. On the CPU with one thread the time is that
-thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. Models have the width, heads and vocabulary
-of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
+thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. The peak is what torch has allocated at most
+in one more step, weights and optimizer state included, and beside it what relora.memory says. Models have the width,
+heads and vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
 """
 
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -29,8 +29,9 @@ from torch import nn
 from relora.compose import composed
 from relora.cost import Cost, cost
 from relora.groups import ModelConfig
-from relora.lowrank import ReLoRAConfig, merge_and_reinit, refresh, wrap
-from relora.model import build, peak_memory_bytes, precision_context, reset_peak_memory, summed_cross_entropy
+from relora.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, refresh, wrap
+from relora.memory import update_bytes
+from relora.model import build, precision_context, summed_cross_entropy
 from relora.reset import reset_optimizer
 
 VOCAB_SIZE = 32_100
@@ -122,6 +123,36 @@ class Arm:
         self.optimizer.zero_grad(set_to_none=True)
         self._refresh()
 
+    def kept_bytes(self) -> int:
+        """Weights, resident merged weights and optimizer state."""
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        merged = [layer._merged for _, layer in low_rank_layers(self.model) if layer._merged is not None]
+        return sum(each.numel() * each.element_size() for each in [*self.model.parameters(), *state, *merged])
+
+    def planned_bytes(self) -> int:
+        """The peak as relora.memory has it, PEFT's as that of the reference path."""
+        case, own = self.case, self.case.cost(self.name)
+        merged_weight = {"full": "never", "peft": "never"}.get(self.name, self.name)
+        at_a_time = case.tokens // case.micro_steps
+        resident = own.merged_weight_bytes(tokens_per_micro_step=at_a_time, micro_steps=case.micro_steps)
+        return (
+            own.weight_bytes
+            + own.optimizer_bytes
+            + (resident if merged_weight == "resident" else 0)
+            + update_bytes(
+                case.model_config().shape(VOCAB_SIZE),
+                own,
+                sequences_per_micro_step=at_a_time // SEQUENCE_LENGTH_TOKENS,
+                sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
+                micro_steps=case.micro_steps,
+                precision=case.precision,
+                merged_weight=merged_weight,
+                activation_checkpointing=False,
+                update_in_backward=False,
+                ranks=1,
+            )
+        )
+
     def restart(self) -> None:
         """What a restart does."""
         merge_and_reinit(self.model, seed=0, restart=1)
@@ -188,6 +219,8 @@ def measured(case: Case, rounds: int, device: torch.device) -> list[dict[str, An
                 "flop_ratio": case.flops(name) / case.flops("full"),
                 "tokens_per_second": case.tokens / median(times),
                 "flop_utilisation": case.flops(name) / median(times) / peak,
+                "peak_bytes": arms[name].kept_bytes() + most_allocated_bytes(arms[name].step, device),
+                "planned_bytes": arms[name].planned_bytes(),
             }
         )
     restart = [timed(arms["resident"].restart, device) for _ in range(3)]
@@ -199,27 +232,32 @@ def _wrapped(case: Case) -> int:
     return sum(i * o for i, o in case.cost("resident").wrapped)
 
 
-def memory(case: Case, name: str, device: torch.device) -> None:
-    """Print the bytes that two steps held at most beyond what was there before the model: alone in its process."""
-    reset_peak_memory(device)
-    before = peak_memory_bytes(device)
-    arm = Arm(case, name, device)
-    reset_peak_memory(device)
-    for _ in range(2):
-        arm.step()
-    print(peak_memory_bytes(device) - before)
+def most_allocated_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """The most that torch had allocated in `action` at a time, beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        action()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))  # type: ignore[attr-defined]
+    return max(accumulate(changes))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| size | rank | precision | tokens | arm | step | ratio to full | FLOP ratio | tokens/s | use | peak |"]
+    lines = [
+        "| size | rank | precision | tokens | arm | step | ratio to full | FLOP ratio | tokens/s | use | peak (plan) |"
+    ]
     lines += ["|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
         if row["arm"] == "restart":
             continue
         low, high = row["ratio_quartiles"]
         spread = "" if row["arm"] == "full" else f" ({low:.3f} to {high:.3f})"
-        held = f"{row['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in row else ""
+        held = f"{row['peak_bytes'] / 2**20:,.0f} MiB ({row['planned_bytes'] / row['peak_bytes']:.2f})"
         lines.append(
             f"| {row['size']} | {row['rank']} | {row['precision']} | {row['tokens']:,} | {NAMES[row['arm']]} "
             f"| {row['seconds'] * 1000:,.0f} ms | {row['ratio']:.3f}{spread} | {row['flop_ratio']:.3f} "
@@ -272,15 +310,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("performance"), help="without the ending")
-    parser.add_argument("--one-memory", nargs=2, metavar=("CASE", "ARM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    if options.one_memory:
-        memory(Case(**json.loads(options.one_memory[0])), options.one_memory[1], device)
-        return
 
     results = options.out.with_suffix(".json")
     rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.exists() else []
@@ -301,12 +334,6 @@ def main() -> None:
                     if any(row.items() >= asdict(case).items() for row in rows):
                         continue
                     found = measured(case, options.rounds, device)
-                    for row in found if not options.no_memory else ():
-                        if row["arm"] in ARMS:
-                            command = [sys.executable, __file__, "--threads", str(options.threads), "--device"]
-                            command += [options.device, "--one-memory", json.dumps(asdict(case)), row["arm"]]
-                            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                            row["peak_bytes"] = int(told)
                     rows += found
                     print(table(found), flush=True)
                     machine = {"torch": torch.__version__, "device": str(device), "threads": options.threads}
