@@ -20,6 +20,7 @@ from relora.cost import (
     control_shape,
     cost,
     module_matches,
+    way_multiply_adds,
 )
 from relora.groups import ModelConfig
 from relora.lowrank import ReLoRAConfig, merge_and_reinit, refresh, wrap
@@ -240,6 +241,13 @@ def test_few_tokens_do_not_pay_for_a_merged_weight() -> None:
     assert cheapest_way(2048, 2048, 128, tokens_per_micro_step=512) == PLAIN
     assert cheapest_way(2048, 2048, 128, tokens_per_micro_step=512, micro_steps=3) == FACTORED
     assert cheapest_way(2048, 2048, 128, tokens_per_micro_step=512, micro_steps=3, merged_weight="rebuilt") == PLAIN
+
+
+def test_of_equally_cheap_ways_the_plain_one_is_the_last() -> None:
+    shape, settings = (1024, 1024, 128), {"merged_weight": "rebuilt", "tokens_per_micro_step": 1024}
+    ways = way_multiply_adds(*shape, micro_steps=1, **settings)  # type: ignore[arg-type]
+    assert ways[PLAIN] == ways[FACTORED] < ways[PROJECTED]
+    assert cheapest_way(*shape, **settings) == FACTORED  # type: ignore[arg-type]
 
 
 def test_full_rank_names_no_targets_and_targets_without_a_rank_are_full_rank() -> None:
