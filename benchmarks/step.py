@@ -249,7 +249,8 @@ def most_allocated_bytes(action: Callable[[], object], device: torch.device) -> 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| size | rank | precision | tokens | arm | step | ratio to full | FLOP ratio | tokens/s | use | peak (plan) |"
+        "| size (layers) | rank | precision | tokens | arm | step | ratio to full | FLOP ratio "
+        "| tokens/s | use | peak (plan) |"
     ]
     lines += ["|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
@@ -259,23 +260,27 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = "" if row["arm"] == "full" else f" ({low:.3f} to {high:.3f})"
         held = f"{row['peak_bytes'] / 2**20:,.0f} MiB ({row['planned_bytes'] / row['peak_bytes']:.2f})"
         lines.append(
-            f"| {row['size']} | {row['rank']} | {row['precision']} | {row['tokens']:,} | {NAMES[row['arm']]} "
+            f"| {_size(row)} | {row['rank']} | {row['precision']} | {row['tokens']:,} | {NAMES[row['arm']]} "
             f"| {row['seconds'] * 1000:,.0f} ms | {row['ratio']:.3f}{spread} | {row['flop_ratio']:.3f} "
             f"| {row['tokens_per_second']:,.0f} | {row['flop_utilisation']:.0%} | {held} |"
         )
     lines += [
         "",
-        "| size | rank | parameters wrapped | restart | per million parameters |",
+        "| size (layers) | rank | parameters wrapped | restart | per million parameters |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         if row["arm"] == "restart":
             millions = row["wrapped"] / 1e6
             lines.append(
-                f"| {row['size']} | {row['rank']} | {millions:.2f}M | {row['seconds'] * 1000:.0f} ms "
+                f"| {_size(row)} | {row['rank']} | {millions:.2f}M | {row['seconds'] * 1000:.0f} ms "
                 f"| {row['seconds'] * 1000 / millions:.1f} ms |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['size']} ({row['layers']})"
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -283,13 +288,13 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     arms = [arm for arm in ARMS if arm != "full"]
-    cases = list(dict.fromkeys((r["size"], r["rank"], r["precision"], r["tokens"]) for r in rows))
+    found = {(_size(r), r["rank"], r["precision"], r["tokens"], r["arm"]): r for r in rows}
+    cases = list(dict.fromkeys(key[:-1] for key in found))
     figure, axes = plt.subplots(figsize=(10, 1.5 + 0.32 * len(cases)), layout="constrained")
     for arm, colour, marker in zip(arms, ("#D55E00", "#E69F00", "#56B4E9", "#0072B2"), "XsvD", strict=True):
-        found = {(r["size"], r["rank"], r["precision"], r["tokens"]): r for r in rows if r["arm"] == arm}
-        axes.scatter([found[c]["ratio"] for c in cases], range(len(cases)), c=colour, marker=marker, label=NAMES[arm])
-    limits = {(r["size"], r["rank"], r["precision"], r["tokens"]): r for r in rows if r["arm"] == "resident"}
-    limit = [limits[case]["flop_ratio"] for case in cases]
+        ratios = [found[*case, arm]["ratio"] for case in cases]
+        axes.scatter(ratios, range(len(cases)), c=colour, marker=marker, label=NAMES[arm])
+    limit = [found[*case, "resident"]["flop_ratio"] for case in cases]
     axes.scatter(limit, range(len(cases)), c="black", marker="|", s=120, label="FLOP limit")
     axes.axvline(1, color="grey", linewidth=1)
     axes.set_yticks(range(len(cases)), [f"{s} r={r} {p}, {t:,} tokens" for s, r, p, t in cases])
