@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from relora.memory import LOGITS_NUMEL
 
+PART_NUMEL = 2**22
+"""Elements of the head's gradient that are added up at a time where they are of another type than the products."""
+
 
 def _loss_and_errors(logits_NxV: Tensor, targets_Nx1: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
     """The summed loss and, where `training`, its gradient with respect to the logits: softmax less the target.
@@ -41,7 +44,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(torch.float32, hidden_NxD.dtype), device=hidden_NxD.device)
         grad_hidden = torch.empty_like(hidden_NxD) if training else None
         grad_weight = torch.empty_like(weight_VxD, dtype=total.dtype) if training else None
-        size = max(1, LOGITS_NUMEL // vocab_size)
+        size, words = max(1, LOGITS_NUMEL // vocab_size), max(1, PART_NUMEL // weight_VxD.shape[1])
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
             hidden = hidden_NxD[rows]
@@ -55,10 +58,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 if grad_weight.dtype == hidden.dtype:
                     grad_weight.addmm_(errors.T, hidden, beta=0 if start == 0 else 1)
                 else:
-                    part = errors.T @ hidden
-                    del errors  # to add what is of another type, the CPU copies it
-                    grad_weight.copy_(part) if start == 0 else grad_weight.add_(part)
-            part = errors = None  # before the next chunk's are made
+                    # A part at a time: to add what is of another type, the CPU copies it.
+                    for first in range(0, vocab_size, words):
+                        part = errors[:, first : first + words].T @ hidden
+                        of_words = grad_weight[first : first + words]
+                        of_words.copy_(part) if start == 0 else of_words.add_(part)
+            errors = None  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VxD.dtype))
         return total
 
