@@ -7,6 +7,7 @@ digest. It is built under a lock and appears under its name only when it is comp
 import glob
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -145,9 +146,11 @@ def _source_files(config: DataConfig) -> list[Path]:
             raise CorpusError(f"data.path={config.path} holds no text any more")
         return files
     root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path for path in sorted(root.rglob("*.py")) if not STDLIB_EXCLUDED.intersection(path.relative_to(root).parts)
-    ]
+    files = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in STDLIB_EXCLUDED]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
     if not files:
         raise CorpusError(f"the standard library in {root} has no sources; use data=text data.path=...")
     return files

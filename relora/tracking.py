@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SYNC_INTERVAL_SECONDS = 5.0
+FIRST_SYNC_SECONDS = 30.0
+"""How long the mirror waits for a first row: importing MLflow takes a core for seconds, and would delay that row."""
 LAST_SYNC_SECONDS = 60.0
 """How long the end of a run waits for its last metrics to be sent."""
 METRICS_PER_CALL = 1000
@@ -275,8 +277,8 @@ class MirrorThread:
         self._thread.start()
 
     def _loop(self) -> None:
+        last = self._wait_for_a_row()
         while True:
-            last = self._stopping.wait(SYNC_INTERVAL_SECONDS)
             try:
                 self.mirror.sync()
                 self.problem = None
@@ -286,6 +288,16 @@ class MirrorThread:
                 self.problem = error
             if last:
                 return
+            last = self._stopping.wait(SYNC_INTERVAL_SECONDS)
+
+    def _wait_for_a_row(self) -> bool:
+        """Until there is something to show, `FIRST_SYNC_SECONDS` at most; return whether the run has ended."""
+        for _ in range(max(1, round(FIRST_SYNC_SECONDS / SYNC_INTERVAL_SECONDS))):
+            if self._stopping.wait(SYNC_INTERVAL_SECONDS):
+                return True
+            if complete_bytes(self.mirror.run.metrics_file):
+                break
+        return False
 
     def close(self) -> bool:
         """Send the rest, the final status included; return whether MLflow has it all."""

@@ -401,6 +401,7 @@ def test_processes_that_open_a_new_store_at_once_all_succeed(tmp_path: Path, pla
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "SYNC_INTERVAL_SECONDS", 0.02)
+    monkeypatch.setattr(tracking, "FIRST_SYNC_SECONDS", 0.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
@@ -427,6 +428,23 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("patience_seconds", [3600.0, 0.1])
+def test_mlflow_waits_for_a_first_row_but_not_for_ever(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch, patience_seconds: float
+) -> None:
+    monkeypatch.setattr(tracking, "FIRST_SYNC_SECONDS", patience_seconds)
+    run, config = new_run(runs_dir, rows=0)
+    run.metrics_file.unlink(missing_ok=True)
+    thread = MirrorThread(Mirror(run, config), lambda message: None)
+    if patience_seconds > 60:
+        time.sleep(0.5)
+        assert not run.mirror_file.exists()
+        run.metrics_file.write_text('{"step": 0, "time_ms": 1, "eval/loss": 2.0}\n')
+    wait_for(run.mirror_file.exists)
+    assert thread.close()
 
 
 @pytest.mark.usefixtures("fast")
