@@ -300,7 +300,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     axes.set_yticks(range(len(cases)), [f"{s} r={r} {p}, {t:,} tokens" for s, r, p, t in cases])
     axes.invert_yaxis()
     axes.set_xlabel("step time / full-rank step time")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=5, frameon=False, fontsize="small")
+    axes.margins(y=0.02)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     figure.savefig(file, dpi=120)
 
 
