@@ -18,7 +18,8 @@ class UpdateInBackward:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._group_of = {each: group for group in optimizer.param_groups for each in group["params"]}
+        # The group's number and not the group: loading a state puts others in their place.
+        self._group_of = {each: i for i, group in enumerate(optimizer.param_groups) for each in group["params"]}
         self._norms: dict[nn.Parameter, Tensor] = {}
         self._hooks = [each.register_post_accumulate_grad_hook(self._step) for each in self._group_of]
 
@@ -28,8 +29,8 @@ class UpdateInBackward:
         assert gradient is not None
         self._norms[parameter] = norm = torch.linalg.vector_norm(gradient)
         # For the time of a step the optimizer has no other parameter: looking for those with a gradient takes time.
-        groups, alone = self._optimizer.param_groups, {**self._group_of[parameter], "params": [parameter]}
-        self._optimizer.param_groups = [alone]
+        groups = self._optimizer.param_groups
+        self._optimizer.param_groups = [{**groups[self._group_of[parameter]], "params": [parameter]}]
         try:
             step_where_finite(self._optimizer, norm.isfinite())
         finally:

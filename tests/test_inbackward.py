@@ -129,11 +129,11 @@ def test_so_is_a_run_of_another_method(method: str, tmp_path: Path) -> None:
 def test_a_run_goes_on_to_the_bit_with_it_or_without(tmp_path: Path) -> None:
     whole = trainer_of(unclipped(*IN_BACKWARD), tmp_path / "whole")
     whole.train()
-    for updates in (2, 9):
+    for updates, overrides in ((1, IN_BACKWARD), (9, IN_BACKWARD), (9, ())):
+        folder = tmp_path / f"{updates} {len(overrides)}"
         with pytest.raises(Interrupted):
-            trainer_of(unclipped(*IN_BACKWARD), tmp_path / f"{updates}", stop=stop_after(updates)).train()
-    for updates, overrides in ((2, IN_BACKWARD), (9, ())):
-        rest = trainer_of(unclipped(*overrides), tmp_path / f"{updates}")
+            trainer_of(unclipped(*IN_BACKWARD), folder, stop=stop_after(updates)).train()
+        rest = trainer_of(unclipped(*overrides), folder)
         rest.train()
         assert_equal_states(whole, rest)
 
