@@ -8,7 +8,6 @@ call of the training loop to its tracker and around the work of the thread that 
 
 import contextlib
 import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,19 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from slurm import REPOSITORY, rows, run_py
+
 from relora.compose import compose
 from relora.rundir import RunDir
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 ROUNDS = 5
 LIBRARIES = ("hydra", "omegaconf", "torch", "transformers", "datasets", "tokenizers", "mlflow", "submitit", "rich")
-
-
-def run_py(*arguments: str) -> float:
-    """Seconds that `python run.py` took."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, "run.py", *arguments], check=True, cwd=REPOSITORY, capture_output=True)
-    return time.monotonic() - began
 
 
 def imported_by(*arguments: str) -> dict[str, float]:
@@ -120,10 +113,8 @@ def tracking(own: list[str], folder: Path) -> None:
 def _first_row(run: RunDir, process: subprocess.Popen[bytes]) -> dict[str, float]:
     """The first with a training loss, as soon as it is there."""
     while process.poll() in (None, 0):
-        text = run.metrics_file.read_text() if run.metrics_file.exists() else ""
-        for line in text.splitlines():
-            if line.endswith("}") and "train/loss" in (row := json.loads(line)):
-                return row
+        if found := rows(run):
+            return found[0]
         time.sleep(0.02)
     raise SystemExit(f"python run.py ended with exit code {process.returncode}: {run.path}")
 

@@ -30,7 +30,7 @@ from relora.compose import composed
 from relora.cost import Cost, cost
 from relora.groups import ModelConfig
 from relora.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, refresh, wrap
-from relora.memory import update_bytes
+from relora.memory import peak_bytes
 from relora.model import build, precision_context, summed_cross_entropy
 from relora.reset import reset_optimizer
 
@@ -131,26 +131,18 @@ class Arm:
 
     def planned_bytes(self) -> int:
         """The peak as relora.memory has it, PEFT's as that of the reference path."""
-        case, own = self.case, self.case.cost(self.name)
-        merged_weight = {"full": "never", "peft": "never"}.get(self.name, self.name)
-        at_a_time = case.tokens // case.micro_steps
-        resident = own.merged_weight_bytes(tokens_per_micro_step=at_a_time, micro_steps=case.micro_steps)
-        return (
-            own.weight_bytes
-            + own.optimizer_bytes
-            + (resident if merged_weight == "resident" else 0)
-            + update_bytes(
-                case.model_config().shape(VOCAB_SIZE),
-                own,
-                sequences_per_micro_step=at_a_time // SEQUENCE_LENGTH_TOKENS,
-                sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
-                micro_steps=case.micro_steps,
-                precision=case.precision,
-                merged_weight=merged_weight,
-                activation_checkpointing=False,
-                update_in_backward=False,
-                ranks=1,
-            )
+        case = self.case
+        return peak_bytes(
+            case.model_config().shape(VOCAB_SIZE),
+            case.cost(self.name),
+            sequences_per_micro_step=case.tokens // case.micro_steps // SEQUENCE_LENGTH_TOKENS,
+            sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
+            micro_steps=case.micro_steps,
+            precision=case.precision,
+            merged_weight={"full": "never", "peft": "never"}.get(self.name, self.name),
+            activation_checkpointing=False,
+            update_in_backward=False,
+            ranks=1,
         )
 
     def restart(self) -> None:

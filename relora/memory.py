@@ -34,7 +34,7 @@ def layer_bytes_per_token(
     return norms + attention + mlp + low_rank
 
 
-def update_bytes(
+def peak_bytes(
     shape: LlamaShape,
     own: Cost,
     *,
@@ -47,11 +47,11 @@ def update_bytes(
     update_in_backward: bool,
     ranks: int,
 ) -> int:
-    """The most that one update holds at a time beyond weights, resident merged weights and optimizer state.
+    """The most that one update holds at a time, weights, resident merged weights and optimizer state included.
 
-    Either at the loss, when all activations are there, or at the beginning of the backward pass, or at its end, when
-    all gradients are (with those of the micro-steps before it, from the second on). An update in backward has one
-    gradient at a time.
+    Beyond those, either at the loss, when all activations are there, or at the beginning of the backward pass, or at
+    its end, when all gradients are (with those of the micro-steps before it, from the second on). An update in backward
+    has one gradient at a time.
     """
     tokens = sequences_per_micro_step * sequence_length_tokens
     stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
@@ -90,15 +90,21 @@ def update_bytes(
         kept = shape.layers * layer + final_norm + trained_copies + frozen_copies
         at_the_loss = kept + loss
         at_the_beginning = kept + of_head + (computed * head_numel if stored != computed else 0) + in_layer
+    kept_bytes = own.weight_bytes + own.optimizer_bytes
+    if merged_weight == "resident":
+        kept_bytes += own.merged_weight_bytes(tokens_per_micro_step=tokens, micro_steps=micro_steps)
     if update_in_backward:
         one = own.largest_gradient_bytes
         at_the_head = at_the_beginning - in_layer + own.optimizer_step_bytes
         at_the_end += one - own.gradient_bytes
-        return max(at_the_loss, at_the_head, at_the_beginning - of_head, at_the_end, one + own.optimizer_step_bytes)
+        return kept_bytes + max(
+            at_the_loss, at_the_head, at_the_beginning - of_head, at_the_end, one + own.optimizer_step_bytes
+        )
     if micro_steps > 1:
         at_the_loss += own.gradient_bytes
         at_the_beginning += own.gradient_bytes
         at_the_end += of_head  # the embeddings' gradient, before it is added
     # Several ranks add their gradients up in one fp32 buffer, gathered from fp32 copies.
     summed = (2 if stored < WIDE_BYTES else 1) * WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0
-    return max(at_the_loss, at_the_beginning, at_the_end, own.gradient_bytes + max(summed, own.optimizer_step_bytes))
+    at_the_step = own.gradient_bytes + max(summed, own.optimizer_step_bytes)
+    return kept_bytes + max(at_the_loss, at_the_beginning, at_the_end, at_the_step)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from relora.config import RunConfig, fitting
 from relora.cost import Cost, LlamaShape, break_even_rank
 from relora.groups import LoRAConfig
-from relora.memory import update_bytes
+from relora.memory import peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,14 @@ def plan(config: RunConfig) -> Plan:
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
     steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
     restart_count, merged_weight = restarts(steps), _merged_weight(config)
-    at_a_time = {"tokens_per_micro_step": _tokens_at_a_time(config), "micro_steps": _micro_steps(config)}
+    tokens_at_a_time = _sequences_at_a_time(config) * config.data.sequence_length_tokens
+    micro_steps = _micro_steps(config)
     of_update = own.flops_per_update(
-        config.tokens_per_step, merged_weight=merged_weight, micro_steps=config.processes * _micro_steps(config)
+        config.tokens_per_step, merged_weight=merged_weight, micro_steps=config.processes * micro_steps
     )
-    merged_weight_bytes = own.merged_weight_bytes(**at_a_time) if merged_weight == "resident" else 0
+    merged_weight_bytes = 0
+    if merged_weight == "resident":
+        merged_weight_bytes = own.merged_weight_bytes(tokens_per_micro_step=tokens_at_a_time, micro_steps=micro_steps)
     of_full = full.flops_per_update(config.tokens_per_step)
     return Plan(
         name=config.name,
@@ -66,7 +69,7 @@ def plan(config: RunConfig) -> Plan:
         gradient_bytes=_gradient_bytes(config, own),
         optimizer_bytes=own.optimizer_bytes,
         bytes_at_full_rank=full.weight_bytes + _gradient_bytes(config, full) + full.optimizer_bytes,
-        peak_bytes=merged_weight_bytes + _peak_bytes(config, config.trained_shape(vocab_size), own),
+        peak_bytes=_peak_bytes(config, config.trained_shape(vocab_size), own),
         peak_bytes_at_full_rank=_peak_bytes(config, config.model.shape(vocab_size), full),
         break_even_rank=_break_even_rank(config, vocab_size),
     )
@@ -122,23 +125,18 @@ def _gradient_bytes(config: RunConfig, of: Cost) -> int:
 
 
 def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost) -> int:
-    """Of one process, its resident merged weights left out."""
     settings = config.trainer
-    return (
-        of.weight_bytes
-        + of.optimizer_bytes
-        + update_bytes(
-            shape,
-            of,
-            sequences_per_micro_step=_sequences_at_a_time(config),
-            sequence_length_tokens=config.data.sequence_length_tokens,
-            micro_steps=_micro_steps(config),
-            precision=settings.precision,
-            merged_weight=_merged_weight(config),
-            activation_checkpointing=settings.activation_checkpointing,
-            update_in_backward=settings.update_in_backward,
-            ranks=config.processes,
-        )
+    return peak_bytes(
+        shape,
+        of,
+        sequences_per_micro_step=_sequences_at_a_time(config),
+        sequence_length_tokens=config.data.sequence_length_tokens,
+        micro_steps=_micro_steps(config),
+        precision=settings.precision,
+        merged_weight=_merged_weight(config),
+        activation_checkpointing=settings.activation_checkpointing,
+        update_in_backward=settings.update_in_backward,
+        ranks=config.processes,
     )
 
 
@@ -148,10 +146,6 @@ def _merged_weight(config: RunConfig) -> str:
 
 def _sequences_at_a_time(config: RunConfig) -> int:
     return fitting(config.sequences_per_process, config.trainer.sequences_per_micro_step)
-
-
-def _tokens_at_a_time(config: RunConfig) -> int:
-    return _sequences_at_a_time(config) * config.data.sequence_length_tokens
 
 
 def _micro_steps(config: RunConfig) -> int:
