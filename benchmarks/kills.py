@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py --kills 200              # about half an hour on two cores
     python benchmarks/kills.py --kills 12 --seed 3      # a short form; another seed kills elsewhere
-    python benchmarks/kills.py --moments merge,exit     # named moments alone, each with every signal; "," is all of them
+    python benchmarks/kills.py --moments merge,exit     # named moments alone, each with every signal
 
 Every run is a small one in a folder of its own: corpus, MLflow store, warm start, two restarts, export. It is killed up
 to `KILLS_A_RUN` times, by SIGKILL, SIGTERM, SIGINT or SIGUSR2, the process alone or its whole group. The same command
