@@ -20,8 +20,8 @@ from relora.distributed import PeerLost, World
 from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
 from relora.metrics import Broadcast, MetricsLog
 from relora.plan import plan, warning
-from relora.ranks import build_trainer, choose_device, in_words, take_part, then_stop
-from relora.rundir import PROBE_SECONDS, RunDir, Status, read_json, write_json
+from relora.ranks import build_trainer, choose_device, describe_machine, in_words, take_part, then_stop
+from relora.rundir import PROBE_SECONDS, Attempt, RunDir, Status, read_json, write_json
 from relora.state import observe
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
         status = Status(state="running", git_commit=git_commit(), ranks=world.size)
         if previous is not None:
             status.attempt, status.started_ms = previous.attempt + 1, previous.started_ms
-            status.corpus = previous.corpus
-            status.ranks = world.size if previous.ranks == world.size else 0
+            status.corpus, status.attempts = previous.corpus, previous.attempts
+        status.attempts.append(Attempt(ranks=world.size))
         if on_node:
             status.slurm_job_id, status.requeues = slurm.own_job(), slurm.own_requeues()
         run.status = status
@@ -101,6 +101,7 @@ class _Attempt:
         self, run: RunDir, config: RunConfig, status: Status, world: World, *, on_node: bool, warm_start_only: bool
     ) -> None:
         self.run, self.config, self.status, self.world = run, config, status, world
+        self.attempt, self.earlier = status.attempts[-1], [a for a in status.attempts[:-1] if a.has_trained]
         self.on_node, self.warm_start_only = on_node, warm_start_only
         self.console = Console(config.tokens_per_step)
         self.signals = StopSignals(self.console.say)
@@ -118,7 +119,7 @@ class _Attempt:
                 self._record(error)
             finally:
                 self.console.close()
-                self.status.ended_ms = time.time_ns() // 1_000_000
+                self.attempt.ended_ms = self.status.ended_ms = time.time_ns() // 1_000_000
                 self._write_status()
                 if mirror is not None:
                     mirror.close()
@@ -161,8 +162,6 @@ class _Attempt:
                 traceback.print_exception(error)
 
     def _train_and_export(self) -> dict[str, Any]:
-        import torch
-
         from relora import corpus as corpora
         from relora import warmstart
         from relora.microsteps import share
@@ -171,11 +170,12 @@ class _Attempt:
         config, say, world = self.config, self.console.say, self.world
         share(config, world)  # refused before hours go into the preparation of a text
         device = choose_device(config.trainer.device, world)
-        self.status.device = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+        describe_machine(self.attempt, device)
+        self.status.device = self.attempt.device
         corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)
         self._check_corpus(corpus.identity)
         origin = {**corpus.identity, "device": device.type}
-        exact = device.type == "cpu" and self.status.ranks == world.size
+        exact = device.type == "cpu" and not any(self.attempt.differs_from(earlier) for earlier in self.earlier)
         with (
             warmstart.shared(config, self.run, origin, say) as publish_warm_start,
             MetricsLog.opened(self.run.metrics_file, exact=exact) as log,
@@ -193,6 +193,7 @@ class _Attempt:
                 stop=lambda: self.signals.reason,
                 on_warm_start=publish_warm_start,
             )
+            self._note_begin(trainer.first_step, trainer.counters.training_seconds)
             epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
             cost, ranks = trainer.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
             say(
@@ -224,6 +225,16 @@ class _Attempt:
             numbers = {f"summary/{name}": value for name, value in summary.items() if not isinstance(value, str)}
             log.log(0, numbers)
         return summary
+
+    def _note_begin(self, first_step: int, seconds: float) -> None:
+        """Record where this attempt goes on, and tell of a machine that is another than before."""
+        self.attempt.first_step, self.attempt.seconds_before = first_step, seconds
+        self.run.status = self.status
+        if self.earlier and self.attempt.differs_from(self.earlier[-1]):
+            self.console.say(
+                f"note: this machine ({self.attempt.machine}) is another one than before "
+                f"({self.earlier[-1].machine}); from step {first_step} on the results can differ in their last digits"
+            )
 
     def _check_corpus(self, identity: dict[str, str]) -> None:
         """The text under a run must not change between its attempts."""
@@ -400,6 +411,7 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
             + f", {found['training_seconds']:.0f} s of it in updates"
             + f" ({found['tokens'] / found['training_seconds']:,.0f} tokens/s)",
         ),
+        *(("machine", f"another one from step {step} on: {machine}") for step, machine in status.machine_changes),
         ("peak memory", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("model", f"{run.model}"),
         ("run", f"{run.path}"),

@@ -113,7 +113,7 @@ class MetricsLog:
             elif self.exact and name.startswith(REPRODUCIBLE_PREFIXES) and not _same(first, float(value)):
                 raise ReplayError(
                     f"step {step} was replayed and gave {name}={float(value)!r} where the first pass gave {first!r}; "
-                    "the code, its libraries or the number of threads have changed since: start a new run"
+                    "the machine is the same, so its code, a library or its memory is at fault: start a new run"
                 )
         if not fresh:
             return

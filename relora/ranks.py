@@ -1,6 +1,8 @@
 """A run's part on each rank: its device, its trainer, and all that the ranks other than the first do."""
 
 import errno
+import platform
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from relora.config import RunConfig
 from relora.distributed import PeerLost, World
 from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
 from relora.metrics import Broadcast, Tracker
-from relora.rundir import PROBE_SECONDS, RunDir, Status
+from relora.rundir import PROBE_SECONDS, Attempt, RunDir, Status
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +157,23 @@ def choose_device(name: str, world: World) -> "torch.device":
         )
     torch.cuda.set_device(own)
     return torch.device("cuda", own)
+
+
+def describe_machine(attempt: Attempt, device: "torch.device") -> None:
+    """Fill in what the bits of the attempt's results depend on."""
+    import torch
+
+    attempt.device = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+    attempt.cpu = f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+    attempt.torch, attempt.threads = str(torch.__version__), torch.get_num_threads()
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def in_words(error: BaseException) -> str:

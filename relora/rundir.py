@@ -6,6 +6,7 @@ import socket
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,47 @@ from relora.errors import ConfigError, RunError
 
 PROBE_SECONDS = 1.0
 """Longer than another process asks whether a run is locked, which takes the lock for a moment."""
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One try at a run: where it ran, and from which step on. What is not known is empty."""
+
+    host: str = field(default_factory=socket.gethostname)
+    device: str = ""
+    """"cpu", or the name of the GPU."""
+    cpu: str = ""
+    """The model of the CPU and the instruction set that torch takes of it."""
+    torch: str = ""
+    """Its version."""
+    threads: int | None = None
+    """Of torch, within an operation."""
+    ranks: int = 1
+    started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    ended_ms: int | None = None
+    """None while it goes on, and where it was killed."""
+    first_step: int | None = None
+    """The step of the checkpoint that it went on from, 0 at the beginning; None before it began to train."""
+    seconds_before: float | None = None
+    """Training seconds of the run at `first_step`, those of earlier attempts that were kept."""
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether it came so far as to begin."""
+        return self.first_step is not None
+
+    @property
+    def machine(self) -> str:
+        """What the bits of its results depend on, for people."""
+        cpu = f"{self.cpu}, {self.threads} threads" if self.device == "cpu" else self.device
+        ranks = f"{self.ranks} ranks on " if self.ranks > 1 else ""
+        return f"{ranks}{cpu}, torch {self.torch}"
+
+    def differs_from(self, other: "Attempt") -> bool:
+        """Whether its results may differ in their last bits; what is not known of an attempt differs from nothing."""
+        names = ("device", "cpu", "torch", "threads", "ranks")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
+        return any(own != others and own not in ("", None) and others not in ("", None) for own, others in pairs)
 
 
 @dataclass(kw_only=True)
@@ -32,7 +74,7 @@ class Status:
     """How often SLURM had put that job back into the queue before this attempt."""
     git_commit: str | None = None
     ranks: int = 1
-    """Processes that train it together; 0 once attempts differed in that, and with it steps that are replayed."""
+    """Processes that train it together."""
     corpus: dict[str, str] = field(default_factory=dict)
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     """Of the first attempt."""
@@ -43,6 +85,14 @@ class Status:
     """Why a run failed or was interrupted."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Results, once finished."""
+    attempts: list[Attempt] = field(default_factory=list)
+    """Every attempt that is known, in order; the last one is the newest."""
+
+    @property
+    def machine_changes(self) -> list[tuple[int, str]]:
+        """(first step, machine) of the attempts that trained on another machine than the attempt before them."""
+        trained = [attempt for attempt in self.attempts if attempt.has_trained]
+        return [(now.first_step or 0, now.machine) for before, now in pairwise(trained) if now.differs_from(before)]
 
 
 class RunDir:
@@ -100,8 +150,7 @@ class RunDir:
     def status(self) -> Status | None:
         """The last state written, None before the first attempt."""
         values = read_json(self.path / "status.json")
-        known = {item.name for item in fields(Status)}
-        return Status(**{name: value for name, value in values.items() if name in known}) if values else None
+        return status_of(values) if values else None
 
     @status.setter
     def status(self, status: Status) -> None:
@@ -131,6 +180,29 @@ class RunDir:
                 return False
         except Timeout:
             return True
+
+
+def status_of(values: dict[str, Any]) -> Status:
+    """The status that `values` describe; one from before attempts were recorded has one attempt, its last."""
+    known, of_attempt = ({item.name for item in fields(kind)} for kind in (Status, Attempt))
+    status = Status(**{name: value for name, value in values.items() if name in known})
+    if "attempts" in values:
+        status.attempts = [
+            Attempt(**{name: value for name, value in attempt.items() if name in of_attempt})
+            for attempt in values["attempts"]
+        ]
+    elif status.attempt:
+        status.attempts = [
+            Attempt(
+                host=status.host,
+                device=status.device,
+                ranks=status.ranks,
+                started_ms=status.started_ms,
+                ended_ms=status.ended_ms,
+                first_step=0,
+            )
+        ]
+    return status
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from damaged import Case, killed_case, settings_of
 from hypothesis import settings
 from small import TINY
 
@@ -43,6 +44,32 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
     open_store(f"sqlite:///{folder / 'mlflow.db'}", folder)
     return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def finished_run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Nothing happened to it; tests only read it."""
+    case = Case(overrides=settings_of(text, tmp_path_factory.mktemp("finished") / "runs"))
+    assert case.launch().state == "finished"
+    return case
+
+
+@pytest.fixture(scope="session")
+def killed_run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Killed after the update `KILLED_AT`, with checkpoints of steps 4 and 8; tests only read it."""
+    return killed_case(settings_of(text, tmp_path_factory.mktemp("killed") / "runs"))
+
+
+@pytest.fixture
+def finished(finished_run: Case, tmp_path: Path) -> Case:
+    """A finished run of one's own."""
+    return finished_run.copied(tmp_path / "damaged")
+
+
+@pytest.fixture
+def killed(killed_run: Case, tmp_path: Path) -> Case:
+    """A killed run of one's own."""
+    return killed_run.copied(tmp_path / "damaged")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,119 @@
+"""What a run records of the machines that it was trained on, and what it does where they differ."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from damaged import Case
+
+from relora.metrics import read_rows
+from relora.rundir import Attempt, Status, status_of
+
+OTHER_MACHINES = [
+    {"cpu": "Another CPU, AVX512"},
+    {"torch": "1.0.0"},
+    {"threads": 64},
+    {"ranks": 3},
+    {"device": "NVIDIA A100"},
+]
+
+
+def edited(case: Case, change: Callable[[dict[str, Any]], None]) -> None:
+    file = case.run.path / "status.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def with_another_value(case: Case) -> None:
+    """Alter the last digit of a loss that the next attempt computes again."""
+    lines = case.run.metrics_file.read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if '"step": 10,' in line and "train/loss" in line)
+    row = json.loads(lines[at])
+    row["train/loss"] *= 1 + 1e-7
+    lines[at] = json.dumps(row)
+    case.run.metrics_file.write_text("\n".join(lines) + "\n")
+
+
+def test_an_attempt_records_its_machine_and_where_it_began(finished_run: Case) -> None:
+    status = finished_run.run.status
+    assert status is not None
+    (only,) = status.attempts
+    assert (only.device, only.ranks, only.first_step, only.seconds_before) == ("cpu", 1, 0, 0.0)
+    assert only.host == status.host
+    assert only.threads
+    assert len(only.cpu) > 5
+    assert only.torch[0].isdigit()
+    assert only.ended_ms is not None
+    assert only.started_ms <= only.ended_ms
+    assert status.machine_changes == []
+
+
+def test_a_killed_run_has_both_attempts(killed: Case) -> None:
+    status = killed.launch()
+    first, second = status.attempts
+    assert (first.first_step, first.ended_ms) == (0, None)
+    assert second.first_step == 8
+    assert second.seconds_before is not None
+    assert 0 < second.seconds_before < status.summary["training_seconds"]
+    assert status.machine_changes == []
+    assert killed.run.status == status
+
+
+@pytest.mark.parametrize("other", OTHER_MACHINES, ids=lambda other: next(iter(other)))
+def test_on_another_machine_a_run_goes_on_and_says_so_once(
+    killed: Case, other: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_another_value(killed)
+    before = read_rows(killed.run.metrics_file)
+    edited(killed, lambda values: values["attempts"][0].update(other))
+    status = killed.launch()
+    assert status.state == "finished", status.message
+    shown = capsys.readouterr().out
+    assert shown.count("note: this machine (") == 1
+    assert "from step 8 on the results can differ in their last digits" in shown
+    ((step, machine),) = status.machine_changes
+    assert step == 8
+    assert machine == status.attempts[1].machine
+    assert f"another one from step 8 on: {machine}" in shown
+    assert read_rows(killed.run.metrics_file)[: len(before)] == before, "the first pass keeps its rows"
+
+
+def test_on_the_same_machine_another_value_is_an_error(killed: Case) -> None:
+    with_another_value(killed)
+    status = killed.launch()
+    assert status.state == "failed"
+    assert "step 10 was replayed and gave train/loss=" in status.message
+
+
+def test_rows_of_another_machine_are_not_held_to_the_bit_by_later_attempts_either(killed: Case) -> None:
+    with_another_value(killed)
+    later = {"first_step": 8}
+    edited(killed, lambda values: values["attempts"].append({**values["attempts"][0], **later}))
+    edited(killed, lambda values: values["attempts"][0].update(cpu="Another CPU, AVX512"))
+    assert killed.launch().state == "finished"
+
+
+def test_an_attempt_that_never_trained_is_no_other_machine(killed: Case) -> None:
+    with_another_value(killed)
+    edited(killed, lambda values: values["attempts"].append({"cpu": "Another CPU", "first_step": None}))
+    assert killed.launch().state == "failed"
+
+
+def test_a_status_from_before_attempts_were_recorded_has_its_last_one() -> None:
+    old = {"state": "interrupted", "attempt": 3, "host": "n1", "device": "cpu", "ranks": 2, "ended_ms": 7}
+    (attempt,) = status_of(old).attempts
+    assert (attempt.host, attempt.device, attempt.ranks, attempt.ended_ms, attempt.first_step) == ("n1", "cpu", 2, 7, 0)
+    now = Attempt(device="cpu", cpu="x", torch="2", threads=4, ranks=2)
+    assert not now.differs_from(attempt), "what is not known differs from nothing"
+    assert Attempt(device="cpu", ranks=1).differs_from(attempt)
+
+
+def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    from relora.rundir import RunDir
+
+    status = Status(state="running", attempts=[Attempt(cpu="x", first_step=4), Attempt()])
+    RunDir(tmp_path).status = status
+    assert RunDir(tmp_path).status == status
