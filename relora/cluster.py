@@ -1,10 +1,19 @@
 """Where runs are executed: the choices of the `cluster` group, each checked for what can be wrong with it alone."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from relora.errors import ConfigError
-from relora.groups import at_least, one_of, positive
+from relora.checks import at_least, at_most, one_of, positive
+from relora.errors import ConfigError, shown
+
+LARGEST = {
+    "timeout_minutes": 5_256_000,
+    "nodes": 100_000,
+    "tasks_per_node": 10_000,
+    "cpus_per_task": 100_000,
+    "gpus_per_node": 10_000,
+}
 
 START_UP_SECONDS = 30
 """What a job is given to import, load its checkpoint and make its first update."""
@@ -37,6 +46,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         one_of("cluster.name", self.name, tuple(CLUSTERS))
         at_least("cluster.max_parallel", self.max_parallel, 1)
+        at_most("cluster.max_parallel", self.max_parallel, 10**6, "no cluster takes as many jobs")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,10 +97,16 @@ class SlurmConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         ClusterConfig.__post_init__(self)
-        for name in ("timeout_minutes", "nodes", "tasks_per_node", "cpus_per_task"):
-            at_least(f"cluster.{name}", getattr(self, name), 1)
-        at_least("cluster.gpus_per_node", self.gpus_per_node, 0)
+        for name, maximum in LARGEST.items():
+            at_least(f"cluster.{name}", getattr(self, name), 0 if name == "gpus_per_node" else 1)
+            at_most(f"cluster.{name}", getattr(self, name), maximum, "no cluster has as much")
         positive("cluster.mem_gb", self.mem_gb)
+        if self.mem_gb is not None and not round(self.mem_gb * 1024) >= 1:
+            raise ConfigError(
+                f"cluster.mem_gb={self.mem_gb} is less than a megabyte, and SLURM reads --mem=0 as the whole node; "
+                "give what a process needs, some gigabytes, or null for the cluster's default"
+            )
+        at_most("cluster.mem_gb", self.mem_gb, 10**6, "no node has as much")
         at_least("cluster.signal_delay_seconds", self.signal_delay_seconds, 1)
         if self.timeout_minutes * 60 < self.signal_delay_seconds + START_UP_SECONDS:
             raise ConfigError(
@@ -98,7 +114,16 @@ class SlurmConfig(ClusterConfig):
                 f"{START_UP_SECONDS} s to start and cluster.signal_delay_seconds={self.signal_delay_seconds} to write "
                 "it; raise the walltime or lower the delay"
             )
-        for name in self.options:
+        for name, value in self.options.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ConfigError(
+                    f"cluster.options: {shown(name)} is no option of sbatch; write its long name without --"
+                )
+            if not isinstance(value, str | int | float):
+                raise ConfigError(
+                    f"cluster.options.{shown(name)}={shown(value)} must be text, a number, or true for an option "
+                    "without a value"
+                )
             if name.replace("_", "-") in SET_BY_RELORA:
                 raise ConfigError(f"cluster.options.{name} is set by relora itself; leave it out")
             if name.replace("_", "-") in HAS_A_SETTING:

@@ -1,11 +1,14 @@
 """From overrides to a RunConfig and from a run's frozen file back to it: the one importer of Hydra and OmegaConf."""
 
 import copy
-import difflib
+import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,10 +17,11 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from relora import choices
 from relora.cluster import CLUSTERS, ClusterConfig
 from relora.config import RunConfig
-from relora.errors import ConfigError
-from relora.groups import METHODS, check_files
+from relora.errors import ConfigError, shown
+from relora.groups import METHODS, check_architecture, check_files
 from relora.rundir import write_whole
 
 if TYPE_CHECKING:
@@ -25,25 +29,16 @@ if TYPE_CHECKING:
 
 OF_A_SWEEP = ("grids", "tune")
 """Keys of sweeps/ files that are no settings of a run."""
-PRESET_HEAD = "# @package _global_"
-BEFORE = "before the search:"
-"""Begins what was said of a preset's value that a search has replaced."""
-
-
-def conf_dir() -> Path:
-    """The folder of config groups: inside an installed package, beside the package in a checkout."""
-    return home() / "conf"
-
-
-def home() -> Path:
-    """Where conf/, experiments/ and sweeps/ stand, whatever the working directory is."""
-    package = Path(__file__).resolve().parent
-    return package if (package / "conf").is_dir() else package.parent
+PATHS = ("data.path", "data.tokenizer", "runs_dir", "tracker.uri")
+FREE_KEYS = ("cluster.options.",)
+"""Begin keys that no file of conf/ has."""
+MOST_VALUES = 10_000
+"""Of one key in a sweep."""
 
 
 def _search_path() -> str:
     """The override that makes experiments/ and sweeps/ config groups."""
-    return f"hydra.searchpath=['file://{home()}']"
+    return f"hydra.searchpath=['file://{choices.home()}']"
 
 
 def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
@@ -51,16 +46,15 @@ def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfi
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
 
     given = given_values(overrides)
-    _check_choices(given)
+    _check(overrides, sweeps=False)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            texts = [_search_path(), *overrides, *_steps_alone(given)]
+        with initialize_config_dir(str(choices.conf_dir()), version_base="1.3"):
+            texts = [_search_path(), *map(_as_hydra_reads, overrides), *_steps_alone(given)]
             composed = hydra_compose("config", texts, return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # whatever Hydra raises, by its classes or Python's
         raise ConfigError(_explain(error)) from error
     if "sweeps" not in given:
         for key in OF_A_SWEEP:
@@ -75,13 +69,65 @@ def given_values(overrides: Sequence[str]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
-def _check_choices(given: dict[str, str]) -> None:
-    """Raise ConfigError for a value of a config group that cannot be the name of a choice."""
-    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()} | {"experiments", "sweeps"}
-    for key in given.keys() & groups:
-        if given[key].strip() in ("", "null") or given[key].startswith(("[", "{", "$")):
-            choices = ", ".join(_options(key))
-            raise ConfigError(f"{key}={given[key]} is no choice; leave {key} out, or choose {key}= one of {choices}")
+def _check(texts: Sequence[str], *, sweeps: bool) -> None:
+    """Raise ConfigError for overrides that Hydra would take for something else, or explain at length."""
+    groups = choices.groups()
+    for text, override in zip(texts, _overrides(texts), strict=True):
+        key = override.key_or_group
+        if override.is_sweep_override():
+            if not sweeps:
+                raise ConfigError(
+                    f"{shown(text)} holds several values, and this is a single run; write python run.py -m for a "
+                    "sweep, or quote a value with a comma: 'key=\"a,b\"'"
+                )
+            continue
+        value = override.value()
+        if key in groups and (override.is_delete() or value not in choices.options(key)):
+            raise ConfigError(_no_choice(key, text.partition("=")[2]))
+        if value == "???":
+            raise ConfigError(f"{shown(key)}=??? is no value; leave {shown(key)} out, or give it one")
+
+
+def _as_hydra_reads(text: str) -> str:
+    """An override with what Hydra's grammar asks for beyond key=value: quotes around a path, ++ before a free key."""
+    text = _quoted(text)
+    return f"++{text}" if text.startswith(FREE_KEYS) else text
+
+
+@lru_cache(maxsize=1024)
+def _quoted(text: str) -> str:
+    """An override, its value in quotes where that is a path that Hydra's grammar refuses, or reads as no text.
+
+    Paths with commas between them stay a sweep. What the grammar reads as text, null or a sweep stays as it is.
+    """
+    key, equals, value = text.partition("=")
+    if key.lstrip("+") not in PATHS or not value.strip():
+        return text
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    def one(path: str) -> str:
+        made = _parsed(f"{key}={path}")
+        if made is not None and (made.is_sweep_override() or isinstance(made.value(), str | None)):
+            return path
+        return QuotedString(path.strip(), Quote.double).with_quotes()
+
+    made = _parsed(text)
+    is_one = made is not None and not made.is_sweep_override()
+    return f"{key}{equals}{one(value) if is_one else ','.join(map(one, _parts(value)))}"
+
+
+def _parts(value: str) -> list[str]:
+    """What stands between the commas that are not in quotes or brackets."""
+    return re.findall(r"""(?:"[^"]*"|'[^']*'|\([^)]*\)|\[[^]]*\]|\{[^}]*\}|\\,|[^,])+""", value)
+
+
+def _parsed(text: str) -> "Override | None":
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        return OverridesParser.create().parse_override(text)
+    except Exception:  # the grammar's own classes, and Python's
+        return None
 
 
 def _steps_alone(given: dict[str, str]) -> list[str]:
@@ -93,7 +139,7 @@ def _steps_alone(given: dict[str, str]) -> list[str]:
 
 def _own_settings(name: str) -> dict[str, Any]:
     """What a sweeps/ file sets for every run, by dotted key."""
-    file = home() / "sweeps" / f"{name}.yaml"
+    file = choices.home() / "sweeps" / f"{name}.yaml"
     values = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
     return dict(leaves({str(key): value for key, value in values.items()})) if isinstance(values, dict) else {}
 
@@ -123,20 +169,53 @@ def hydra_main(argv: Sequence[str], run: Callable[[DictConfig, list[str]], None]
     def job(composed: DictConfig) -> None:
         run(composed, list(HydraConfig.get().overrides.task))
 
+    _check_options([argument for argument in argv if argument.startswith("-")])
     # Hydra's parser wants the overrides in one row; values of options (--cfg job) hold no "=".
     overrides = [argument for argument in argv if not argument.startswith("-") and "=" in argument]
     options = [argument for argument in argv if argument not in overrides]
-    overrides += _steps_alone(given_values(overrides))
+    _check([text for text in overrides if not text.startswith("hydra")], sweeps=True)
+    overrides = [*map(_as_hydra_reads, overrides), *_steps_alone(given_values(overrides))]
     sys.argv = [sys.argv[0], _search_path(), *overrides, *options]
-    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+    with _hydra_raises():
+        hydra.main(config_path=str(choices.conf_dir()), config_name="config", version_base="1.3")(job)()
+
+
+def _check_options(options: Sequence[str]) -> None:
+    """Raise ConfigError for options that Hydra does not have, or does not take together."""
+    from hydra._internal.utils import get_args_parser
+
+    known = get_args_parser()._option_string_actions
+    for option in options:
+        if option.partition("=")[0] not in known:
+            raise ConfigError(f"{shown(option)} is no option; python run.py --help and --hydra-help list them all")
+    if {"-m", "--multirun"} & {*options} and {"-c", "--cfg", "-i", "--info"} & {*options}:
+        raise ConfigError("-m starts a sweep and --cfg shows the config of a single run; leave out one of them")
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Inside, what goes wrong in Hydra's command line is a ConfigError, instead of a page and an exit."""
+    from hydra.errors import HydraException
+
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def parsed(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(key, the single overrides that it stands for) of each override. Raises ConfigError."""
+    _check(overrides, sweeps=True)
     return [
         (
             override.get_key_element(),
-            [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+            [f"{override.get_key_element()}={value}" for value in _values(override)]
             if override.is_sweep_override()
             else [str(override.input_line)],
         )
@@ -144,15 +223,48 @@ def parsed(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def _values(override: "Override") -> list[str]:
+    """What a sweep stands for, as it would be written on the command line. Raises ConfigError."""
+    from hydra.core.override_parser.types import Glob
+
+    text = shown(override.input_line)
+    if override.is_interval_sweep():
+        raise ConfigError(
+            f"{text} has no end of values; write key=a,b,c, or search a range with a tune: file of sweeps/"
+        )
+    if override.key_or_group.startswith("hydra."):
+        raise ConfigError(f"{text} is a setting of Hydra's and cannot be swept; write the run's own key=a,b,c")
+    if isinstance(override._value, Glob):
+        found = override._value.filter(choices.options(override.key_or_group))
+        if not found:
+            raise ConfigError(
+                f"{text} matches nothing; glob takes the name of a group's choices, as in model=glob(llama_*)"
+            )
+        return found
+    try:
+        values = [str(value) for value in itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1)]
+    except Exception as error:  # a range without a step, a mixture that cannot be sorted, ...
+        raise ConfigError(f"{text} cannot be swept: {_explain(error)}") from error
+    if not values or len(values) > MOST_VALUES:
+        raise ConfigError(f"{text} holds {'no' if not values else f'more than {MOST_VALUES}'} values")
+    return values
+
+
 def _overrides(texts: Sequence[str]) -> "list[Override]":
     """What Hydra's grammar makes of them. Raises ConfigError."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
-    try:
-        return OverridesParser.create().parse_overrides(list(texts))
-    except HydraException as error:
-        raise ConfigError(_explain(error)) from error
+    parser = OverridesParser.create()
+    found: list[Override] = []
+    for text in texts:
+        try:
+            found += parser.parse_overrides([_quoted(text)])
+        except Exception as error:  # the grammar's own classes, and Python's for what is nested too deep or too long
+            raise ConfigError(
+                f"'{shown(text, 160)}' is no override of the form key=value; quote a value with special characters: "
+                "'key=\"value\"'"
+            ) from error
+    return found
 
 
 def study_of(file: DictConfig) -> str | None:
@@ -185,67 +297,13 @@ def cluster_with(values: dict[str, Any], overrides: Sequence[str]) -> ClusterCon
         raise ConfigError(_explain(error)) from error
 
 
-def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
-    """Put `values` (by dotted key) into a preset, beside what it holds already, comments included.
-
-    What was said of a value that is replaced stays behind the new one, with the old one. The file is whole at any time.
-    """
-    old = file.read_text() if file.is_file() else ""
-    wanted = OmegaConf.create(old)
-    lines = old.splitlines()
-    for key, value in values.items():
-        OmegaConf.update(wanted, key, value, force_add=True)
-        lines = _with_value(lines, key, f"{value}")
-    if not _says("\n".join(lines), wanted):  # laid out in another way than presets are
-        lines = [line for line in lines if line.startswith("#")] + OmegaConf.to_yaml(wanted).splitlines()
-    told = [f"# {line}".rstrip() for line in remark.split("\n")]
-    # An earlier search's remark begins with the same words.
-    beginnings = {" ".join(line.split()[:4]) for line in told}
-    lines = [
-        line
-        for line in lines
-        if line != PRESET_HEAD and not (line.startswith("#") and " ".join(line.split()[:4]) in beginnings)
-    ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "\n".join([PRESET_HEAD, *told, *lines]) + "\n")
-
-
-def _says(text: str, wanted: Container) -> bool:
-    try:
-        return OmegaConf.create(text) == wanted
-    except YAMLError:
-        return False
-
-
-def _with_value(lines: list[str], key: str, value: str) -> list[str]:
-    """Lines of YAML in blocks, with `value` at a dotted key."""
-    parts, first, last, indent = key.split("."), 0, len(lines), ""
-    for number, part in enumerate(parts):
-        at = next((n for n in range(first, last) if lines[n].startswith(f"{indent}{part}:")), None)
-        if at is None:
-            missing = [f"{indent}{'  ' * depth}{name}:" for depth, name in enumerate(parts[number:])]
-            return [*lines[:last], *missing[:-1], f"{missing[-1]} {value}", *lines[last:]]
-        if number + 1 < len(parts):
-            inner = f"{indent}  "
-            first = at + 1
-            last = next((n for n in range(first, last) if lines[n].strip() and not lines[n].startswith(inner)), last)
-            indent = inner
-            continue
-        before, _, comment = lines[at].partition(":")[2].partition("#")
-        comment = comment.strip()
-        if comment and not comment.startswith(BEFORE):
-            comment = f"{BEFORE} {before.strip()}, {comment}"
-        told = f" # {comment}" if comment else ""
-        return [*lines[:at], f"{indent}{part}: {value}{told}", *lines[at + 1 :]]
-    return lines
-
-
 # ----------------------------------------------------------------------------------------- from Hydra's to our config
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:
     """Typed, completed and checked, with paths made absolute. Raises ConfigError."""
     config = _checked(_structured(_resolved(composed)))
+    check_architecture(config.model.name)
     check_files(config.data)
     return config
 
@@ -253,24 +311,32 @@ def to_run_config(composed: DictConfig) -> RunConfig:
 def _resolved(composed: DictConfig) -> Any:
     try:
         return OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
+    except Exception as error:  # values that refer to each other without an end are a RecursionError
         raise ConfigError(_explain(error)) from error
 
 
 def _structured(values: Any) -> DictConfig:
     """The values in their fields, with types. Raises ConfigError for unknown keys and wrong types."""
     values = {key: value for key, value in values.items() if key not in ("hydra", *OF_A_SWEEP)}
+    missing = [key for key, value in leaves(values) if value == "???"]
+    if missing:
+        raise ConfigError(f"a value is missing: {shown(missing[0])}")
     schema = OmegaConf.structured(RunConfig)
+    for group, kinds in (("method", METHODS), ("cluster", CLUSTERS)):
+        chosen = values.get(group) or {}
+        name = chosen.get("name") if isinstance(chosen, dict) else None
+        if not isinstance(name, str) or name not in kinds:
+            raise ConfigError(f"{group}.name={shown(name)} is not one of {', '.join(kinds)}")
+        schema[group] = OmegaConf.structured(kinds[name])
     try:
-        for group, kinds in (("method", METHODS), ("cluster", CLUSTERS)):
-            chosen = values.get(group) or {}
-            name = chosen.get("name") if isinstance(chosen, dict) else None
-            if name not in kinds:
-                raise ConfigError(f"{group}.name={name} is not one of {', '.join(kinds)}")
-            schema[group] = OmegaConf.structured(kinds[str(name)])
         return cast(DictConfig, OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
+    except OverflowError as error:
+        key, value = next(
+            (key, value) for key, value in leaves(values) if isinstance(value, int) and value > sys.maxsize
+        )
+        raise ConfigError(f"{key}={shown(value)} is too large for a number") from error
 
 
 def _checked(structured: DictConfig) -> RunConfig:
@@ -311,6 +377,7 @@ class Composer:
         if base is None:
             return compose(overrides)
         config = self._with_values(base, [text for text in overrides if _is_plain(text)], overrides)
+        check_architecture(config.model.name)
         files = (config.data.path, config.data.tokenizer)
         if files not in self._files_checked:
             check_files(config.data)
@@ -351,58 +418,28 @@ def _is_plain(override: str) -> bool:
 
 
 def _explain(error: Exception) -> str:
-    """One message of ours for one of Hydra's or OmegaConf's."""
+    """One line of ours for an error of Hydra's or OmegaConf's."""
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
         cause = cause.__cause__
     key = str(getattr(cause, "full_key", "") or "")
     text, detail = str(error).strip(), str(cause).strip()
     group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
-    if group:
-        return f"{group[1]}={group[2]} does not exist; choose {group[1]}= one of {', '.join(_options(group[1]))}"
-    override = re.match(r"Error parsing override '(.*)'\n(.*)", text)
-    if override:
-        return f"{override[1]!r} is no override of the form key=value ({override[2]})"
+    if group and group[1] in choices.groups():
+        return _no_choice(group[1], group[2])
     if "not in struct" in detail or "not in '" in detail:
-        return f"unknown key {key}{_did_you_mean(key)}"
-    if "missing mandatory value" in detail.lower():
-        return f"a value is missing: {detail.splitlines()[0]}"
-    return f"{key}: {detail.splitlines()[0]}" if key else text
+        return f"unknown key {shown(key)}{choices.did_you_mean(key)}"
+    first = shown((detail or type(cause).__name__).splitlines()[0], 200)
+    if "missing mandatory value" in first.lower():
+        return f"a value is missing: {first}"
+    return f"{shown(key)}: {first}" if key else first
 
 
-def _options(group: str) -> list[str]:
-    """The choices of a config group, those of experiments in their folders."""
-    folders = (conf_dir() / group, home() / group)
-    paths = [path.relative_to(folder).with_suffix("") for folder in folders for path in folder.rglob("*.yaml")]
-    return sorted(path.as_posix() for path in paths)
-
-
-def _did_you_mean(key: str) -> str:
-    known = _known_keys()
-    if key in known:
-        return f" with this choice of {key.partition('.')[0]}; other choices of the group have it"
-    close = difflib.get_close_matches(key, known, n=1) or [
-        name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
-    return f"; did you mean {close[0]}?" if close else "; python run.py --cfg job shows every key"
-
-
-def _known_keys() -> list[str]:
-    """Every dotted key that some choice of groups has."""
-    names: set[str] = set()
-    for path in conf_dir().glob("*/*.yaml"):
-        node = OmegaConf.to_container(OmegaConf.load(path))
-        package_is_global = "@package _global_" in path.read_text()
-        _collect(node, "" if package_is_global else path.parent.name, names)
-    return sorted(names | {"runs_dir", "study"})
-
-
-def _collect(node: Any, prefix: str, names: set[str]) -> None:
-    if isinstance(node, dict):
-        for key, child in node.items():
-            _collect(child, f"{prefix}.{key}" if prefix else str(key), names)
-    if prefix:
-        names.add(prefix)
+def _no_choice(group: str, value: object) -> str:
+    options = choices.listed(choices.options(group))
+    if re.fullmatch(r"[A-Za-z][\w./-]*", str(value)) and value != "null":
+        return f"{group}={shown(value)} does not exist; choose {group}= one of {options}"
+    return f"{group}={shown(value)} is no choice; leave {group} out, or choose {group}= one of {options}"
 
 
 def freeze(config: RunConfig, path: Path) -> None:
@@ -421,9 +458,10 @@ def thaw(path: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; {path.parent} is no run folder")
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} cannot be read as a config: {error}") from error
+        # By the library that wrote it: OmegaConf's own loader takes the text 1e3 for a number.
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.CSafeLoader)
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as a config: {shown(error, 200)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no config")
     return _checked(_structured(values))

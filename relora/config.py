@@ -7,15 +7,17 @@ other fields is a property and stands in no file.
 import dataclasses
 import hashlib
 import json
-import re
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from relora.checks import at_most, check_name, check_strings, parse_count
 from relora.cluster import ClusterConfig, LocalConfig, SlurmConfig
-from relora.cost import Cost, LlamaShape, control_shape, cost, module_matches
-from relora.errors import ConfigError
+from relora.cost import Cost, LlamaShape, control_shape, cost
+from relora.errors import ConfigError, shown
 from relora.groups import (
+    MOST_STEPS,
     UNHASHED,
     ControlConfig,
     DataConfig,
@@ -29,9 +31,13 @@ from relora.groups import (
     TargetedConfig,
     TrackerConfig,
     TrainerConfig,
-    parse_count,
 )
 from relora.schedule import RestartClock
+
+OF_A_RESTART = ("schedule.restart_warmup_steps", "method.optimizer_reset.")
+NAME_BYTES = 255
+RUNS_DIR_BYTES = 3500
+"""Of the 4096 bytes of a path."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,6 +56,11 @@ class RunConfig:
     study: str | None = field(default=None, metadata=UNHASHED)
 
     def __post_init__(self) -> None:
+        if not self.runs_dir:
+            raise ConfigError("runs_dir= is empty; name a folder, or leave it out for runs")
+        if self.study is not None:
+            check_name("study", self.study)
+        check_strings("", self)
         self._check_targets()
         self._check_control()
         self._check_clock()
@@ -66,13 +77,7 @@ class RunConfig:
                 f"model.vocab_size={vocab_size} is below data.vocab_size={self.data.vocab_size}; "
                 "leave model.vocab_size null or lower data.vocab_size"
             )
-        if not self.runs_dir:
-            raise ConfigError("runs_dir= is empty; name a folder, or leave it out for runs")
-        for key, name in (("study", self.study), ("model.name", self.model.name)):
-            if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-                raise ConfigError(
-                    f"{key}={name} may hold letters, digits, '_', '.' and '-' alone, and not begin with '.' or '-'"
-                )
+        self._check_length_of_paths()
 
     def _check_targets(self) -> None:
         method = self.method
@@ -82,14 +87,19 @@ class RunConfig:
         endings = sorted({name.rpartition(".")[2] for name in linears})
         if not method.target_modules:
             raise ConfigError(f"method.target_modules is empty; name some of {', '.join(endings)}")
+        known = {ending for name in linears for ending in _endings(name)}
         for ending in method.target_modules:
-            if not any(module_matches(name, [ending]) for name in linears):
+            if ending not in known:
                 raise ConfigError(
-                    f"method.target_modules: {ending!r} matches no linear layer; the model has {', '.join(endings)}"
+                    f"method.target_modules: {shown(repr(ending))} matches no linear layer; the model has "
+                    f"{', '.join(endings)}"
                 )
+        chosen = set(method.target_modules)
         for name, (i, o) in linears.items():
-            if method.rank > min(i, o) and module_matches(name, method.target_modules):
-                raise ConfigError(f"rank={method.rank} exceeds min(in, out)={min(i, o)} of {name}; lower method.rank")
+            if method.rank > min(i, o) and not chosen.isdisjoint(_endings(name)):
+                raise ConfigError(
+                    f"rank={shown(method.rank)} exceeds min(in, out)={min(i, o)} of {name}; lower method.rank"
+                )
 
     def _check_control(self) -> None:
         """Before the tokenizer is there, the vocabulary is the one that the config asks for."""
@@ -103,6 +113,7 @@ class RunConfig:
 
     def _check_clock(self) -> None:
         warm, total = self.method.warm_start_steps, self.total_steps
+        at_most("trainer.total_steps", total, MOST_STEPS, "no run has as many updates")
         if warm >= total:
             raise ConfigError(
                 f"method.warm_start_steps={warm} leaves nothing of the run's {total} steps; "
@@ -134,6 +145,14 @@ class RunConfig:
                 f"the last restart, at step {warm + last}, leaves {phase - last} steps, fewer than "
                 f"schedule.restart_warmup_steps={rewarm}; change method.reset_interval_steps={interval} or "
                 f"trainer.total_steps={total}"
+            )
+
+    def _check_length_of_paths(self) -> None:
+        longest = max((len(os.fsencode(part)) for part in Path(self.runs_dir).parts), default=0)
+        if longest > NAME_BYTES or len(os.fsencode(self.runs_dir)) > RUNS_DIR_BYTES:
+            raise ConfigError(
+                f"runs_dir={shown(self.runs_dir)} is too long: a file system takes {NAME_BYTES} bytes for each "
+                f"folder's name and {RUNS_DIR_BYTES} for runs_dir, so that the runs' files have room"
             )
 
     def _check_processes(self) -> None:
@@ -249,7 +268,34 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that change the mathematics and differ from their default, flat, by dotted name.
 
-        Values that mean the same are written the same: a token budget as its steps, an `alpha` of None as its value.
+        Values that mean the same are written the same, and fields that have no effect beside the others are left out.
+        """
+        fields = self._fields_of_the_first_version
+        phase_steps = self.total_steps - self.method.warm_start_steps
+        if isinstance(self.method, TargetedConfig):
+            fields["method.target_modules"] = self._targeted()
+        if isinstance(self.method, GaLoreConfig) and self.method.update_interval_steps > phase_steps:
+            fields["method.update_interval_steps"] = phase_steps
+        if self.reset_interval_steps is None or self.reset_interval_steps >= phase_steps:  # nothing is restarted
+            fields = {name: value for name, value in fields.items() if not name.startswith(OF_A_RESTART)}
+            if isinstance(self.method, ReLoRAMethodConfig):
+                fields["method.reset_interval_steps"] = None
+        elif isinstance(self.method, ReLoRAMethodConfig):
+            fields = {name: value for name, value in fields.items() if not name.startswith("method.optimizer_reset.")}
+            reset = _flat_fields(self.method.optimizer_reset.effective)
+            fields |= {f"method.optimizer_reset.{name}": value for name, value in reset.items()}
+        if self.data.tokenizer is not None:
+            fields.pop("data.vocab_size", None)
+        if self.data.name == "stdlib":
+            fields.pop("data.text_field", None)
+        # -0.0 is 0.0, but JSON writes another text.
+        return {name: value + 0.0 if isinstance(value, float) else value for name, value in sorted(fields.items())}
+
+    @property
+    def _fields_of_the_first_version(self) -> dict[str, Any]:
+        """What version 0.1 made the hash from, so that the folders of its runs are found (`name`).
+
+        A token budget is written as its steps, an `alpha` of None as its value.
         """
         fields = _flat_fields(self)
         fields["trainer.total_steps"] = self.total_steps
@@ -267,6 +313,19 @@ class RunConfig:
         if rates == {self.optimizer.embedding_learning_rate}:
             fields.pop("optimizer.embedding_learning_rate")
         return dict(sorted(fields.items()))
+
+    def _targeted(self) -> list[str]:
+        """`target_modules` in the model's order, each matrix once: by its ending, or whole where not all layers are."""
+        assert isinstance(self.method, TargetedConfig)
+        chosen = set(self.method.target_modules)
+        by_ending: dict[str, list[str]] = {}
+        for name in self.model.shape(vocab_size=1).linears():
+            by_ending.setdefault(name.rpartition(".")[2], []).append(name)
+        targeted: list[str] = []
+        for ending, names in by_ending.items():
+            found = [name for name in names if not chosen.isdisjoint(_endings(name))]
+            targeted += [ending] if found == names else found
+        return targeted
 
     @property
     def config_hash(self) -> str:
@@ -299,8 +358,15 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The run's name: what people read, and the hash that tells it from its neighbours."""
-        return self._named(self.identity)
+        """The run's name: what people read, and the hash that tells it from its neighbours.
+
+        A run that an earlier version began, under the hash that it had there, keeps that name.
+        """
+        name, earlier = self._named(self.identity), self._named(self._fields_of_the_first_version)
+        runs_dir = Path(self.runs_dir)
+        if earlier != name and (runs_dir / earlier).exists() and not (runs_dir / name).exists():
+            return earlier
+        return name
 
     def _named(self, identity: dict[str, Any]) -> str:
         rank = "" if self.rank is None else f"-r{self.rank}"
@@ -336,6 +402,12 @@ class RunConfig:
 def fitting(share: int, wanted: int | None) -> int:
     """The most sequences at a time, up to `wanted` (None: any number), that divide a process's `share` evenly."""
     return next(count for count in range(wanted or share, 0, -1) if share % count == 0)
+
+
+def _endings(name: str) -> list[str]:
+    """What a name in `target_modules` may be to match the module `name` (relora.cost.module_matches)."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -1,8 +1,36 @@
 """What a person is told instead of a traceback."""
 
+from typing import Any
+
+CHARACTERS_SHOWN = 80
+
+
+def shown(value: Any, characters: int = CHARACTERS_SHOWN) -> str:
+    """A value as a message shows it: control characters are escaped, a long value loses its middle."""
+    try:
+        text = printable(str(value))
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "an integer of more than 4300 digits"
+    if len(text) <= characters:
+        return text
+    tail = characters // 3
+    return f"{text[: characters - tail]}...{text[-tail:]}"
+
+
+def printable(text: str) -> str:
+    """The text in one line: control characters and bytes that are no text are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
 
 class ConfigError(ValueError):
-    """A config that cannot be run; the message says which value breaks which rule and what to do."""
+    """A config that cannot be run; the one line of its message says which value breaks which rule and what to do."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
 
 
 class Interrupted(Exception):  # noqa: N818 -- like KeyboardInterrupt, no error

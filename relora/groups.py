@@ -4,14 +4,14 @@ Fields with the metadata UNHASHED do not change the mathematics of a run and sta
 ConfigError: the value, the rule, the remedy.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from relora.checks import at_least, at_most, check_name, fraction, one_of, parse_count, positive
 from relora.cost import MERGED_WEIGHTS, STORAGE_BYTES, LlamaShape
-from relora.errors import ConfigError
+from relora.errors import ConfigError, shown
 
 SOURCES = ("stdlib", "text")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -21,45 +21,20 @@ REINITS = ("kaiming", "orthogonal")
 RESET_MODES = ("none", "zero", "random", "magnitude")
 RESET_MOMENTS = ("joint", "independent")
 
+LARGEST_MODEL = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "layers": 2000,
+    "heads": 2**16,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**31 - 1,
+}
+"""Above what anyone trains, and small enough for the arithmetic of costs, which goes through every layer."""
+MOST_SEQUENCES = 2**20
+MOST_STEPS = 10**12
+
 UNHASHED = {"identity": False}
 """Metadata of a field that does not change the mathematics."""
-
-
-def at_least(name: str, value: float | None, minimum: float, remedy: str = "") -> None:
-    """Raise ConfigError for a value below `minimum`; None passes."""
-    if value is not None and not value >= minimum:
-        raise ConfigError(f"{name}={value} must be at least {minimum}{remedy}")
-
-
-def positive(name: str, value: float | None) -> None:
-    """Raise ConfigError for a value that is not positive and finite; None passes."""
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name}={value} must be positive")
-
-
-def fraction(name: str, value: float) -> None:
-    """Raise ConfigError for a value outside 0 to 1."""
-    if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{name}={value} must be between 0 and 1")
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ConfigError for a value that is none of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}")
-
-
-def parse_count(name: str, value: int | float | str) -> int:
-    """A whole number written plainly or with a suffix: 1500000, "1.5e6", "1.5M", "1.5B" (k, M, B or G, T)."""
-    text = str(value).strip().replace("_", "")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([kKmMbBgGtT]?)", text)
-    if match is None:
-        raise ConfigError(f"{name}={value} is not a count; write 1500000, 1.5e6 or 1.5M (suffixes k, M, B, T)")
-    power = {"": 0, "k": 3, "m": 6, "b": 9, "g": 9, "t": 12}[match[2].lower()]
-    count = float(match[1]) * 10**power
-    if count < 1 or abs(count - round(count)) > 1e-6:
-        raise ConfigError(f"{name}={value} must be a whole number of at least 1")
-    return round(count)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,14 +51,17 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "vocab_size", "max_position_embeddings"):
+        check_name("model.name", self.name)
+        for name, maximum in LARGEST_MODEL.items():
             at_least(f"model.{name}", getattr(self, name), 1)
+            at_most(f"model.{name}", getattr(self, name), maximum, "no model is that large")
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} must be an even multiple of model.heads={self.heads} "
                 "(rotary embeddings turn pairs)"
             )
         positive("model.rms_norm_eps", self.rms_norm_eps)
+        at_most("model.rms_norm_eps", self.rms_norm_eps, 1, "a larger one outweighs what is normalised")
 
     def shape(self, vocab_size: int) -> LlamaShape:
         """The sizes that costs are computed from."""
@@ -110,6 +88,18 @@ class OptimizerResetConfig:
         one_of("method.optimizer_reset.moments", self.moments, RESET_MOMENTS)
         fraction("method.optimizer_reset.pruning_ratio", self.pruning_ratio)
 
+    @property
+    def effective(self) -> "OptimizerResetConfig":
+        """The same reset, fields without effect at their defaults: a ratio of 1 is mode "zero", of 0 prunes nothing."""
+        mode, ratio = self.mode, self.pruning_ratio
+        if mode == "none" or (mode != "zero" and ratio == 0 and not self.reset_step):
+            return OptimizerResetConfig(mode="none")
+        if mode == "zero" or ratio == 1:
+            return OptimizerResetConfig(mode="zero", reset_step=self.reset_step)
+        if ratio == 0:
+            return OptimizerResetConfig(mode="magnitude", pruning_ratio=0.0)
+        return self
+
 
 @dataclass(kw_only=True, slots=True)
 class MethodConfig:
@@ -121,6 +111,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         at_least("method.warm_start_steps", self.warm_start_steps, 0)
+        at_most("method.warm_start_steps", self.warm_start_steps, MOST_STEPS, "no run has as many updates")
         positive("method.warm_start_learning_rate", self.warm_start_learning_rate)
 
 
@@ -161,6 +152,7 @@ class GaLoreConfig(TargetedConfig):
         TargetedConfig.__post_init__(self)
         at_least("method.update_interval_steps", self.update_interval_steps, 1)
         positive("method.scale", self.scale)
+        at_most("method.scale", self.scale, 1e6, "the update would be nothing but the scale")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,10 +171,11 @@ class LoRAConfig(TargetedConfig):
     def __post_init__(self) -> None:
         TargetedConfig.__post_init__(self)
         positive("method.alpha", self.alpha)
+        at_most("method.alpha", self.alpha, 1e6, "alpha / rank scales what the factors add to the weights")
         one_of("method.reinit", self.reinit, REINITS)
         one_of("method.merged_weight", self.merged_weight, MERGED_WEIGHTS)
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"method.dropout={self.dropout} must be at least 0 and below 1")
+            raise ConfigError(f"method.dropout={shown(self.dropout)} must be at least 0 and below 1")
 
     @property
     def merged_weight_in_use(self) -> str:
@@ -233,12 +226,13 @@ class DataConfig:
         if self.name == "text" and not self.path:
             raise ConfigError("data=text needs data.path=FILE_OR_FOLDER")
         if self.name == "stdlib" and self.path:
-            raise ConfigError(f"data.path={self.path} has no meaning with data=stdlib; use data=text")
+            raise ConfigError(f"data.path={shown(self.path)} has no meaning with data=stdlib; use data=text")
         at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
+        at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
         at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
         for name in ("validation_fraction", "test_fraction"):
             if not 0.0 < getattr(self, name) <= 0.4:
-                raise ConfigError(f"data.{name}={getattr(self, name)} must be above 0 and at most 0.4")
+                raise ConfigError(f"data.{name}={shown(getattr(self, name))} must be above 0 and at most 0.4")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -263,8 +257,14 @@ class OptimizerConfig:
             positive(f"optimizer.{name}", getattr(self, name))
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
+                raise ConfigError(f"optimizer.{name}={shown(getattr(self, name))} must be at least 0 and below 1")
+        at_most("optimizer.epsilon", self.epsilon, 1, "a larger one outweighs every gradient, and nothing is learned")
         at_least("optimizer.weight_decay", self.weight_decay, 0)
+        if not self.weight_decay * self.learning_rate <= 1:
+            raise ConfigError(
+                f"optimizer.weight_decay={self.weight_decay} times optimizer.learning_rate={self.learning_rate} must "
+                "be at most 1: an update would take more from the weights than they are"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -310,19 +310,22 @@ class TrainerConfig:
             raise ConfigError("the run has no budget; set trainer.total_steps or trainer.total_tokens")
         if self.total_tokens is not None:
             parse_count("trainer.total_tokens", self.total_tokens)
-        at_least("trainer.sequences_per_step", self.sequences_per_step, 1)
-        micro = self.sequences_per_micro_step
+        whole, micro = self.sequences_per_step, self.sequences_per_micro_step
+        at_least("trainer.sequences_per_step", whole, 1)
+        at_most("trainer.sequences_per_step", whole, MOST_SEQUENCES, "no update takes as many sequences")
         at_least("trainer.sequences_per_micro_step", micro, 1)
-        if micro is not None and self.sequences_per_step % micro:
-            divisors = [n for n in range(1, self.sequences_per_step + 1) if self.sequences_per_step % n == 0]
+        if micro is not None and whole % micro:
+            divisors = sorted(n for n in range(1, whole + 1) if whole % n == 0)
             raise ConfigError(
-                f"trainer.sequences_per_micro_step={micro} does not divide "
-                f"trainer.sequences_per_step={self.sequences_per_step}; take one of {divisors}"
+                f"trainer.sequences_per_micro_step={shown(micro)} does not divide "
+                f"trainer.sequences_per_step={whole}; take one of {shown(divisors)}"
             )
         one_of("trainer.precision", self.precision, tuple(STORAGE_BYTES))
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"trainer.device={self.device} is not one of auto, cpu, cuda, cuda:N")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device, re.ASCII):
+            raise ConfigError(f"trainer.device={shown(self.device)} is not one of auto, cpu, cuda, cuda:N")
         at_least("trainer.seed", self.seed, 0)
+        at_most("trainer.seed", self.seed, 2**63 - 1, "random number generators take 63 bits")
+        at_most("trainer.total_steps", self.total_steps, MOST_STEPS, "no run has as many updates")
         for name in ("total_steps", "log_interval_steps", "validation_interval_steps", "checkpoint_interval_steps"):
             at_least(f"trainer.{name}", getattr(self, name), 1)
         at_least("trainer.max_consecutive_skipped_updates", self.max_consecutive_skipped_updates, 1)
@@ -343,10 +346,30 @@ class TrackerConfig:
         one_of("tracker.name", self.name, TRACKERS)
         if self.uri is not None and not re.match(r"(sqlite:///.|(https?|postgresql|mysql|mssql)[+a-z]*://.)", self.uri):
             raise ConfigError(
-                f"tracker.uri={self.uri} is no store; write sqlite:///FILE, http://HOST:PORT or a database's URI"
+                f"tracker.uri={shown(self.uri)} is no store; write sqlite:///FILE, http://HOST:PORT or a database's URI"
             )
         if not self.experiment:
             raise ConfigError("tracker.experiment must not be empty")
+
+
+OTHER_ARCHITECTURES = (
+    *("bart", "bert", "bloom", "cohere", "deepseek", "electra", "falcon", "gemma", "gpt", "gptj", "gptneo", "gptneox"),
+    *("granite", "jamba", "mamba", "mistral", "mixtral", "mpt", "nanogpt", "olmo", "opt", "phi", "pythia", "qwen"),
+    *("roberta", "rwkv", "stablelm", "starcoder", "xlnet"),
+)
+
+
+def check_architecture(name: str) -> None:
+    """Raise ConfigError for a model that is called like an architecture that is not built here.
+
+    A model's name is a label outside the run's hash, so it cannot choose what is built. Asked at launch alone.
+    """
+    family = re.match(r"[a-z]+(?=[^a-z]|$)", name.lower())
+    if family and family[0] in OTHER_ARCHITECTURES:
+        raise ConfigError(
+            f"model.name={name} names another architecture, but every model here is a Llama-style decoder; "
+            f"take another name, such as llama_{name}"
+        )
 
 
 def text_files(path: Path) -> list[Path]:
@@ -363,12 +386,19 @@ def tokenizer_file(tokenizer: str) -> Path:
 
 def check_files(data: DataConfig) -> None:
     """Raise ConfigError where a file that the config names is missing: asked at launch, not when an old run is read."""
-    if data.path is not None:
-        path = Path(data.path)
-        if not path.exists():
-            raise ConfigError(f"data.path={path} does not exist")
-        if not text_files(path):
-            readable = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
-            raise ConfigError(f"data.path={path} holds no text; files that can be read end in {readable}")
-    if data.tokenizer is not None and not tokenizer_file(data.tokenizer).is_file():
-        raise ConfigError(f"data.tokenizer={data.tokenizer} has no tokenizer.json")
+    name, value = "data.path", data.path
+    try:
+        if data.path is not None:
+            path = Path(data.path)
+            if not path.exists():
+                raise ConfigError(f"data.path={shown(path, 200)} does not exist")
+            if not text_files(path):
+                readable = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
+                raise ConfigError(
+                    f"data.path={shown(path, 200)} holds no text; files that can be read end in {readable}"
+                )
+        name, value = "data.tokenizer", data.tokenizer
+        if data.tokenizer is not None and not tokenizer_file(data.tokenizer).is_file():
+            raise ConfigError(f"data.tokenizer={shown(data.tokenizer, 200)} has no tokenizer.json")
+    except OSError as error:  # too long, or not for this user to read
+        raise ConfigError(f"{name}={shown(value, 150)} cannot be read: {error.strerror}") from error

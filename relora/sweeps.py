@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from relora.choices import conf_dir
 from relora.compose import (
     Composer,
     as_values,
     compose,
     composed,
-    conf_dir,
     given_values,
     leaves,
     parsed,

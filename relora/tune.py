@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from relora import compose
+from relora import choices, compose, presets
 from relora.compare import study_dir
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
@@ -259,12 +259,12 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         f"Learning rates: the best of {search.trials} trials on validation, {len(search.seeds)} seeds each "
         f"(loss {study.best_value:.4f}), by\n  python run.py -m {' '.join(_without_paths(overrides))}"
     )
-    file = compose.conf_dir() / "presets" / search.experiment / f"{search.method}.yaml"
+    file = choices.conf_dir() / "presets" / search.experiment / f"{search.method}.yaml"
     try:
-        compose.write_preset(file, values, remark)
+        presets.write_preset(file, values, remark)
     except OSError as error:
         file = folder / f"{search.method}.yaml"
-        compose.write_preset(file, values, remark)
+        presets.write_preset(file, values, remark)
         print(f"the preset could not be written where presets stand ({error})")
     print(f"preset: {file}", flush=True)
 

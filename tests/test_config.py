@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from small import REPOSITORY, TINY
 
 from relora import cli
+from relora.checks import parse_count
 from relora.compose import Composer, compose, freeze, thaw
 from relora.errors import ConfigError
-from relora.groups import parse_count
 
 WRONG = [
     (["method.rank=600"], "rank=600 exceeds min(in, out)=128 of model.layers.0.self_attn.q_proj; lower method.rank"),

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from small import REPOSITORY
 
-from relora import cli, launch
-from relora import compose as compose_module
+from relora import choices, cli, launch
 from relora.compose import compose
 from relora.errors import ConfigError
 from relora.launch import plan, study_dir
@@ -107,7 +106,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the configs that a test may change."""
     for name in ("conf", "experiments", "sweeps"):
         shutil.copytree(REPOSITORY / name, tmp_path / "home" / name)
-    monkeypatch.setattr(compose_module, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(choices, "home", lambda: tmp_path / "home")
     return tmp_path / "home"
 
 

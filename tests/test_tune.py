@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from small import REPOSITORY
 
-from relora import compose, tune
+from relora import choices, compose, presets, tune
 from relora.errors import ConfigError, RunError
 from relora.launch import Planned
 from relora.metrics import MetricsLog
@@ -53,7 +53,7 @@ def test_a_preset_keeps_what_it_held(tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text("# @package _global_\nmethod:\n  rank: 8\noptimizer:\n  learning_rate: 1.0\n")
     values = {"optimizer.learning_rate": 2e-3, "optimizer.embedding_learning_rate": 1e-2}
-    compose.write_preset(file, values, "by a search")
+    presets.write_preset(file, values, "by a search")
     assert OmegaConf.to_container(OmegaConf.load(file)) == {
         "method": {"rank": 8},
         "optimizer": {"learning_rate": 2e-3, "embedding_learning_rate": 1e-2},
@@ -68,8 +68,8 @@ def test_a_preset_keeps_its_comments_and_says_what_the_search_replaced(tmp_path:
         "  learning_rate: 1.0e-3 # scripts/60M.sh\n  max_grad_norm: null # the authors'\n"
     )
     values = {"optimizer.learning_rate": 2e-3, "optimizer.embedding_learning_rate": 1e-2}
-    compose.write_preset(file, values, "Learning rates: the best of 2 trials, by\n  python run.py -m one")
-    compose.write_preset(
+    presets.write_preset(file, values, "Learning rates: the best of 2 trials, by\n  python run.py -m one")
+    presets.write_preset(
         file, {"optimizer.learning_rate": 3e-5}, "Learning rates: the best of 9, by\n  python run.py -m a"
     )
     assert file.read_text() == (
@@ -87,7 +87,7 @@ def test_a_preset_keeps_its_comments_and_says_what_the_search_replaced(tmp_path:
 def test_a_preset_laid_out_in_another_way_is_still_right(tmp_path: Path, text: str) -> None:
     file = tmp_path / "full.yaml"
     file.write_text("# @package _global_\n" + text)
-    compose.write_preset(file, {"optimizer.learning_rate": 2e-3}, "by a search")
+    presets.write_preset(file, {"optimizer.learning_rate": 2e-3}, "by a search")
     kept = {"beta1": 0.8} if text else {}
     assert OmegaConf.to_container(OmegaConf.load(file)) == {"optimizer": {"learning_rate": 2e-3, **kept}}
     assert file.read_text().startswith("# @package _global_\n# by a search\n")
@@ -106,7 +106,7 @@ def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypa
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments")
     shutil.copytree(REPOSITORY / "sweeps", tmp_path / "sweeps")
-    monkeypatch.setattr(compose, "home", lambda: tmp_path)
+    monkeypatch.setattr(choices, "home", lambda: tmp_path)
     overrides = [SWEEP, "experiments=laptop/crossing", "method=relora", "runs_dir=/elsewhere", "trainer.seed=0,1"]
     found = search(overrides)
     assert found is not None
