@@ -274,7 +274,8 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _sync(arguments: argparse.Namespace) -> int:
     from relora.state import observe
-    from relora.tracking import Mirror, failures_told
+    from relora.store import failures_told
+    from relora.tracking import Mirror
 
     results = {}
     for path in arguments.runs:

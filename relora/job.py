@@ -79,6 +79,10 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
         if previous is not None and previous.state == "finished":
             print(_already_done(run, previous))
             print(summary_text(run, config, previous))
+            if _is_mirrored(config, on_node=on_node):
+                from relora.tracking import mirror_all
+
+                mirror_all([(run, config)], print, held_here=True)
             return previous
         status = Status(state="running", git_commit=git_commit(), ranks=world.size)
         if previous is not None:
@@ -135,7 +139,7 @@ class _Attempt:
             print(f"{self.run.path} still says that the run is running: {error}", flush=True)
 
     def _start_mirror(self) -> "MirrorThread | None":
-        if self.config.tracker.name != "mlflow" or (self.on_node and self.config.mlflow_uri.startswith("sqlite:")):
+        if not _is_mirrored(self.config, on_node=self.on_node):
             return None
         from relora.tracking import Mirror, MirrorThread
 
@@ -334,6 +338,10 @@ class StopSignals:
 
 
 # ------------------------------------------------------------------------------------------------ small questions
+
+
+def _is_mirrored(config: RunConfig, *, on_node: bool) -> bool:
+    return config.tracker.name == "mlflow" and not (on_node and config.mlflow_uri.startswith("sqlite:"))
 
 
 def prompt_for(config: RunConfig) -> str:

@@ -32,7 +32,7 @@ def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
     if uri.startswith("sqlite:") and not store.exists() and not create and not _submitted(runs_dir):
         raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
 
-    from relora.tracking import experiment_id, failures_told, open_store
+    from relora.store import experiment_id, failures_told, open_store
     from relora.view import view_key, write_view
 
     known = studies(runs_dir)

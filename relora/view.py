@@ -12,8 +12,8 @@ from urllib.request import url2pathname
 from relora.config import RunConfig
 from relora.errors import RunError
 from relora.gaps import Compared
-from relora.rundir import read_json
-from relora.tracking import experiment_id, knows, open_store
+from relora.store import experiment_id, is_deleted, open_store, recorded_run, tell
+from relora.tracking import mirrored
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,12 +33,16 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
 
     Raises what MLflow raises, and RunError for a store that was moved with the runs, after all but the files.
     """
-    client = open_store(config.mlflow_uri, Path(config.runs_dir))
+    client, deleted = open_store(config.mlflow_uri, Path(config.runs_dir)), []
     for member in members:
-        state = read_json(member.run.folder.mirror_file)
-        if state.get("uri") != config.mlflow_uri or not knows(client, state["run_id"]):
+        state = mirrored(member.run.folder)
+        recorded = recorded_run(client, state["run_id"]) if state.get("uri") == config.mlflow_uri else None
+        if recorded is None:
             continue
-        known = client.get_run(run_id := state["run_id"]).data
+        if is_deleted(recorded):
+            deleted.append(member.run.name)
+            continue
+        run_id, known = state["run_id"], recorded.data
         tags = {f"study.{study}": "1"}
         if member.baseline is not None:
             tags[f"baseline.{study}"] = member.baseline.name
@@ -48,6 +52,9 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
         gap, metric = member.tokens.relative, gap_metric(study)
         if gap is not None and math.isfinite(gap) and known.metrics.get(metric) != 100 * gap:
             client.log_metric(run_id, metric, 100 * gap, step=0)
+    if deleted:
+        names = ", ".join(deleted)
+        tell(f"deleted in MLflow, so not in the view of {study}: {names}; relora sync RUN_FOLDER restores a run")
     experiment = experiment_id(client, config)
     found = client.search_runs([experiment], f"tags.report_of = '{study}'")
     if found:

@@ -29,6 +29,7 @@ FLOORS = [
             "gaps",
             "compare",
             "study",
+            "store",
             "tracking",
             "view",
         ),
@@ -43,7 +44,7 @@ ORDER = [module for floor in FLOORS for module in floor]
 HOMES = {
     "hydra": "compose",
     "omegaconf": "compose",
-    "mlflow": "tracking",
+    "mlflow": "store",
     "datasets": "corpus",
     "tokenizers": "corpus",
     "transformers": "model",

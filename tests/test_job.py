@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,24 @@ def test_mlflow_holds_every_metric_of_the_file_and_a_true_status(finished) -> No
                 assert [p.value for p in points if p.step == row["step"]] == [value]
     assert recorded.data.metrics["summary/test_perplexity"] == run.status.summary["test_perplexity"]  # type: ignore[union-attr]
     assert recorded.data.tags["corpus_digest"] == run.status.corpus["corpus_digest"]  # type: ignore[union-attr]
+
+
+def test_the_same_command_sends_a_finished_run_that_was_killed_before_mlflow_had_it(
+    finished, tmp_path: Path, empty_store: Path, capsys
+) -> None:
+    from mlflow import MlflowClient
+
+    overrides = elsewhere(finished[1], tmp_path)
+    run = RunDir(tmp_path / finished[0].path.name)
+    shutil.copytree(finished[0].path, run.path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    run.mirror_file.unlink()
+    assert launch(compose(overrides), overrides).state == "finished"
+    assert "finished already" in capsys.readouterr().out
+    recorded = MlflowClient(compose(overrides).mlflow_uri).get_run(json.loads(run.mirror_file.read_text())["run_id"])
+    assert recorded.info.status == "FINISHED"
+    summary = json.loads((run.path / "status.json").read_text())["summary"]
+    assert recorded.data.metrics["summary/test_perplexity"] == summary["test_perplexity"]
 
 
 def test_evaluate_gives_the_perplexity_that_the_run_logged(finished, capsys) -> None:

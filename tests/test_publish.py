@@ -47,6 +47,20 @@ def test_a_run_has_its_gap_in_each_of_its_studies_whatever_baseline_they_measure
     assert recorded(preset).data.metrics["summary/gap_to_full_percent.methods"] == 0
 
 
+def test_a_run_deleted_in_mlflow_costs_the_others_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    full, relora, other = lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=3.2), lab.run(*RELORA, "method.rank=4")
+    lab.study(full, relora, other)
+    publish_report(lab.runs_dir, "mine")
+    client = MlflowClient(full.mlflow_uri)
+    deleted = recorded(other).info.run_id
+    client.delete_run(deleted)
+    lab.study(lab.run(*FULL, "optimizer.learning_rate=3e-3", loss=2.8))
+    publish_report(lab.runs_dir, "mine")
+    assert other.name in capsys.readouterr().err
+    assert recorded(relora).data.metrics["summary/gap_to_full_percent.mine"] == pytest.approx(49.18, abs=0.01)
+    assert client.get_run(deleted).info.lifecycle_stage == "deleted", "a report brings back nothing"
+
+
 def test_a_moved_folder_is_reported_in_the_store_that_moved_with_it(lab: Lab, tmp_path: Path, capsys) -> None:
     relora = lab.run(*RELORA, loss=3.2)
     lab.study(lab.run(*FULL, loss=3.0), relora)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 import socket
@@ -17,7 +18,8 @@ from relora.compose import at_home, compose, freeze, thaw
 from relora.config import RunConfig
 from relora.metrics import MetricsLog, read_rows, row_metrics
 from relora.rundir import RunDir, Status
-from relora.tracking import Mirror, MirrorThread, experiment_id, open_store
+from relora.store import experiment_id, open_store
+from relora.tracking import Mirror, MirrorThread, mirror_all
 from relora.view import view
 
 STARTED_MS = 1_700_000_000_000
@@ -105,7 +107,7 @@ def test_every_point_of_the_file_is_there_with_its_own_time(runs_dir: Path) -> N
 def test_more_points_than_one_call_takes_are_all_there(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, rows=900)
     Mirror(run, config).sync()
-    assert len(points_of_file(run)) > 2 * tracking.METRICS_PER_CALL
+    assert len(points_of_file(run)) > 2 * tracking.POINTS_PER_CALL
     assert points(config, the_run(config).info.run_id) == points_of_file(run)
 
 
@@ -126,15 +128,171 @@ def test_new_rows_are_added_and_a_row_half_written_waits(runs_dir: Path) -> None
     assert ("train/loss", 8, 0.25, STARTED_MS) in points(config, the_run(config).info.run_id)
 
 
-def test_a_file_that_is_shorter_than_what_was_sent_is_sent_anew(runs_dir: Path) -> None:
-    run, config = new_run(runs_dir, rows=5)
-    Mirror(run, config).sync()
+@pytest.mark.parametrize("sync_when_short", [False, True])
+@pytest.mark.parametrize("with_message", [False, True], ids=["the same bytes long", "longer rows"])
+def test_rows_that_were_lost_and_written_again_are_in_mlflow_once(
+    runs_dir: Path, sync_when_short: bool, with_message: bool
+) -> None:
+    run, config = new_run(runs_dir, rows=30)
+    mirror = Mirror(run, config)
+    mirror.sync()
+    before = points(config, the_run(config).info.run_id)
     run.metrics_file.write_bytes(b"".join(run.metrics_file.read_bytes().splitlines(keepends=True)[:2]))
-    assert Mirror(run, config).sync().rows == 2
-    add_rows(run, 6, 8)
-    assert Mirror(run, config).sync().rows == 3
-    assert set(points_of_file(run)) <= set(points(config, the_run(config).info.run_id))
-    assert json.loads(run.mirror_file.read_text())["sent_bytes"] == run.metrics_file.stat().st_size
+    if sync_when_short:
+        assert mirror.sync().rows == 0
+    time.sleep(0.002)  # rows of another time
+    with MetricsLog.opened(run.metrics_file, exact=True) as log:
+        for step in range(35):
+            extra = {"perf/tokens_per_second": 1000.0} if with_message else {}
+            log.log(step, {"train/loss": 1 / (step + 3), "progress/tokens": 64 * step, **extra})
+    mirror.sync()
+    held = points(config, the_run(config).info.run_id)
+    assert set(before) <= set(held)
+    keys = [(name, step) for name, step, _, _ in held]
+    assert len(keys) == len(set(keys)), "one point a step"
+    assert {(name, step, value) for name, step, value, _ in points_of_file(run)} <= {point[:3] for point in held}
+    assert mirror.sync().rows == 0
+
+
+def test_a_result_that_was_lost_and_came_out_otherwise_is_the_new_one(runs_dir: Path) -> None:
+    run, config = new_run(runs_dir, rows=0)
+    for seconds in (20.0, 30.0):
+        run.metrics_file.unlink(missing_ok=True)
+        with MetricsLog.opened(run.metrics_file, exact=True) as log:
+            log.log(0, {"summary/eval_loss": 3.0, "summary/wall_clock_seconds": seconds})
+        Mirror(run, config).sync()
+        time.sleep(0.002)
+    found = the_run(config)
+    assert found.data.metrics == {"summary/eval_loss": 3.0, "summary/wall_clock_seconds": 30.0}
+    assert len([point for point in points(config, found.info.run_id) if point[0] == "summary/eval_loss"]) == 1
+
+
+def test_a_damaged_row_costs_no_other_row(runs_dir: Path) -> None:
+    run, config = new_run(runs_dir)
+    lines = run.metrics_file.read_bytes().splitlines(keepends=True)
+    run.metrics_file.write_bytes(b"".join([*lines[:3], b"\x00garbage\n", b'["a list"]\n', *lines[3:]]))
+    Mirror(run, config).sync()
+    assert len(points(config, the_run(config).info.run_id)) == 13
+
+
+def test_the_run_of_a_new_folder_does_not_join_that_of_a_removed_one(runs_dir: Path) -> None:
+    run, config = new_run(runs_dir, "study=mine")
+    Mirror(run, config).sync()
+    old = the_run(config)
+    shutil.rmtree(run.path)
+    run, config = new_run(runs_dir, "study=mine", status=status_of("running", started_ms=STARTED_MS + 77))
+    for _ in range(2):
+        Mirror(run, config).sync()
+        run.mirror_file.unlink()  # and its own record is found again by the folder's birth
+    found = {item.info.run_id: item for item in recorded(config)}
+    assert len(found) == 2
+    (new,) = found.keys() - {old.info.run_id}
+    assert points(config, new) == points_of_file(run)
+    assert found[new].info.start_time == STARTED_MS + 77
+    assert found[old.info.run_id].data.tags["replaced_by"] == new
+    client = MlflowClient(config.mlflow_uri)
+    members = client.search_runs([old.info.experiment_id], "tags.`study.mine` = '1'")
+    assert [item.info.run_id for item in members] == [new]
+
+
+def test_a_run_that_was_deleted_in_the_ui_is_restored_and_that_is_told(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 5000))
+    Mirror(run, config).sync()
+    before = all_of(config)
+    MlflowClient(config.mlflow_uri).delete_run(before[0])
+    assert recorded(config) == []
+    add_rows(run, 5, 7)
+    assert cli.main(["sync", str(run.path)]) == 0
+    assert f"{config.name} was deleted in MLflow; it is restored" in capsys.readouterr().err
+    assert the_run(config).info.run_id == before[0]
+    assert points(config, before[0]) == points_of_file(run)
+
+
+def test_a_run_that_is_deleted_while_it_trains_is_restored(runs_dir: Path) -> None:
+    run, config = new_run(runs_dir)
+    said: list[str] = []
+    mirror = Mirror(run, config, said.append)
+    mirror.sync()
+    before = the_run(config).info.run_id
+    MlflowClient(config.mlflow_uri).delete_run(before)
+    add_rows(run, 5, 7)
+    with pytest.raises(Exception, match="active"):
+        mirror.sync()
+    mirror.sync()
+    assert points(config, the_run(config).info.run_id) == points_of_file(run)
+    assert the_run(config).info.run_id == before
+    assert len(said) == 1
+
+
+def test_a_store_that_is_removed_while_a_run_trains_is_made_anew(runs_dir: Path, empty_store: Path) -> None:
+    run, config = new_run(runs_dir)
+    mirror = Mirror(run, config)
+    mirror.sync()
+    (runs_dir / "mlflow.db").unlink()
+    shutil.copy(empty_store, runs_dir / "other.db")
+    (runs_dir / "other.db").rename(runs_dir / "mlflow.db")
+    add_rows(run, 5, 7)
+    with pytest.raises(Exception, match="not found"):
+        mirror.sync()
+    mirror.sync()
+    assert points(config, the_run(config).info.run_id) == points_of_file(run)
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_call_that_fails_after_a_resume_is_made_up_for_by_the_next_sync(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    failed = status_of("failed", ended_ms=STARTED_MS + 5000, message="the disk is full")
+    run, config = new_run(runs_dir, status=failed)
+    Mirror(run, config).sync()
+    run.status = status_of("running", attempt=2)
+    add_rows(run, 5, 7)
+    made = 0
+
+    def interrupted_after_the_call(real: Any) -> Any:
+        def method(*arguments: Any, **named: Any) -> Any:
+            nonlocal made
+            answer = real(*arguments, **named)
+            made += 1
+            if made == call + 1:
+                raise ConnectionError("the answer was lost")
+            return answer
+
+        return method
+
+    for name in ("set_tag", "delete_tag", "log_batch", "update_run", "get_run", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, interrupted_after_the_call(getattr(MlflowClient, name)))
+    mirror = Mirror(run, config)
+    for _ in range(2):
+        with contextlib.suppress(ConnectionError):
+            mirror.sync()
+    monkeypatch.undo()
+    found = the_run(config)
+    assert (found.info.status, found.data.tags["attempt"], found.data.tags["message"]) == ("RUNNING", "2", "")
+    assert points(config, found.info.run_id) == points_of_file(run)
+
+
+def test_one_run_that_cannot_be_sent_costs_the_others_nothing(runs_dir: Path) -> None:
+    runs = [new_run(runs_dir, f"trainer.seed={seed}", status=status_of("interrupted")) for seed in range(2)]
+    (runs[0][0].path / "mlflow.json").mkdir()
+    said: list[str] = []
+    mirror_all(runs, said.append)
+    assert [found.data.params["trainer.seed"] for found in recorded(runs[0][1]) if found.data.metrics] == ["1"]
+    assert len(said) == 1
+    assert runs[0][1].name in said[0]
+
+
+@pytest.mark.parametrize("left", ["", "{", '{"run_id": 7}', "[]", '{"uri": "x"}'])
+def test_a_damaged_mirror_file_is_made_anew(runs_dir: Path, left: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 5000))
+    Mirror(run, config).sync()
+    before = all_of(config)
+    run.mirror_file.write_text(left)
+    mirror_all([(run, config)], print)
+    assert (capsys.readouterr().out, all_of(config)) == ("", before)
+    assert json.loads(run.mirror_file.read_text())["run_id"] == before[0]
 
 
 def test_a_row_without_a_finite_value_breaks_nothing(runs_dir: Path) -> None:

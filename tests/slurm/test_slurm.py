@@ -41,7 +41,7 @@ from small import REPOSITORY
 from relora import cli
 from relora.compose import compose
 from relora.corpus import prepare
-from relora.tracking import open_store
+from relora.store import open_store
 
 
 @pytest.fixture
