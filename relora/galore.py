@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 
-def projector(gradient_OxI: Tensor, rank: int) -> Tensor:
+def projector(gradient_OxI: Tensor, rank: int, previous: Tensor | None = None) -> Tensor:
     """Orthonormal basis of the gradient's leading singular subspace on its shorter side.
 
-    O x r (left singular vectors) for O <= I, r x I (right ones) otherwise; computed in fp32 or wider (section 4.1).
+    r x I (right singular vectors) for O >= I, O x r (left ones) otherwise; computed in fp32 or wider (section 4.1).
+    Square matrices are projected from the right, as in the authors' code (galore_torch, proj_type "std").
+
+    With a `previous` basis the side stays that of it, because the moments have the shape of that side.
     """
+    rows, columns = gradient_OxI.shape
+    from_left = rows < columns if previous is None else _is_left(previous, gradient_OxI.shape)
     wide = gradient_OxI.to(torch.promote_types(gradient_OxI.dtype, torch.float32))
     left, _, right = torch.linalg.svd(wide, full_matrices=False)
-    basis = left[:, :rank] if _is_wide(gradient_OxI.shape) else right[:rank]
+    basis = left[:, :rank] if from_left else right[:rank]
     return basis.to(gradient_OxI.dtype).contiguous()
 
 
@@ -80,7 +85,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
         done = int(state["step"].item())
         if rank is not None and done % group["update_interval_steps"] == 0:
-            state["projector"] = projector(gradient, rank)
+            state["projector"] = projector(gradient, rank, state.get("projector"))
         moved = gradient if rank is None else _project(gradient, state["projector"])
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(moved), torch.zeros_like(moved)
@@ -98,13 +103,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         parameter.add_(direction, alpha=-group["lr"])
 
 
-def _is_wide(shape_OxI: torch.Size) -> bool:
-    return shape_OxI[0] <= shape_OxI[1]
+def _is_left(basis: Tensor, shape_OxI: torch.Size) -> bool:
+    """Whether `basis` is O x r and not r x I. An r x I basis of a square matrix at full rank counts as right."""
+    return basis.shape[1] != shape_OxI[1]
 
 
 def _project(gradient_OxI: Tensor, basis: Tensor) -> Tensor:
-    return basis.T @ gradient_OxI if _is_wide(gradient_OxI.shape) else gradient_OxI @ basis.T
+    return basis.T @ gradient_OxI if _is_left(basis, gradient_OxI.shape) else gradient_OxI @ basis.T
 
 
-def _project_back(direction: Tensor, basis: Tensor, shape: torch.Size) -> Tensor:
-    return basis @ direction if _is_wide(shape) else direction @ basis
+def _project_back(direction: Tensor, basis: Tensor, shape_OxI: torch.Size) -> Tensor:
+    return basis @ direction if _is_left(basis, shape_OxI) else direction @ basis

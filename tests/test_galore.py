@@ -1,4 +1,5 @@
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from relora.galore import GaLoreAdamW, projector
 def published(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float) -> Tensor:
     """Algorithm 2 of arXiv 2403.03507 written out, in float64: project, Adam, project back."""
     weight, m, v, basis = weight.clone(), None, None, None
-    left = weight.shape[0] <= weight.shape[1]
+    left = weight.shape[0] < weight.shape[1]
     for t, gradient in enumerate(gradients):
         if t % every == 0:
             u, _, vh = torch.linalg.svd(gradient)
@@ -38,6 +39,58 @@ def test_updates_equal_the_published_formula(shape: tuple[int, int]) -> None:
     expected = published(start, gradients, rank=3, every=4, scale=0.25, lr=0.02)
     assert torch.allclose(weight, expected, atol=1e-6, rtol=0)
     assert not torch.allclose(weight, start, atol=1e-3)
+
+
+def authors(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float) -> Tensor:
+    """The authors' galore_torch, GaLoreProjector (proj_type "std") and AdamW, written out: the same lines in float64."""
+    weight = weight.clone()
+    exp_avg = exp_avg_sq = ortho = torch.empty(0)
+    for step, grad in enumerate(gradients):
+        right = grad.shape[0] >= grad.shape[1]
+        if step % every == 0:
+            u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+            ortho = vh[:rank, :] if right else u[:, :rank]
+        low = grad @ ortho.t() if right else ortho.t() @ grad
+        if step == 0:
+            exp_avg, exp_avg_sq = torch.zeros_like(low), torch.zeros_like(low)
+        exp_avg = exp_avg * 0.9 + low * (1 - 0.9)
+        exp_avg_sq = exp_avg_sq * 0.999 + low * low * (1 - 0.999)
+        denom = exp_avg_sq.sqrt() + 1e-8
+        step_size = lr * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        norm_grad = exp_avg / denom
+        weight = weight - step_size * scale * (norm_grad @ ortho if right else ortho @ norm_grad)
+    return weight
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
+def test_sixty_updates_equal_the_authors_code_on_every_shape(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(60)]
+    weight = nn.Parameter(start.clone())
+    optimizer = GaLoreAdamW([weight], lr=0.02, rank=3, update_interval_steps=7, scale=0.25)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    assert torch.allclose(weight, authors(start, gradients, rank=3, every=7, scale=0.25, lr=0.02), atol=1e-5, rtol=0)
+
+
+def test_a_square_matrix_is_projected_from_the_right_and_keeps_the_side_that_its_state_has() -> None:
+    """A checkpoint of an earlier version may hold the left side: its moments have that side's shape."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(6, 6, generator=generator) for _ in range(4)]
+    new, old = nn.Parameter(torch.zeros(6, 6)), nn.Parameter(torch.zeros(6, 6))
+    right, left = (GaLoreAdamW([weight], lr=0.1, rank=2, update_interval_steps=2) for weight in (new, old))
+    left_basis = torch.linalg.svd(gradients[0])[0][:, :2].contiguous()
+    left.state[old] = {"step": torch.zeros(()), "projector": left_basis}
+    for gradient in gradients:
+        for weight, optimizer in ((new, right), (old, left)):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert right.state[new]["projector"].shape == right.state[new]["exp_avg"].T.shape == (2, 6)
+    assert left.state[old]["projector"].shape == left.state[old]["exp_avg"].T.shape == (6, 2)
+    assert not torch.equal(left.state[old]["projector"], left_basis)
+    assert not torch.allclose(new, old, atol=1e-3)
 
 
 def test_a_group_without_rank_is_torchs_adamw() -> None:
