@@ -6,6 +6,7 @@ folds the product into W and draws a new A, so that the sum of many low-rank upd
 
 import hashlib
 import math
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,14 +51,31 @@ class ReLoRAConfig:
     trainable_scaling: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1")
+        self._check_targets()
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha} must be positive and finite (None: 0.25 * rank)")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.reinit not in REINITS:
             raise ValueError(f"reinit={self.reinit!r} is not one of {', '.join(REINITS)}")
+
+    def _check_targets(self) -> None:
+        targets = self.target_modules
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules={targets!r} is no regular expression: {error}; "
+                    "correct it, or give a list of module-name endings"
+                ) from error
+        elif not isinstance(targets, Sequence) or not all(isinstance(ending, str) for ending in targets):
+            raise ValueError(
+                f"target_modules={targets!r} must be a regular expression that matches whole module names, or a list "
+                'of their endings, for example ["q_proj", "v_proj"]'
+            )
 
     @property
     def scaling(self) -> float:
@@ -286,11 +304,7 @@ def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
         if not any(module_matches(name, [ending]) for name in linears)
     ]
     if unmatched or not targets:
-        endings = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(
-            f"{unmatched or config.target_modules!r} of target_modules matches no linear layer; "
-            f"the model has {', '.join(endings) or 'none'}"
-        )
+        raise ValueError(_no_linear(model, sorted(linears), unmatched or config.target_modules))
     owners: dict[int, list[str]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
@@ -315,6 +329,24 @@ def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
         layer.train(linear.training)
         _replace(model, name, layer)
     return model
+
+
+def _no_linear(model: nn.Module, linears: Sequence[str], targets: str | Sequence[str]) -> str:
+    """Why `targets`, none of which matches one of the `linears`, cannot be wrapped."""
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    text = f"{targets!r} of target_modules matches no nn.Linear; the model's nn.Linear layers are named "
+    text += ", ".join(endings) or "none"
+    kinds: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        if name and module_matches(name, targets):
+            kinds.setdefault(type(module).__name__, set()).add(name.rpartition(".")[2])
+    text += "".join(f"; of type {kind} are {', '.join(sorted(names))}" for kind, names in sorted(kinds.items()))
+    if "Conv1D" in kinds:
+        text += (
+            "; Conv1D is the linear layer of transformers' GPT-2, which stores its weight transposed (in x out): "
+            "replace each one with an nn.Linear of weight conv1d.weight.T and bias conv1d.bias"
+        )
+    return text
 
 
 def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeReport:

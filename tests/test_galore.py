@@ -42,7 +42,7 @@ def test_updates_equal_the_published_formula(shape: tuple[int, int]) -> None:
 
 
 def authors(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float) -> Tensor:
-    """The authors' galore_torch, GaLoreProjector (proj_type "std") and AdamW, written out: the same lines in float64."""
+    """GaLoreProjector (proj_type "std") and AdamW of the authors' galore_torch, written out in float64."""
     weight = weight.clone()
     exp_avg = exp_avg_sq = ortho = torch.empty(0)
     for step, grad in enumerate(gradients):

@@ -12,6 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from relora.groups import ModelConfig
 from relora.lowrank import (
@@ -340,6 +342,44 @@ def test_a_target_that_matches_no_linear_layer_is_an_error_and_wraps_nothing(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def gpt2() -> GPT2LMHeadModel:
+    """The real GPT-2 of transformers, with random weights."""
+    sizes = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=8, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(sizes).eval()
+
+
+@pytest.mark.parametrize("target_modules", [["c_attn", "c_fc"], ["lm_head", "c_attn", "c_fc"], r".*\.(c_attn|c_fc)"])
+def test_the_conv1d_of_gpt2_is_named_as_what_it_is_and_the_remedy_works(target_modules: str | Sequence[str]) -> None:
+    model = gpt2()
+    with pytest.raises(ValueError, match=r"of type Conv1D are c_attn, c_fc; .*replace each one with an nn\.Linear"):
+        wrap(model, config(target_modules=target_modules))
+    assert not list(low_rank_layers(model))
+
+    before = model(TOKENS).logits
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.weight.shape[0], module.weight.shape[1])
+            linear.load_state_dict({"weight": module.weight.T, "bias": module.bias})
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear)
+    wrap(model, config(target_modules=["c_attn", "c_fc"]))
+    assert len(list(low_rank_layers(model))) == 4
+    torch.testing.assert_close(model(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("target_modules", [None, 3, [None], ["q_proj", 7], {"q_proj"}])
+def test_targets_that_are_no_text_and_no_list_of_it_are_one_clear_error(target_modules: Any) -> None:
+    with pytest.raises(ValueError, match=r"target_modules=.* a list of their endings, for example \[\"q_proj\""):
+        config(target_modules=target_modules)
+
+
+def test_a_regular_expression_that_cannot_be_read_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"target_modules='\(q_proj' is no regular expression"):
+        config(target_modules="(q_proj")
+
+
 def test_a_rank_above_the_smaller_side_of_any_target_is_an_error_and_wraps_nothing() -> None:
     model = toy()
     wrap(toy(), config(rank=8, target_modules=["q_proj", "head"]))
@@ -381,6 +421,8 @@ def test_one_linear_layer_under_two_names_is_an_error() -> None:
     [
         ({"rank": 0}, "rank=0"),
         ({"rank": -4}, "rank=-4"),
+        ({"rank": None}, "rank=None must be a whole number"),
+        ({"rank": 2.5}, "rank=2.5 must be a whole number"),
         ({"alpha": 0.0}, "alpha=0"),
         ({"alpha": -1.0}, "alpha=-1"),
         ({"dropout": -0.1}, "dropout=-0.1"),
