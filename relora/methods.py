@@ -114,21 +114,25 @@ def build_method(config: RunConfig) -> Method:
 def build_optimizer(
     model: nn.Module, config: RunConfig, learning_rate: float, *, warm_start: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters in two groups, each with its `base_learning_rate`.
+    """The optimizer over the trainable parameters in groups, each with its `base_learning_rate`.
 
     The first holds the decoder's matrices or their factors, with weight decay; the second embeddings, head, norms and
-    biases, at `optimizer.embedding_learning_rate` where that is set, without decay. AdamW, but for GaLore after its
+    biases, at `optimizer.embedding_learning_rate` where that is set, without decay. Scales that are trained are a third
+    group, at the factors' learning rate, without decay. AdamW, but for GaLore after its
     warm start, whose matrices that are not targeted go with the first group's settings and no projection.
     """
     method = config.method
     galore = method if isinstance(method, GaLoreConfig) and not warm_start else None
     matrices: list[nn.Parameter] = []
     projected: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if not (name.startswith("model.layers.") and parameter.ndim == 2):
+        if name.endswith(".scaling"):
+            scales.append(parameter)
+        elif not (name.startswith("model.layers.") and parameter.ndim == 2):
             rest.append(parameter)
         elif galore is not None and module_matches(name.removesuffix(".weight"), galore.target_modules):
             projected.append(parameter)
@@ -143,6 +147,8 @@ def build_optimizer(
             "weight_decay": 0.0,
         },
     ]
+    if scales:
+        groups.append({"params": scales, "base_learning_rate": learning_rate, "weight_decay": 0.0})
     betas = (settings.beta1, settings.beta2)
     if galore is None:
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=settings.epsilon, fused=True)

@@ -13,6 +13,11 @@ from relora.lowrank import keyed_generator, wrapped_layers
 
 MODES = ("none", "zero", "random", "magnitude")
 MOMENTS = ("joint", "independent")
+COUNTS = {"step": 0, "mu_product": 1}
+"""State of torch's optimizers that counts updates and is no moment, by name, with the value that it begins with.
+
+mu_product is NAdam's. A scale that is trained has no dimension, as these have: the shape cannot tell them apart.
+"""
 
 
 def prune_mask_by_magnitude(values: Tensor, ratio: float) -> Tensor:
@@ -50,9 +55,11 @@ def _redrawn(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _moments(parameter: nn.Parameter, state: dict[str, object], name: str) -> dict[str, Tensor]:
-    """The state's tensors of the parameter's shape, exp_avg first."""
+    """The state's tensors of the parameter's shape that are no counts, exp_avg first."""
     moments = {
-        key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and key not in COUNTS
     }
     for key, value in moments.items():
         if not value.is_floating_point():
@@ -72,8 +79,8 @@ def reset_optimizer(
     *,
     moments: str = "joint",
     reset_step: bool = True,
-    seed: int = 0,
-    restart: int = 0,
+    seed: int | None = None,
+    restart: int | None = None,
 ) -> float:
     """Prune the state of all factors of `model` in `optimizer`, in place; return the fraction of it that was zeroed.
 
@@ -83,10 +90,12 @@ def reset_optimizer(
         leaves first moments without their second (updates of 6e3 to 7e4 x the learning rate were seen).
     reset_step: Adam's step count starts at 0 again, so that bias correction fits the emptied moments; without it the
         first update is 3.15 x the learning rate (beta2 = 0.999).
+    seed, restart: needed by mode="random" alone; the restart's number, so that each restart prunes other entries.
 
-    A moment is any state tensor of the parameter's shape, so this works beyond AdamW. Parameters without state yet are
-    left alone, and a trained scale counts as a factor. Raises, before anything is touched, ValueError for an unknown
-    mode, a ratio outside [0, 1], an unwrapped model or an optimizer of other parameters, TypeError for quantised state.
+    A moment is any state tensor of the parameter's shape but for `COUNTS`, so this works beyond AdamW. Parameters
+    without state yet are left alone, and a trained scale counts as a factor. Raises, before anything is touched,
+    ValueError for an unknown mode, a ratio outside [0, 1], mode="random" without seed or restart, an unwrapped model
+    or an optimizer of other parameters, TypeError for quantised state.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
@@ -94,6 +103,12 @@ def reset_optimizer(
         raise ValueError(f"moments={moments!r} is not one of {', '.join(MOMENTS)}")
     if not 0.0 <= pruning_ratio <= 1.0:
         raise ValueError(f"pruning_ratio={pruning_ratio} must be between 0 and 1")
+    missing = [name for name, value in (("seed", seed), ("restart", restart)) if value is None]
+    if mode == "random" and missing:
+        raise ValueError(
+            f"mode='random' draws its masks from seed and restart, and {' and '.join(missing)} is not given; pass "
+            "seed=... and the number of this restart, restart=..., or all restarts would prune the same entries"
+        )
     if mode == "none":
         return 0.0
 
@@ -119,8 +134,10 @@ def reset_optimizer(
             moment.masked_fill_(mask, 0)
             zeroed += int(mask.sum())
             total += moment.numel()
-        if reset_step and isinstance(state.get("step"), Tensor):
-            state["step"].zero_()
-        elif reset_step and "step" in state:
-            state["step"] = 0
+        for key, begin in COUNTS.items() if reset_step else ():
+            count = state.get(key)
+            if isinstance(count, Tensor):
+                count.fill_(begin)
+            elif count is not None:
+                state[key] = begin
     return zeroed / total if total else 0.0

@@ -407,7 +407,14 @@ class Trainer:
         if self.first_step > self.clock.warm_start_steps:
             self._begin()
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise TrainingError(
+                f"the checkpoint of step {self.first_step} was written by another version of relora, whose optimizer "
+                f"had other parameter groups ({error}); finish the run with that version, or remove "
+                f"{self.checkpoint_folder} to start anew"
+            ) from error
         # What ran out of memory once would do so again; what is asked to be smaller shall be; ranks may be more now.
         self.micro.at_most(state["counters"].pop(MICRO_STEP_KEY))
         self.counters = Counters(**state["counters"])

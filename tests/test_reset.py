@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import REPOSITORY
 from torch import Tensor, nn
 
 from relora.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, wrap
@@ -17,6 +19,9 @@ PRUNING_MODES = pytest.mark.parametrize("mode", ["zero", "random", "magnitude"])
 BOTH_MOMENTS = pytest.mark.parametrize("moments", ["joint", "independent"])
 
 State = dict[str, dict[str, Any]]
+
+DRAW: dict[str, Any] = {"seed": 0, "restart": 1}
+"""What a random mask is drawn from."""
 
 
 class Toy(nn.Module):
@@ -187,7 +192,7 @@ def test_random_draws_on_the_cpu_whatever_the_default_device_is() -> None:
 def test_the_state_of_the_factors_is_pruned_and_all_other_state_keeps_every_bit(mode: str, moments: str) -> None:
     model, optimizer = trained()
     before = state_of(model, optimizer)
-    reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.9, moments=moments)
+    reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.9, moments=moments, **DRAW)
     after = state_of(model, optimizer)
     factors = factor_states(before)
     assert len(factors) == 4
@@ -221,7 +226,7 @@ def test_mode_none_touches_nothing_and_returns_zero() -> None:
 def test_parameters_without_state_are_left_alone(mode: str) -> None:
     model = wrapped_toy()
     optimizer = adamw(list(model.parameters()))
-    assert reset_optimizer(optimizer, model, mode=mode) == 0.0
+    assert reset_optimizer(optimizer, model, mode=mode, **DRAW) == 0.0
     assert len(optimizer.state) == 0
 
 
@@ -274,7 +279,7 @@ def test_joint_masks_agree_between_the_moments_and_independent_ones_differ(mode:
     zeros: dict[str, tuple[Tensor, Tensor]] = {}
     for moments in ("joint", "independent"):
         model, optimizer = trained()
-        reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.6, moments=moments)
+        reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.6, moments=moments, **DRAW)
         state = state_of(model, optimizer)
         zeros[moments] = zeros_of(state, "exp_avg"), zeros_of(state, "exp_avg_sq")
     first, second = zeros["joint"]
@@ -298,7 +303,7 @@ def test_the_returned_fraction_is_the_share_of_the_factors_state_that_is_zero(
     mode: str, ratio: float, moments: str
 ) -> None:
     model, optimizer = trained()
-    fraction = reset_optimizer(optimizer, model, mode=mode, pruning_ratio=ratio, moments=moments)
+    fraction = reset_optimizer(optimizer, model, mode=mode, pruning_ratio=ratio, moments=moments, **DRAW)
     assert fraction == zeroed_share(state_of(model, optimizer))
     assert fraction == pytest.approx(ratio, abs=0.05)
 
@@ -306,7 +311,7 @@ def test_the_returned_fraction_is_the_share_of_the_factors_state_that_is_zero(
 @pytest.mark.parametrize("mode", ["random", "magnitude"])
 def test_bf16_state_is_pruned_by_the_asked_share(mode: str) -> None:
     model, optimizer = trained(dtype=torch.bfloat16)
-    fraction = reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.9)
+    fraction = reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.9, **DRAW)
     assert fraction == zeroed_share(state_of(model, optimizer))
     assert fraction == pytest.approx(0.9, abs=0.05)
 
@@ -314,7 +319,7 @@ def test_bf16_state_is_pruned_by_the_asked_share(mode: str) -> None:
 @PRUNING_MODES
 def test_the_momentum_of_sgd_is_pruned(mode: str) -> None:
     model, optimizer = trained(lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9))
-    fraction = reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.75)
+    fraction = reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.75, **DRAW)
     assert fraction == zeroed_share(state_of(model, optimizer))
     assert fraction == pytest.approx(1.0 if mode == "zero" else 0.75, abs=0.07)
 
@@ -345,7 +350,7 @@ def test_random_is_a_function_of_seed_and_restart_alone(moments: str) -> None:
 
 def test_random_masks_differ_between_factors() -> None:
     model, optimizer = trained()
-    reset_optimizer(optimizer, model, mode="random", pruning_ratio=0.5)
+    reset_optimizer(optimizer, model, mode="random", pruning_ratio=0.5, **DRAW)
     (_, first), (_, second) = low_rank_layers(model)
     assert first.lora_A.shape == second.lora_A.shape
     masks = [optimizer.state[layer.lora_A]["exp_avg"] == 0 for layer in (first, second)]
@@ -359,7 +364,7 @@ def test_random_masks_differ_between_factors() -> None:
 @pytest.mark.parametrize("reset_step", [True, False])
 def test_the_step_count_of_the_factors_starts_again_where_asked(mode: str, reset_step: bool) -> None:
     model, optimizer = trained(steps=4)
-    reset_optimizer(optimizer, model, mode=mode, reset_step=reset_step)
+    reset_optimizer(optimizer, model, mode=mode, reset_step=reset_step, **DRAW)
     for name, values in state_of(model, optimizer).items():
         is_factor = name.endswith(("lora_A", "lora_B"))
         assert values["step"].item() == (0 if is_factor and reset_step else 4)
@@ -391,7 +396,7 @@ def updates_after_reset(
     for step in range(steps_before + updates):
         if step == steps_before:
             merge_and_reinit(model, seed=0, restart=1)
-            reset_optimizer(optimizer, model, **reset)
+            reset_optimizer(optimizer, model, **DRAW, **reset)
         before = [factor.detach().clone() for factor in factors]
         for factor in factors:
             factor.grad = gradient(factor)
@@ -438,7 +443,7 @@ def test_integer_codes_are_refused_and_named(mode: str, dtype: torch.dtype, key:
     state = optimizer.state[layer.lora_B]
     state[key] = torch.full_like(state[key], 3, dtype=dtype)
     with pytest.raises(TypeError, match=rf"'{key}' of layers\.0\.lora_B holds {dtype}"):
-        reset_optimizer(optimizer, model, mode=mode)
+        reset_optimizer(optimizer, model, mode=mode, **DRAW)
     assert (state[key] == 3).all()
     assert reset_optimizer(optimizer, model, mode="none") == 0.0
 
@@ -453,6 +458,9 @@ def test_integer_codes_are_refused_and_named(mode: str, dtype: torch.dtype, key:
         ({"pruning_ratio": 1.01}, "pruning_ratio=1.01"),
         ({"pruning_ratio": math.nan}, "pruning_ratio=nan"),
         ({"mode": "none", "pruning_ratio": 99.0}, "pruning_ratio=99"),
+        ({"mode": "random"}, "seed and restart is not given"),
+        ({"mode": "random", "seed": 0}, "and restart is not given; pass .* restart=..., or all restarts would prune"),
+        ({"mode": "random", "restart": 1}, "and seed is not given"),
     ],
 )
 def test_arguments_outside_their_range_are_errors_and_touch_nothing(arguments: dict[str, Any], named: str) -> None:
@@ -490,19 +498,68 @@ def test_quantised_state_is_refused_before_anything_is_pruned() -> None:
     assert before.abs().sum() > 0
 
 
-def test_a_trained_scale_is_reset_with_the_factors_it_is_redrawn_with() -> None:
+def with_trained_scale(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+    """A model after some updates, its optimizer, and the optimizer's state of the scale."""
     config = ReLoRAConfig(rank=2, target_modules=["0"], trainable_scaling=True)
     model = wrap(nn.Sequential(nn.Linear(4, 4)), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
     for _ in range(3):
+        optimizer.zero_grad()
         model(torch.ones(1, 4)).square().sum().backward()
         optimizer.step()
     state = optimizer.state[model.get_parameter("0.scaling")]
     assert state["exp_avg"] != 0
-    reset_optimizer(optimizer, model, mode="zero")
+    return model, optimizer, state
+
+
+def test_a_trained_scale_is_reset_with_the_factors_it_is_redrawn_with() -> None:
+    model, optimizer, state = with_trained_scale(adamw)
+    assert reset_optimizer(optimizer, model, mode="zero") == 1.0
     assert (state["exp_avg"], state["exp_avg_sq"], state["step"]) == (0, 0, 0)
+
+
+@PRUNING_MODES
+def test_the_step_count_of_a_trained_scale_is_no_moment(mode: str) -> None:
+    """It has the scale's shape: none at all."""
+    model, optimizer, state = with_trained_scale(adamw)
+    fraction = reset_optimizer(optimizer, model, mode=mode, pruning_ratio=0.9, reset_step=False, **DRAW)
+    assert state["step"] == 3
+    states = [optimizer.state[model.get_parameter(f"0.{name}")] for name in ("lora_A", "lora_B", "scaling")]
+    moments = [each[key] for each in states for key in ("exp_avg", "exp_avg_sq")]
+    zeros = sum(int((moment == 0).sum()) for moment in moments)
+    assert fraction == zeros / sum(moment.numel() for moment in moments) == zeros / (2 * (8 + 8 + 1))
+
+
+def test_the_counts_of_nadam_begin_again_and_are_no_moments() -> None:
+    model, optimizer, state = with_trained_scale(lambda parameters: torch.optim.NAdam(parameters, lr=1e-2))
+    before = state["mu_product"].clone()
+    assert 0 < before < 1
+    assert reset_optimizer(optimizer, model, mode="zero", reset_step=False) == 1.0
+    assert (state["step"], state["mu_product"]) == (3, before)
+    reset_optimizer(optimizer, model, mode="zero")
+    assert (state["step"], state["mu_product"], state["exp_avg"]) == (0, 1, 0)
 
 
 def test_the_pruned_count_is_exact_where_floats_would_be_one_off() -> None:
     values = torch.arange(1.0, 101.0)
     assert int(prune_mask_by_magnitude(values, 0.29).sum()) == 29
+
+
+# ------------------------------------------------------------------------------------------------ README's own loop
+
+
+def test_the_example_of_the_readme_runs_as_it_stands() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        model = nn.ModuleDict({name: nn.Linear(128, 128, bias=False) for name in names})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    space: dict[str, Any] = {"torch": torch, "model": model, "seed": 3}
+    exec(example, space)
+    assert space["clock"].restarts_before(20_000) == 9
+    assert all(type(module) is nn.Linear for module in model.children())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name])

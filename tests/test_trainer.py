@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relora import checkpoint
 from relora.compose import compose
 from relora.config import RunConfig
 from relora.data import TokenSequences
@@ -260,6 +261,23 @@ def test_the_embedding_learning_rate_moves_only_what_no_method_wraps(tmp_path: P
     assert torch.allclose(after["lm_head.weight"], before["lm_head.weight"], atol=1e-9)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.allclose(after[name], before[name], atol=1e-6)
+
+
+def test_a_trained_scale_moves_at_the_rate_of_the_factors_and_does_not_decay(tmp_path: Path) -> None:
+    rates = ("optimizer.learning_rate=1e-3", "optimizer.embedding_learning_rate=1e-1", "optimizer.weight_decay=0.5")
+    trainer = trainer_of(config_of("method.trainable_scaling=true", *rates), tmp_path)
+    trainer.train()
+    rate_of = {
+        parameter: (group["base_learning_rate"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for _, layer in low_rank_layers(trainer.model):
+        assert rate_of[layer.lora_A] == rate_of[layer.lora_B] == (1e-3, 0.5)
+        assert isinstance(layer.scaling, nn.Parameter)
+        assert rate_of[layer.scaling] == (1e-3, 0.0)
+    assert rate_of[trainer.model.get_parameter("lm_head.weight")] == (1e-1, 0.0)
+    assert len(rate_of) == sum(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
 # ----------------------------------------------------------------------------------------------- batch and precision
@@ -581,6 +599,21 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
     trainer_of(config_of(), tmp_path).train()
     with pytest.raises(TrainingError, match="belongs to config"):
         trainer_of(config_of("trainer.seed=1"), tmp_path)
+
+
+def test_a_checkpoint_whose_optimizer_has_other_groups_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    """As versions wrote it that trained a scale at the embeddings' rate."""
+    trainer = trainer_of(config_of("method.trainable_scaling=true"), tmp_path)
+    trainer.train()
+    path = max((tmp_path / "checkpoints").glob("step-*.pt"))
+    state = checkpoint.load_latest(tmp_path / "checkpoints", print)
+    assert state is not None
+    groups = state["optimizer"]["param_groups"]
+    groups[1]["params"] += groups.pop()["params"]
+    path.unlink()
+    checkpoint.save(tmp_path / "checkpoints", 14, state)
+    with pytest.raises(TrainingError, match=r"step 14 .* another version .* remove .*checkpoints"):
+        trainer_of(config_of("method.trainable_scaling=true"), tmp_path)
 
 
 def test_the_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
