@@ -13,8 +13,8 @@ from typing import Any
 
 from relora.config import RunConfig
 from relora.errors import ConfigError
-from relora.gaps import Compared, FullRank, Gap, compared, relative
-from relora.results import Run, deviation, mean
+from relora.gaps import Baseline, Compared, FullRank, Gap, compared, relative
+from relora.results import Run, best_on_validation, deviation, mean
 from relora.rundir import RunDir, read_json
 from relora.state import observe
 
@@ -102,6 +102,8 @@ class Study:
     question: str
     launches: list[list[str]]
     arms: list[Arm]
+    labels: dict[str, str]
+    """Of every variant of the study, and of the full-rank variants that its baselines were chosen among."""
 
     @property
     def members(self) -> list[Compared]:
@@ -121,26 +123,59 @@ class Study:
         return [replace(self, arms=arms) for arms in parts]
 
     def best(self) -> Arm | None:
-        """The arm that is not full rank with the lowest mean validation loss.
-
-        The means are over the seeds that all of them have; arms with fewer seeds than others stand back.
-        """
-        arms = [arm for arm in self.arms if arm.method != "full" and arm.finished]
-        seeds = [{member.run.seed for member in arm.finished} for arm in arms]
-        most = max(map(len, seeds), default=0)
-        rivals = [(arm, own) for arm, own in zip(arms, seeds, strict=True) if len(own) == most]
-        common = set.intersection(*(own for _, own in rivals)) if rivals else set()
-
-        def validation(arm: Arm) -> float:
-            return mean([m.run.summary["eval_loss"] for m in arm.finished if m.run.seed in common])
-
-        return min((arm for arm, _ in rivals), key=validation) if common else None
+        """The arm that is not full rank with the lowest mean validation loss, as best_on_validation has it."""
+        arms = {arm.variant: arm for arm in self.arms if arm.method != "full" and arm.finished}
+        best = best_on_validation(
+            {variant: {m.run.seed: m.run.validation_loss for m in arm.finished} for variant, arm in arms.items()}
+        )
+        return None if best is None else arms[best]
 
     def full_rank(self) -> Arm | None:
-        """The full-rank arm that most runs are measured against."""
-        serving = [member.baseline.name for member in self.members if member.baseline is not None]
-        arms = [arm for arm in self.arms if any(member.run.name in serving for member in arm.members)]
-        return max(arms, key=lambda arm: sum(serving.count(m.run.name) for m in arm.members), default=None)
+        """The full-rank arm that most runs are measured against; it need not be one of the study's."""
+        choice = self.baseline()
+        if choice is None:
+            return None
+        own = next((arm for arm in self.arms if arm.variant == choice.variant), None)
+        if own is not None:
+            return own
+        label = self.labels[choice.variant]
+        itself = Gap(loss=0.0, note="itself")
+        members = [
+            Compared(run=run, label=label, choice=choice, baseline=run, tokens=itself, flops=itself, seconds=itself)
+            for _, run in sorted(choice.runs.items())
+        ]
+        return Arm(label=label, variant=choice.variant, method="full", members=members)
+
+    def baseline(self) -> Baseline | None:
+        """The choice of a baseline that serves most runs."""
+        choices = [
+            member.choice for member in self.members if member.choice is not None and member.baseline is not None
+        ]
+        return max(choices, key=choices.count, default=None)
+
+    def baseline_remarks(self) -> list[str]:
+        """Sentences that name the baseline where the reader could expect another one."""
+        choice, told = self.baseline(), list[str]()
+        if choice is None:
+            return told
+        name = self.labels[choice.variant]
+        if not choice.is_of_the_study:
+            told.append(f"The baseline {name} is no run of this study: another launch trained it in the same runs_dir.")
+        for variant in choice.rivals.keys() - {choice.variant}:
+            if (shared := choice.compared_with(variant)) is None:
+                continue
+            seeds, theirs, ours = shared
+            over = f"over {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+            losses = f"{theirs:.4f} against {ours:.4f}, {over}"
+            if theirs < ours:
+                lacking = ", ".join(map(str, sorted(choice.runs.keys() - choice.rivals[variant].keys())))
+                told.append(
+                    f"{self.labels[variant]} is better on validation than the baseline {name} ({losses}), but it has "
+                    f"no run of seed {lacking}; train it, and it becomes the baseline."
+                )
+            elif not choice.is_of_the_study and any(run.role != "other" for run in choice.rivals[variant].values()):
+                told.append(f"{self.labels[variant]} of this study is worse on validation ({losses}).")
+        return sorted(told, key=lambda text: not text.startswith("The baseline"))
 
 
 def load_study(runs_dir: Path, name: str) -> Study:
@@ -150,13 +185,11 @@ def load_study(runs_dir: Path, name: str) -> Study:
         known = ", ".join(studies(runs_dir)) or "none"
         raise ConfigError(f"no study {name} was launched in {runs_dir}; there are: {known}")
     roles = {runs_dir / run: entry["role"] for run, entry in manifest["runs"].items()}
-    for file in sorted(runs_dir.glob("*/config.yaml")):
-        roles.setdefault(file.parent, "other")
     states = observe([RunDir(path) for path in roles])
-    runs = [Run.of(path, role, state) for (path, role), state in zip(roles.items(), states, strict=True)]
-    own, others = [run for run in runs if run.role != "other"], [run for run in runs if run.role == "other"]
-    full = FullRank([*own, *others])
-    labels = labels_of([run.config for run in own if run.config is not None])
+    own = [Run.of(path, role, state) for (path, role), state in zip(roles.items(), states, strict=True)]
+    full = FullRank(runs_dir, own)
+    rivals = [config for run in own if run.finished for config in full.configs_for(run)]
+    labels = labels_of([*(run.config for run in own if run.config is not None), *rivals])
     by_variant: dict[str, list[Compared]] = defaultdict(list)
     for run in own:
         variant = manifest["runs"][run.name]["variant"]
@@ -170,7 +203,9 @@ def load_study(runs_dir: Path, name: str) -> Study:
         )
         for variant, members in by_variant.items()
     ]
-    return Study(name=name, question=manifest.get("question", ""), launches=manifest["launches"], arms=arms)
+    return Study(
+        name=name, question=manifest.get("question", ""), launches=manifest["launches"], arms=arms, labels=labels
+    )
 
 
 def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
@@ -225,7 +260,7 @@ def as_row(member: Compared) -> dict[str, Any]:
         "arm": member.label,
         "role": run.role,
         "state": run.state,
-        "message": run.message if not run.finished else "",
+        "message": member.tokens.note if run.diverged else run.message if not run.finished else "",
         "seed": run.config.trainer.seed if run.config else None,
         "method": run.config.method.name if run.config else None,
         "rank": run.config.rank if run.config else None,

@@ -1,17 +1,23 @@
 """What a run loses against full rank at equal tokens, FLOPs and wall-clock, and which full-rank run that is.
 
-Baselines are chosen on `validation`, results are read on `test`.
+Baselines are chosen on `validation`, results are read on `test`. `FullRank` holds the rule for baselines, and whatever
+shows a gap asks it.
 """
 
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from relora import compose
 from relora.config import RunConfig
-from relora.results import Run, mean
+from relora.errors import ConfigError
+from relora.results import Run, best_on_validation, mean
+from relora.rundir import RunDir
 
 SAME_BUDGET = 0.01
 """Budgets within this share of each other count as equal."""
@@ -44,7 +50,10 @@ class Compared:
 
     run: Run
     label: str
+    choice: "Baseline | None" = None
+    """The full-rank variant that serves its setting and budget."""
     baseline: Run | None = None
+    """Of that variant, the run of its seed."""
     tokens: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     flops: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     seconds: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
@@ -52,13 +61,13 @@ class Compared:
     """Tokens at the first evaluation that reached the baseline's last validation loss; None: never."""
 
 
-def _gap_at_equal_tokens(run: Run, baseline: Run | None) -> Gap:
+def _gap_at_equal_tokens(run: Run, baseline: Run | None, missing: str) -> Gap:
     if baseline is None:
-        return Gap(loss=None, note="no finished full-rank run of the same setting, budget and seed")
+        return Gap(loss=None, note=missing)
     return Gap(loss=run.summary["test_loss"] - baseline.summary["test_loss"], note=f"against {baseline.name}")
 
 
-def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run]) -> Gap:
+def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run], missing: str) -> Gap:
     """Against the full-rank runs `ended` whose schedules end at that budget, or else between, or else on a curve.
 
     A curve that is read before its learning rate has decayed flatters the other arm, and the note says so.
@@ -82,7 +91,7 @@ def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run
         note = f"interpolated between full-rank runs that end at {low[0]:.3g} and {high[0]:.3g} {unit}"
         return Gap(loss=run.summary["test_loss"] - loss, note=note, kind="interpolated")
     if baseline is None:
-        return Gap(loss=None, note="no finished full-rank run of the same setting and seed")
+        return Gap(loss=None, note=missing)
     curve = [point for point in baseline.curve(axis) if point[0] > 0]
     at = bisect.bisect([point[0] for point in curve], budget)
     if at == 0:
@@ -108,35 +117,137 @@ def _tokens_to_reach(run: Run, baseline: Run) -> int | None:
 # ------------------------------------------------------------------------------------------------------- baselines
 
 
-class FullRank:
-    """Every finished full-rank run without a warm start that may serve as a baseline."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Baseline:
+    """The full-rank variant that all runs of one setting and budget are measured against."""
 
-    def __init__(self, runs: Iterable[Run]) -> None:
-        self.runs = [run for run in runs if run.finished and _is_baseline(run.config)]
+    runs: dict[int, Run]
+    """By seed."""
+    rivals: dict[str, dict[int, Run]]
+    """All variants that it was chosen among, itself included, by variant and seed."""
+    needed: frozenset[int]
+    """The seeds that it was chosen for; empty where the study asks for none."""
 
-    def tuned(self, setting: tuple[Any, ...], total_steps: int) -> dict[int, Run]:
-        """By seed, the runs of the variant that is best on validation.
+    @property
+    def variant(self) -> str:
+        """What its runs share."""
+        return _variant(next(iter(self.runs.values())))
 
-        The study's own variants come first, then those with the most seeds: a mean over fewer is another figure.
+    @property
+    def is_of_the_study(self) -> bool:
+        """Whether the study has it as an arm or a baseline."""
+        return any(run.role != "other" for run in self.runs.values())
+
+    def compared_with(self, variant: str) -> tuple[list[int], float, float] | None:
+        """The seeds that a rival shares with it, and the mean validation losses over them: the rival's and its own.
+
+        None where they share no seed, or the rival diverged on one.
         """
-        found = [run for run in self.runs if run.setting == setting and _steps(run) == total_steps]
-        own = [run for run in found if run.role != "other"]
-        by_variant: dict[str, list[Run]] = defaultdict(list)
-        for run in own or found:
-            by_variant[run.config.variant].append(run)  # type: ignore[union-attr]
-        if not by_variant:
-            return {}
-        best = min(by_variant.values(), key=lambda runs: (-len(runs), mean([run.summary["eval_loss"] for run in runs])))
-        return {run.seed: run for run in best}
+        runs = self.rivals[variant]
+        seeds = sorted(seed for seed in runs.keys() & self.runs.keys() if seed in self.needed or not self.needed)
+        if not seeds or any(runs[seed].diverged for seed in seeds):
+            return None
+        theirs, ours = (mean([each[seed].validation_loss for seed in seeds]) for each in (runs, self.runs))
+        return seeds, theirs, ours
+
+
+class FullRank:
+    """The finished full-rank runs of a runs_dir that have no warm start, and which of them serve as baselines.
+
+    All of them are asked, those of other studies too. One variant (one set of rates) serves all runs of a setting and
+    budget: the one with the lowest mean validation loss over the seeds that the study's other arms have. Variants that
+    have more of those seeds stand before better ones that have fewer. A variant that diverged is never taken.
+    """
+
+    def __init__(self, runs_dir: Path, own: Sequence[Run]) -> None:
+        """`own`: the runs of the study, however they stand."""
+        names = {run.name for run in own}
+        others = [run for run in finished_full_rank(runs_dir) if run.name not in names]
+        self._found: dict[tuple[Any, ...], dict[int, dict[str, dict[int, Run]]]] = {}
+        for run in [*(run for run in own if run.finished and is_full_rank(run.config)), *others]:
+            by_length = self._found.setdefault(run.setting, defaultdict(lambda: defaultdict(dict)))
+            by_length[_steps(run)][_variant(run)][run.seed] = run
+        self._needed: dict[tuple[str, int | None], set[int]] = defaultdict(set)
+        for run in own:
+            if run.config is not None and not is_full_rank(run.config):
+                for steps in (run.config.total_steps, None):
+                    self._needed[run.config.setting_key, steps].add(run.seed)
+        self._chosen: dict[tuple[tuple[Any, ...], int], Baseline | None] = {}
+
+    def baseline(self, setting: tuple[Any, ...], total_steps: int) -> Baseline | None:
+        """The variant that serves a setting (Run.setting) and budget; None where none is finished, or all diverged."""
+        key = (setting, total_steps)
+        if key not in self._chosen:
+            rivals = {variant: dict(runs) for variant, runs in self._rivals(setting, total_steps).items()}
+            # A budget that the study has not is asked for the seeds of the setting.
+            needed = self._needed.get((setting[0], total_steps)) or self._needed.get((setting[0], None)) or set()
+            losses = {
+                variant: {seed: run.validation_loss for seed, run in runs.items()} for variant, runs in rivals.items()
+            }
+            best = best_on_validation(losses, needed)
+            if best is None:
+                self._chosen[key] = None
+            else:
+                usable = {seed: run for seed, run in rivals[best].items() if not run.diverged}
+                self._chosen[key] = Baseline(runs=usable, rivals=rivals, needed=frozenset(needed))
+        return self._chosen[key]
+
+    def configs_for(self, run: Run) -> list[RunConfig]:
+        """One config of each variant that the baseline of a finished run was chosen among."""
+        rivals = self._rivals(run.setting, _steps(run)).values()
+        return [config for runs in rivals if (config := next(iter(runs.values())).config) is not None]
 
     def of_any_length(self, setting: tuple[Any, ...], seed: int) -> list[Run]:
-        """The tuned run of each budget."""
-        lengths = {_steps(run) for run in self.runs if run.setting == setting}
-        tuned = (self.tuned(setting, steps).get(seed) for steps in lengths)
-        return [run for run in tuned if run is not None]
+        """The run of `seed` of each budget's baseline."""
+        chosen = (self.baseline(setting, steps) for steps in self._found.get(setting, {}))
+        return [baseline.runs[seed] for baseline in chosen if baseline is not None and seed in baseline.runs]
+
+    def why_none(self, run: Run) -> str:
+        """Why a finished run has no baseline."""
+        chosen = self.baseline(run.setting, _steps(run))
+        if chosen is not None:
+            seeds = ", ".join(map(str, sorted(chosen.runs)))
+            return f"no finished full-rank run of its seed: the best on validation, {chosen.variant}, has seeds {seeds}"
+        if self._rivals(run.setting, _steps(run)):
+            return "no finished full-rank run of the same setting and budget has a finite loss: all diverged"
+        return "no finished full-rank run of the same setting, budget and seed"
+
+    def _rivals(self, setting: tuple[Any, ...], total_steps: int) -> dict[str, dict[int, Run]]:
+        return self._found.get(setting, {}).get(total_steps, {})
 
 
-def _is_baseline(config: RunConfig | None) -> bool:
+def finished_full_rank(runs_dir: Path) -> list[Run]:
+    """The finished full-rank runs of a runs_dir that have no warm start; what cannot be read is left out."""
+    found: list[Run] = []
+    # A run's folder is named after its method (RunConfig.name): of many runs, few have to be read.
+    for file in sorted(runs_dir.glob("*-full-*/status.json")):
+        try:
+            about = file.stat()
+        except OSError:
+            continue
+        run = _finished_full_rank(file.parent, about.st_mtime_ns, about.st_size)
+        if run is not None:
+            found.append(run)
+    return found
+
+
+@lru_cache(maxsize=10_000)
+def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run | None:
+    """The run in `path` if it is one; kept for as long as its status stays, for status is asked every few seconds."""
+    folder = RunDir(path)
+    try:
+        status = folder.status
+        if status is None or status.state != "finished":
+            return None
+        config = compose.at_home(folder.config_file)
+    except ConfigError:
+        return None
+    run = Run(name=path.name, role="other", path=path, config=config, status=status, state=status.state)
+    return run if is_full_rank(config) else None
+
+
+def is_full_rank(config: RunConfig | None) -> bool:
+    """Whether a run of `config` may serve as a baseline: full rank throughout, without a warm start."""
     return config is not None and config.method.name == "full" and not config.method.warm_start_steps
 
 
@@ -145,17 +256,43 @@ def _steps(run: Run) -> int:
     return run.config.total_steps
 
 
+def _variant(run: Run) -> str:
+    assert run.config is not None
+    return run.config.variant
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+def gap_at_equal_tokens(run: Run, full: FullRank) -> tuple[Gap, Run | None]:
+    """A finished run's gap to the full-rank run of its seed, and that run."""
+    if run.diverged:
+        return Gap(loss=None, note=_diverged(run)), None
+    chosen = full.baseline(run.setting, _steps(run))
+    baseline = None if chosen is None else chosen.runs.get(run.seed)
+    return _gap_at_equal_tokens(run, baseline, "" if baseline is not None else full.why_none(run)), baseline
+
+
+def _diverged(run: Run) -> str:
+    return f"diverged: validation loss {run.summary['eval_loss']:.3g}, test loss {run.summary['test_loss']:.3g}"
+
+
 def compared(run: Run, label: str, full: FullRank) -> Compared:
     """Measure a run against what `full` has for it."""
     found = Compared(run=run, label=label)
     if not run.finished:
         found.tokens = found.flops = found.seconds = Gap(loss=None, note=f"{run.state}: {run.message}")
         return found
-    found.baseline = baseline = full.tuned(run.setting, _steps(run)).get(run.seed)
+    found.choice = full.baseline(run.setting, _steps(run))
+    found.tokens, found.baseline = gap_at_equal_tokens(run, full)
+    if run.diverged:
+        found.flops = found.seconds = found.tokens
+        return found
+    baseline = found.baseline
+    missing = "" if baseline is not None else full.why_none(run)
     ended = full.of_any_length(run.setting, run.seed)
-    found.tokens = _gap_at_equal_tokens(run, baseline)
-    found.flops = _gap_at_equal("flops", run, baseline, ended)
-    found.seconds = _gap_at_equal("seconds", run, baseline, ended)
+    found.flops = _gap_at_equal("flops", run, baseline, ended, missing)
+    found.seconds = _gap_at_equal("seconds", run, baseline, ended, missing)
     if baseline is not None:
         found.tokens_to_baseline = _tokens_to_reach(run, baseline)
     return found

@@ -54,9 +54,11 @@ def percent(estimate: Estimate | None, seeds: int | None = None) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return f"{mean(values):.2f}" + (f" ± {deviation(values):.2f}" if len(values) > 1 else "")
+    finite = [value for value in values if math.isfinite(value)]
+    parts = [f"{mean(finite):.2f}" + (f" ± {deviation(finite):.2f}" if len(finite) > 1 else "")] if finite else []
+    if len(finite) < len(values):
+        parts.append("diverged" if not finite else f"{len(values) - len(finite)} diverged")
+    return ", ".join(parts) or "-"
 
 
 def _figure(values: Sequence[float], text: Callable[[float], str]) -> str:
@@ -83,6 +85,7 @@ def _answer(study: Study) -> list[str]:
         told.append(f"Full rank ({full.label}) reaches perplexity {_spread(full.values('test_perplexity'))} on test.")
     else:
         told.append("There is no finished full-rank run to measure against.")
+    told += study.baseline_remarks()
     if best is not None:
         told.append(_best_arm(study, best, full))
     cells = heat_map(study)
@@ -240,9 +243,8 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
         run.name,
         member.label,
         str(run.config.trainer.seed) if run.config else "?",
-        run.state,
-        f"{run.summary['eval_perplexity']:.2f}" if finished else "-",
-        f"{run.summary['test_perplexity']:.2f}" if finished else "-",
+        "diverged" if run.diverged else run.state,
+        *(_spread([run.summary[name]] if finished else []) for name in ("eval_perplexity", "test_perplexity")),
         *(_run_gap(member, axis, notes) for axis in ("tokens", "flops", "seconds")),
         "-" if member.baseline is None else "itself" if member.baseline is run else member.baseline.name,
         "-" if member.baseline is None else "never" if reached is None else f"{reached:,}",

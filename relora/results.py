@@ -2,11 +2,12 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relora import compose
 from relora.config import RunConfig
@@ -15,6 +16,8 @@ from relora.metrics import read_rows
 from relora.rundir import RunDir, Status
 from relora.state import State
 
+T = TypeVar("T")
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -22,7 +25,7 @@ class Run:
 
     name: str
     role: str
-    """"arm", "baseline", or "other": a full-rank run of the same runs_dir that is in no manifest of this study."""
+    """"arm", "baseline", or "other": a full-rank run of the same runs_dir that is not in this study."""
     path: Path
     config: RunConfig | None
     status: Status | None
@@ -47,6 +50,16 @@ class Run:
     def finished(self) -> bool:
         """Whether it has results."""
         return self.state == "finished" and self.config is not None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it is finished with a loss that is not finite."""
+        return self.finished and not all(math.isfinite(self.summary[name]) for name in ("eval_loss", "test_loss"))
+
+    @property
+    def validation_loss(self) -> float:
+        """Of a finished run, what it is chosen by: nats, infinite where it diverged."""
+        return math.inf if self.diverged else self.summary["eval_loss"]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -105,3 +118,27 @@ def deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     return math.sqrt(math.fsum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
+
+
+def best_on_validation(losses: Mapping[T, Mapping[int, float]], needed: AbstractSet[int] = frozenset()) -> T | None:
+    """The key of `losses` (key -> seed -> validation loss) with the lowest mean; None where no mean is finite.
+
+    Keys that have the most of the `needed` seeds (of all seeds where none are named) stand before the others: a mean
+    over other seeds is another figure. Their means are over the seeds that they share. A loss that is not finite
+    excludes its key.
+    """
+    wanted = needed or {seed for by_seed in losses.values() for seed in by_seed}
+    relevant = {
+        key: {seed: loss for seed, loss in by_seed.items() if seed in wanted} or by_seed
+        for key, by_seed in losses.items()
+        if by_seed
+    }
+    usable = {key: by_seed for key, by_seed in relevant.items() if all(map(math.isfinite, by_seed.values()))}
+    most = max((len(by_seed.keys() & wanted) for by_seed in usable.values()), default=0)
+    rivals = {key: by_seed for key, by_seed in usable.items() if len(by_seed.keys() & wanted) == most}
+    shared = set.intersection(*(set(by_seed) for by_seed in rivals.values())) if rivals else set()
+
+    def validation(key: T) -> tuple[float, str]:
+        return mean([loss for seed, loss in rivals[key].items() if seed in shared or not shared]), str(key)
+
+    return min(rivals, key=validation, default=None)

@@ -1,11 +1,14 @@
 """A study as a table: how each run stands, how far it is, and what is wrong with it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from relora.console import LiveTable, duration, is_terminal
+from relora.gaps import FullRank, gap_at_equal_tokens
 from relora.metrics import read_rows
+from relora.results import Run
 from relora.rundir import Status
 from relora.state import State, observe
 from relora.study import Planned
@@ -27,7 +30,9 @@ class Standing:
     validation_perplexity: float | None = None
     test_perplexity: float | None = None
     gap_to_full: float | None = None
-    """At equal tokens: test perplexity over full rank's of the same setting and seed, less 1."""
+    """At equal tokens: test perplexity over the baseline's, less 1."""
+    baseline: str | None = None
+    """The full-rank run that it is measured against."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
 
@@ -41,38 +46,39 @@ def standings(planned: Sequence[Planned]) -> list[Standing]:
     """How each run stands."""
     states = observe([item.run for item in planned])
     statuses = [item.run.status for item in planned]
-    full = _full_rank_perplexities(planned, statuses)
-    return [
-        _finished(item, state, status, full) if status and status.state == "finished" else _begun(item, state, status)
+    runs = [
+        Run(
+            name=item.run.path.name,
+            role=item.role,
+            path=item.run.path,
+            config=item.config,
+            status=status,
+            state=state.name,
+        )
         for item, state, status in zip(planned, states, statuses, strict=True)
+    ]
+    full = FullRank(Path(planned[0].config.runs_dir), runs) if planned else None
+    return [
+        _finished(run, state, full) if full is not None and run.finished else _begun(item, state, run.status)
+        for item, state, run in zip(planned, states, runs, strict=True)
     ]
 
 
-def _full_rank_perplexities(
-    planned: Sequence[Planned], statuses: Sequence[Status | None]
-) -> dict[tuple[str, int], float]:
-    """By comparison key and seed, the test perplexity of the full-rank run that is best on validation."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for item, status in zip(planned, statuses, strict=True):
-        method = item.config.method
-        if method.name == "full" and not method.warm_start_steps and status is not None and status.state == "finished":
-            key = (item.config.comparison_key, item.config.trainer.seed)
-            found.setdefault(key, []).append(status.summary)
-    return {key: min(runs, key=lambda run: run["eval_loss"])["test_perplexity"] for key, runs in found.items()}
-
-
-def _finished(item: Planned, state: State, status: Status, full: dict[tuple[str, int], float]) -> Standing:
-    found, baseline = status.summary, full.get((item.config.comparison_key, item.config.trainer.seed))
+def _finished(run: Run, state: State, full: FullRank) -> Standing:
+    assert run.config is not None
+    assert run.status is not None
+    found, (gap, baseline) = run.summary, gap_at_equal_tokens(run, full)
     return Standing(
-        run=item.config.name,
-        role=item.role,
-        state=state,
-        step=item.config.total_steps,
-        total_steps=item.config.total_steps,
-        attempts=status.attempt,
+        run=run.name,
+        role=run.role,
+        state=replace(state, message=gap.note) if run.diverged else state,
+        step=run.config.total_steps,
+        total_steps=run.config.total_steps,
+        attempts=run.status.attempt,
         validation_perplexity=found["eval_perplexity"],
         test_perplexity=found["test_perplexity"],
-        gap_to_full=None if baseline is None else found["test_perplexity"] / baseline - 1,
+        gap_to_full=gap.relative,
+        baseline=baseline.name if baseline is not None else None,
         tokens_per_second=found["tokens"] / found["training_seconds"],
         peak_memory_bytes=found["peak_memory_bytes"],
     )
@@ -131,13 +137,15 @@ def table(rows: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
 
 
 def render_plain(rows: Sequence[Standing]) -> str:
-    """The table as aligned text."""
+    """The table as aligned text, and the names of the baselines that its gaps are measured against."""
     headings, cells = table(rows)
     lines = [headings, *cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    baselines = list(dict.fromkeys(row.baseline for row in rows if row.baseline is not None))
+    if baselines:
+        texts.append(f"gap to full: at equal tokens, seed by seed, against {', '.join(baselines)}")
+    return "\n".join(texts)
 
 
 def show_progress(planned: Sequence[Planned]) -> Callable[[bool], list[State]]:

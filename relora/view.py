@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 def gap_metric(study: str) -> str:
     """The name of a run's gap to full rank in a study.
 
-    A study with full-rank arms of its own takes the best of them as its baseline, so a run that belongs to several
-    studies has a gap in each.
+    A baseline is chosen over the seeds that a study needs, so a run that belongs to several studies has a gap in each.
     """
     return f"summary/gap_to_full_percent.{study}"
 
