@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora import compose, sweeps
+from relora import compose, credentials, sweeps
 from relora.distributed import World
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json
@@ -17,7 +17,7 @@ from relora.rundir import RunDir, read_json
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`relora VERB ...`: returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _without_passwords(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         return run(arguments[1:])
     parser = _parser()
@@ -32,7 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """`python run.py ...`: returns the exit code."""
-    return _told(lambda: _train(argv))
+    arguments = _without_passwords(argv)
+    return _told(lambda: _train(arguments))
+
+
+def _without_passwords(argv: Sequence[str]) -> list[str]:
+    """The arguments as they may be written down and shown."""
+    arguments = credentials.without_passwords(argv)
+    if arguments != list(argv) and World.here().is_first:
+        print(
+            f"note: others see a command's arguments, the password in tracker.uri too; {credentials.VARIABLE}=... "
+            "in the environment keeps it from them",
+            file=sys.stderr,
+        )
+    return arguments
 
 
 def _told(action: Callable[[], int]) -> int:
@@ -40,7 +53,7 @@ def _told(action: Callable[[], int]) -> int:
 
     def tell(message: object) -> None:
         if World.here().is_first:
-            print(f"relora: {message}", file=sys.stderr)
+            print(f"relora: {credentials.redacted(str(message))}", file=sys.stderr)
 
     try:
         return action()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relora import credentials
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.gaps import Baseline, Compared, FullRank, Gap, compared, relative
@@ -203,9 +204,9 @@ def load_study(runs_dir: Path, name: str) -> Study:
         )
         for variant, members in by_variant.items()
     ]
-    return Study(
-        name=name, question=manifest.get("question", ""), launches=manifest["launches"], arms=arms, labels=labels
-    )
+    # As they were written before passwords were taken out.
+    launches = [credentials.without_passwords(launch) for launch in manifest["launches"]]
+    return Study(name=name, question=manifest.get("question", ""), launches=launches, arms=arms, labels=labels)
 
 
 def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:

@@ -17,11 +17,11 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from relora import choices
+from relora import choices, credentials
 from relora.cluster import CLUSTERS, ClusterConfig
 from relora.config import RunConfig
 from relora.errors import ConfigError, shown
-from relora.groups import METHODS, check_architecture, check_files
+from relora.groups import METHODS, TrackerConfig, check_architecture, check_files
 from relora.rundir import write_whole
 
 if TYPE_CHECKING:
@@ -351,10 +351,25 @@ def _checked(structured: DictConfig) -> RunConfig:
         value = getattr(config.data, key)
         if value is not None:
             setattr(config.data, key, str(Path(value).expanduser().absolute()))
-    uri = config.tracker.uri
-    if uri is not None and uri.startswith("sqlite:///"):
-        config.tracker.uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+    config.tracker.uri = _store(config.tracker)
     return config
+
+
+def _store(tracker: TrackerConfig) -> str | None:
+    """The URI of a run's store without its password, which is remembered; MLFLOW_TRACKING_URI where none is given."""
+    uri = tracker.uri
+    if uri is None and tracker.name == "mlflow" and os.environ.get(credentials.VARIABLE):
+        uri = os.environ[credentials.VARIABLE]
+        try:
+            TrackerConfig(uri=uri)
+        except ConfigError:
+            raise ConfigError(
+                f"{credentials.VARIABLE}={shown(credentials.redacted(uri))} is no store that relora records in; unset "
+                "it, or give tracker.uri= sqlite:///FILE, http://HOST:PORT or a database's URI"
+            ) from None
+    if uri is not None and uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+    return None if uri is None else credentials.learn(uri)
 
 
 class Composer:
@@ -443,8 +458,9 @@ def _no_choice(group: str, value: object) -> str:
 
 
 def freeze(config: RunConfig, path: Path) -> None:
-    """Write the whole config; the file is whole at any time."""
+    """Write the whole config; the file is whole at any time. A password of its store is kept in private."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    credentials.keep(config.tracker.uri, Path(config.runs_dir))
     write_whole(path, yaml.dump(asdict(config), Dumper=yaml.CSafeDumper, sort_keys=False))
 
 

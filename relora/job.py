@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from relora import compose, slurm
+from relora import compose, credentials, slurm
 from relora.config import RunConfig
 from relora.console import Console
 from relora.distributed import PeerLost, World
@@ -56,7 +56,7 @@ def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
         with run.locked():
             run.submission_file.unlink(missing_ok=True)
             compose.freeze(config, run.config_file)
-            write_json(run.launch_file, {"overrides": list(overrides)})
+            write_json(run.launch_file, {"overrides": credentials.without_passwords(overrides)})
     return job(run.path)
 
 
@@ -379,7 +379,7 @@ def _already_done(run: RunDir, status: Status) -> str:
 
 
 def _overrides(run: RunDir) -> list[str]:
-    return list(read_json(run.launch_file).get("overrides", []))
+    return credentials.without_passwords(read_json(run.launch_file).get("overrides", []))
 
 
 def relaunch_command(run: RunDir) -> str:

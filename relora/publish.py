@@ -20,6 +20,7 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
     folder = write_report(study, runs_dir)
     mirrored = [member for member in study.members if _is_mirrored(member.run.config, on_node)]
     if mirrored:
+        from relora.store import brief
         from relora.tracking import mirror_all
         from relora.view import attach_report
 
@@ -31,7 +32,7 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
             if finished:
                 attach_report(config, name, folder, finished)
         except Exception as error:  # whatever MLflow raises
-            print(f"the report could not be attached in MLflow at {config.mlflow_uri}: {error}", flush=True)
+            print(f"the report could not be attached in MLflow at {config.mlflow_uri}: {brief(error)}", flush=True)
     print("\n".join(["", *answer(study), f"report: {folder / 'report.html'}"]), flush=True)
     return study
 
@@ -62,10 +63,11 @@ def join_study(planned: Sequence[Planned], study: str) -> None:
     recorded = [item for item in planned if item.run.mirror_file.exists()]
     if not recorded:
         return
+    from relora.store import brief
     from relora.tracking import tag_study
 
     for item in recorded:
         try:
             tag_study(item.run, item.config, study)
         except Exception as error:  # whatever MLflow raises
-            print(f"{item.config.name} could not be tagged study.{study} in MLflow: {error}", flush=True)
+            print(f"{item.config.name} could not be tagged study.{study} in MLflow: {brief(error)}", flush=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from relora import credentials
 from relora.config import RunConfig
 from relora.errors import RunError
 from relora.rundir import sync_folder
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///"
 LOCK_SECONDS = 120.0
 """How long one process waits for another that opens the same store; creating one takes MLflow 5 s."""
+SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or give USER:PASSWORD@ in MLFLOW_TRACKING_URI"
 PARAMS_PER_CALL = 100
 VALUE_LENGTH = 6000
 
@@ -70,7 +72,7 @@ def open_store(uri: str, runs_dir: Path) -> "MlflowClient":
         if file is not None and not (file.exists() and file.stat().st_size):
             _create(file)
         try:
-            return _answering(uri)
+            return _answering(credentials.whole(uri, runs_dir))
         except Exception as error:  # whatever MLflow raises
             if file is None:
                 raise
@@ -180,9 +182,12 @@ def _refuse_damaged(file: Path, error: Exception) -> None:
 
 
 def brief(error: BaseException | None) -> str:
-    """What a library raised, in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    """What was raised, in one line, without passwords; with its class where it is a library's."""
+    if isinstance(error, RunError):
+        return credentials.redacted(str(error))
+    text = credentials.redacted(str(error).strip()).splitlines()
+    remedy = f"; {SIGN_IN}" if "error code 401" in "".join(text[:1]) else ""
+    return f"{type(error).__name__}: {text[0][:200]}{remedy}" if text else type(error).__name__
 
 
 @contextmanager

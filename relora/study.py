@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from relora import compose
+from relora import compose, credentials
 from relora.compare import studies, study_dir
 from relora.compose import at_home
 from relora.config import RunConfig
@@ -66,7 +66,7 @@ def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
         item.run.path.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(RunError), item.run.locked():
             compose.freeze(item.config, item.run.config_file)
-            write_json(item.run.launch_file, {"overrides": list(command)})
+            write_json(item.run.launch_file, {"overrides": credentials.without_passwords(command)})
 
 
 def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], overrides: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], ove
                 "variant": item.config.variant,
                 "seed": item.config.trainer.seed,
             }
-        launches = [*manifest.get("launches", []), list(overrides)]
+        launches = [credentials.without_passwords(launch) for launch in [*manifest.get("launches", []), overrides]]
         unique = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
         question = sweep.question or manifest.get("question", "")
         # A study may be launched again elsewhere: where it was last is what `relora retry` goes by.

@@ -13,6 +13,7 @@ from small import TINY
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 settings.register_profile("relora", derandomize=True, deadline=None)
 settings.load_profile("relora")
