@@ -1,9 +1,9 @@
-"""Checkpoints: one file a step, written whole or not at all, the newest readable one wins.
+"""Checkpoints: one file a step, written whole or not at all, with a checksum; the newest undamaged one wins.
 
 Loads torch only to write and to read: who asks how far a run is needs none.
 """
 
-import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from relora.errors import RunError
-from relora.rundir import sync_folder
+from relora.files import reason, remove_leftovers, replacing, set_aside, sha256_of
 
 KEPT = 2
 """The newest, and one to fall back on should its disk lie."""
+
+FOOTER = re.compile(rb"\nrelora sha256 ([0-9a-f]{64})\n")
+"""Ends a checkpoint: the digest of all bytes before it. torch reads the archive before it as if it were not there."""
+FOOTER_BYTES = 80
+ARCHIVE_END = re.compile(rb"PK\x05\x06.{18}", re.DOTALL)
+"""Ends a checkpoint from before checksums were written."""
 
 
 class CheckpointError(RunError):
@@ -39,44 +45,52 @@ def latest_step(folder: Path) -> int | None:
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step` and drop all but the newest `KEPT`.
+    """Write `state` as the checkpoint of `step` and drop all but the newest `KEPT` up to it.
 
-    The file appears under its name only after it is complete and on the disk. Raises CheckpointError when it cannot be
-    written (a full disk, say); earlier checkpoints are untouched then.
+    Those of later steps go too: a run that is at `step` could not read them. The file appears under its name only
+    after it is complete and on the disk. Raises CheckpointError when it cannot be written (a full disk, say); earlier
+    checkpoints are untouched then.
     """
     import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)
     path = path_of(folder, step)
-    temporary = path.with_suffix(".tmp")
     writer = _Writer()
     try:
-        with temporary.open("wb") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        if path.is_dir():
+            set_aside(path)
+        with replacing(path) as file:
             writer.file = file
             torch.save(state, cast(BinaryIO, writer))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(folder)
+            file.write(b"\nrelora sha256 " + writer.digest.hexdigest().encode() + b"\n")
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = writer.error or error
-        raise CheckpointError(f"checkpoint of step {step} could not be written to {folder}: {reason}") from error
-    for _, old in _checkpoints(folder)[:-KEPT]:
-        old.unlink(missing_ok=True)
+        why = reason(writer.error or error)
+        raise CheckpointError(f"checkpoint of step {step} could not be written to {folder}: {why}") from error
+    checkpoints = _checkpoints(folder)
+    kept = [other for other, _ in checkpoints if other <= step][-KEPT:]
+    for other, old in checkpoints:
+        if other not in kept and old.is_dir():
+            set_aside(old)
+        elif other not in kept:
+            old.unlink(missing_ok=True)
     return path
 
 
 class _Writer:
-    """Remembers the file's own error: torch turns a full disk into "unexpected pos 704 vs 598"."""
+    """Digests what it writes, and remembers the file's own error.
+
+    torch turns a full disk into "unexpected pos 704 vs 598".
+    """
 
     file: BinaryIO
     error: OSError | None = None
 
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
     def write(self, data: bytes) -> int:
+        self.digest.update(data)
         try:
             return self.file.write(data)
         except OSError as error:
@@ -88,23 +102,46 @@ class _Writer:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Raises what torch raises for a file that is not whole."""
+    """What `save` wrote, on the CPU. Raises CheckpointError for a file that is not, to the bit, what was written."""
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        _verify(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:  # torch raises many kinds
+        if "allocate memory" in str(error):
+            raise
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def _verify(path: Path) -> None:
+    """Raise CheckpointError where the file is damaged."""
+    with path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if not size_bytes:
+            raise CheckpointError(f"{path} is empty")
+        file.seek(max(0, size_bytes - FOOTER_BYTES))
+        tail = file.read()
+    footer = FOOTER.fullmatch(tail)
+    if footer is None and not ARCHIVE_END.fullmatch(tail[-22:]):
+        raise CheckpointError(f"{path} is damaged: its end is missing")
+    if footer is not None and sha256_of(path, size_bytes - FOOTER_BYTES) != footer[1].decode():
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
 
 
 def load_latest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, on the CPU; None when there is none.
+    """The newest checkpoint that is undamaged, on the CPU; None when there is none.
 
-    An unreadable one is named through `say` and the one before it taken. Raises CheckpointError when none can be read.
+    A damaged one is named through `say` and the one before it taken. Raises CheckpointError when all are damaged.
     """
     checkpoints = _checkpoints(folder)
     for _, path in reversed(checkpoints):
         try:
             return load(path)
-        except Exception as error:
-            say(f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); trying the one before it")
+        except CheckpointError as error:
+            say(f"checkpoint {error}; trying the one before it")
     if checkpoints:
         raise CheckpointError(f"no checkpoint in {folder} can be read; remove the folder to train from the start")
     return None

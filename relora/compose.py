@@ -21,8 +21,8 @@ from relora import choices, credentials
 from relora.cluster import CLUSTERS, ClusterConfig
 from relora.config import RunConfig
 from relora.errors import ConfigError, shown
+from relora.files import write_whole
 from relora.groups import METHODS, TrackerConfig, check_architecture, check_files
-from relora.rundir import write_whole
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

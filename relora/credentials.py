@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from filelock import FileLock
 
 from relora.errors import ConfigError
-from relora.rundir import read_json, sync_folder
+from relora.files import read_json, sync_folder
 
 FILE = ".secrets.json"
 """In runs_dir: the URI without its password -> the whole URI."""

@@ -1,5 +1,6 @@
 """What a person is told instead of a traceback."""
 
+from pathlib import Path
 from typing import Any
 
 CHARACTERS_SHOWN = 80
@@ -43,6 +44,14 @@ class Interrupted(Exception):  # noqa: N818 -- like KeyboardInterrupt, no error
 
 class RunError(RuntimeError):
     """Something that went wrong in a run and that a person can mend; the message stands alone."""
+
+
+class DamagedFile(RunError):  # noqa: N818 -- what is found, seen from here
+    """A file does not hold what it should; the message names the file and what is wrong."""
+
+    def __init__(self, path: Path, why: str, remedy: str = "") -> None:
+        super().__init__(f"{path} cannot be read: {why}" + (f"; {remedy}" if remedy else ""))
+        self.path, self.why = path, why
 
 
 class WarmStartTrained(Exception):  # noqa: N818 -- no error

@@ -198,6 +198,8 @@ class _Attempt:
                 on_warm_start=publish_warm_start,
             )
             self._note_begin(trainer.first_step, trainer.counters.training_seconds)
+            for lost in log.begin(trainer.first_step):
+                say(f"{lost}: " + ("computed again now" if lost.recomputed else "what stood there stays lost"))
             epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
             cost, ranks = trainer.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
             say(

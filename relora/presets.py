@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from relora.rundir import write_whole
+from relora.files import write_whole
 
 HEAD = "# @package _global_"
 BEFORE = "before the search:"

@@ -1,6 +1,5 @@
 """What a run's folder holds, and the state that its status.json tells."""
 
-import json
 import os
 import socket
 import time
@@ -12,7 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from relora.errors import ConfigError, RunError
+from relora.errors import RunError
+from relora.files import read_json, write_json
 
 PROBE_SECONDS = 1.0
 """Longer than another process asks whether a run is locked, which takes the lock for a moment."""
@@ -203,41 +203,3 @@ def status_of(values: dict[str, Any]) -> Status:
             )
         ]
     return status
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is none. Raises ConfigError for a file that holds none."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} cannot be read: it holds no object")
-    return values
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write an object; the file is whole at any time."""
-    write_whole(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that holds its old text or the new one at any time, a power cut included."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

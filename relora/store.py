@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from relora import credentials
 from relora.config import RunConfig
 from relora.errors import RunError
-from relora.rundir import sync_folder
+from relora.files import sync_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
-from relora.metrics import complete_bytes, row_metrics
+from relora.metrics import complete_bytes, decoded, row_metrics
 from relora.rundir import RunDir, Status, read_json, write_json
 from relora.store import (
     VALUE_LENGTH,
@@ -60,7 +60,7 @@ def mirrored(run: RunDir) -> dict[str, Any]:
     """What a run's mlflow.json says, empty where there is none or it is damaged: MLflow itself is asked then."""
     try:
         state = read_json(run.mirror_file)
-    except (ConfigError, OSError):
+    except RunError:
         return {}
     kinds = {"uri": str, "experiment_id": str, "run_id": str, "tags": dict, "status": str, "sent_bytes": int}
     return state if all(isinstance(state.get(key), kind) for key, kind in kinds.items()) else {}
@@ -246,12 +246,10 @@ class Mirror:
 
 def _points(line: bytes) -> list[Point]:
     """The points of a row; none of a row that is damaged."""
-    try:
-        row = json.loads(line)
-        step, time_ms = row["step"], row["time_ms"]
-        return [Point(name, float(value), time_ms, step) for name, value in row_metrics(row).items()]
-    except (ValueError, TypeError, KeyError):
+    row = decoded(line)
+    if row is None:
         return []
+    return [Point(name, float(value), row["time_ms"], row["step"]) for name, value in row_metrics(row).items()]
 
 
 def _is_held(point: Point, held: dict[tuple[str, int], float]) -> bool:

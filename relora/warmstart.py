@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from filelock import FileLock, Timeout
 
 from relora import checkpoint
 from relora.config import RunConfig
-from relora.metrics import complete_bytes, read_rows, row_metrics
-from relora.rundir import RunDir, read_json, sync_folder, write_json
+from relora.errors import DamagedFile
+from relora.files import publishing, read_json, write_json
+from relora.metrics import complete_bytes, encoded, read_rows, recorded, row_metrics
+from relora.rundir import RunDir
 
 
 def key(config: RunConfig) -> str | None:
@@ -57,7 +59,7 @@ def shared(
         say(f"waiting for the warm start {folder.name}, which another run trains")
         lock.acquire()
     try:
-        meta = read_json(folder / "meta.json")
+        meta = _meta(folder, say)
         if meta.get("origin") == origin and (reached is not None or _fork(config, run, folder, meta, say)):
             lock.release()
             yield None
@@ -72,27 +74,28 @@ def shared(
         lock.release()
 
 
+def _meta(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """What a warm start says of itself; empty where there is none that can be read."""
+    try:
+        return read_json(folder / "meta.json")
+    except DamagedFile as error:
+        say(f"the warm start {error}; training it anew")
+        return {}
+
+
 def _publish(config: RunConfig, run: RunDir, folder: Path, origin: dict[str, str]) -> None:
     """Keep the newest checkpoint and the rows that led to it; the folder appears when it is whole and on the disk."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     steps = config.method.warm_start_steps
-    shutil.copyfile(checkpoint.path_of(run.checkpoints, steps), temporary / "checkpoint.pt")
     # A fork evaluates the last step itself, before it begins.
     rows = [
         row
         for row in read_rows(run.metrics_file)
         if row["step"] <= steps and not (row["step"] == steps and "eval/loss" in row)
     ]
-    (temporary / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_json(temporary / "meta.json", {"run": config.name, "steps": steps, "origin": origin})
-    for file in temporary.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
-    sync_folder(folder.parent)
+    with publishing(folder) as temporary:
+        shutil.copyfile(checkpoint.path_of(run.checkpoints, steps), temporary / "checkpoint.pt")
+        (temporary / "metrics.jsonl").write_bytes(b"".join(encoded(row, line) for line, row in enumerate(rows)))
+        write_json(temporary / "meta.json", {"run": config.name, "steps": steps, "origin": origin})
 
 
 def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], say: Callable[[str], None]) -> bool:
@@ -102,21 +105,25 @@ def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], sa
     what mirrors them has taken them.
     """
     try:
-        state: dict[str, Any] = checkpoint.load(folder / "checkpoint.pt")
-    except Exception as error:  # torch raises many kinds
-        say(f"the warm start {folder.name} cannot be read ({type(error).__name__}: {error}); training it anew")
+        state = checkpoint.load(folder / "checkpoint.pt")
+    except checkpoint.CheckpointError as error:
+        say(f"the warm start {error}; training it anew")
         return False
-    have = {(row["step"], name) for row in read_rows(run.metrics_file) for name in row_metrics(row)}
+    here, there = recorded(run.metrics_file), recorded(folder / "metrics.jsonl")
+    for lost in there.lost:
+        say(f"the warm start's {lost}; what is lost there stays lost")
+    have = {(row["step"], name) for row in here.rows for name in row_metrics(row)}
+    lines = count(here.lines)
     with run.metrics_file.open("ab") as file:
         file.truncate(complete_bytes(run.metrics_file))
-        for row in read_rows(folder / "metrics.jsonl"):
+        for row in there.rows:
             fresh = {name: value for name, value in row_metrics(row).items() if (row["step"], name) not in have}
             if fresh:
                 kept = {name: row[name] for name in ("step", "time_ms", "nonfinite") if name in row}
-                file.write(json.dumps({**kept, **fresh}).encode() + b"\n")
+                file.write(encoded({**kept, **fresh}, next(lines)))
     state["config_hash"] = config.config_hash
     micro = config.trainer.sequences_per_micro_step or config.trainer.sequences_per_step
     state["counters"]["sequences_per_micro_step"] = micro
     checkpoint.save(run.checkpoints, state["step"], state)
-    say(f"forked the warm start {folder.name} of {meta['run']} at step {state['step']}")
+    say(f"forked the warm start {folder.name} of {meta.get('run', 'another run')} at step {state['step']}")
     return True

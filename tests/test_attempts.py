@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from damaged import Case
 
-from relora.metrics import read_rows
+from relora.metrics import encoded, read_rows
 from relora.rundir import Attempt, Status, status_of
 
 OTHER_MACHINES = [
@@ -29,12 +29,11 @@ def edited(case: Case, change: Callable[[dict[str, Any]], None]) -> None:
 
 def with_another_value(case: Case) -> None:
     """Alter the last digit of a loss that the next attempt computes again."""
-    lines = case.run.metrics_file.read_text().splitlines()
-    at = next(number for number, line in enumerate(lines) if '"step": 10,' in line and "train/loss" in line)
-    row = json.loads(lines[at])
-    row["train/loss"] *= 1 + 1e-7
-    lines[at] = json.dumps(row)
-    case.run.metrics_file.write_text("\n".join(lines) + "\n")
+    rows = read_rows(case.run.metrics_file)
+    for row in rows:
+        if row["step"] == 10 and "train/loss" in row:
+            row["train/loss"] *= 1 + 1e-7
+    case.run.metrics_file.write_bytes(b"".join(encoded(row, line) for line, row in enumerate(rows)))
 
 
 def test_an_attempt_records_its_machine_and_where_it_began(finished_run: Case) -> None:

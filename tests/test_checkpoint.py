@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from damaged import flip
 
-from relora.checkpoint import KEPT, CheckpointError, load_latest, save
+from relora.checkpoint import KEPT, CheckpointError, load, load_latest, save
 from relora.compose import compose, freeze
 from relora.rundir import write_json
 
@@ -82,7 +83,7 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
 
 
 def test_newest_is_by_step_and_not_by_name(tmp_path: Path) -> None:
-    for step in (99_999_999, 100_000_000, 7):
+    for step in (7, 99_999_999, 100_000_000):
         save(tmp_path, step, state(step))
     assert loaded_step(tmp_path) == 100_000_000
     assert names(tmp_path) == ["step-100000000.pt", "step-99999999.pt"]
@@ -131,6 +132,80 @@ def test_a_truncated_newest_is_named_and_the_one_before_it_taken(tmp_path: Path,
     assert len(said) == 1
     assert str(newest) in said[0]
     assert "trying the one before it" in said[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_a_flipped_bit_in_the_newest_is_noticed_and_the_one_before_it_taken(tmp_path: Path, share: float) -> None:
+    for step in (5, 10):
+        save(tmp_path, step, state(step, size=10_000))
+    newest = tmp_path / "step-00000010.pt"
+    flip(newest, share)
+    said: list[str] = []
+    loaded = load_latest(tmp_path, said.append)
+    assert loaded is not None
+    assert loaded["step"] == 5
+    assert len(said) == 1
+    assert f"{newest} is damaged" in said[0]
+
+
+def test_no_byte_of_a_checkpoint_can_change_unnoticed(tmp_path: Path) -> None:
+    path = save(tmp_path, 5, state(5, size=4))
+    whole = path.read_bytes()
+    for number in range(len(whole)):
+        path.write_bytes(whole[:number] + bytes([whole[number] ^ 1]) + whole[number + 1 :])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load(path)
+    path.write_bytes(whole)
+    assert is_whole(load(path))
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty", "dangling link"])
+def test_what_is_no_file_of_a_checkpoint_is_named_and_does_not_stop_the_next_ones(tmp_path: Path, kind: str) -> None:
+    for step in (5, 10):
+        save(tmp_path, step, state(step))
+    newest = tmp_path / "step-00000010.pt"
+    newest.unlink()
+    if kind == "folder":
+        newest.mkdir()
+        (newest / "mine").write_text("a person's")
+    elif kind == "empty":
+        newest.touch()
+    else:
+        newest.symlink_to(tmp_path / "nowhere")
+    said: list[str] = []
+    loaded = load_latest(tmp_path, said.append)
+    assert loaded is not None
+    assert loaded["step"] == 5
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    for step in (8, 10, 12):
+        save(tmp_path, step, state(step))
+        assert loaded_step(tmp_path) == step
+    kept = ["step-00000010.pt", "step-00000012.pt"]
+    assert names(tmp_path) == sorted([*kept, "step-00000010.pt.damaged"] if kind == "folder" else kept)
+
+
+def test_a_damaged_newest_does_not_push_out_the_good_one_before_it(tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(tmp_path, step, state(step))
+    flip(tmp_path / "step-00000010.pt", 0.5)
+    save(tmp_path, 8, state(8))
+    assert names(tmp_path) == ["step-00000005.pt", "step-00000008.pt"]
+
+
+def test_a_checkpoint_from_before_checksums_were_written_loads(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000005.pt"
+    torch.save(state(5), path)
+    assert loaded_step(tmp_path) == 5
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="its end is missing"):
+        load(path)
+
+
+def test_torch_alone_reads_a_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path, 5, state(5))
+    assert is_whole(torch.load(path, weights_only=True))
+    assert is_whole(torch.load(path, weights_only=True, mmap=True))
 
 
 def test_where_none_can_be_read_the_error_says_what_to_do(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ FLOORS = [
     ["merged", "lowrank", "reset", "galore", "loss", "inbackward"],
     [
         *(
+            "files",
             "checks",
             "groups",
             "cluster",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora.metrics import MICRO_STEP, Broadcast, MetricsLog, Progress, ReplayError, read_rows, row_metrics
+from relora.metrics import MICRO_STEP, Broadcast, MetricsLog, Progress, ReplayError, read_rows, recorded, row_metrics
 from relora.rundir import RunDir
 
 
@@ -42,6 +42,8 @@ def test_a_row_is_one_line_of_json_with_its_step_and_time(path: Path) -> None:
         log.log(1, {"eval/loss": 5.25})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     times = [row.pop("time_ms") for row in rows]
+    assert [row.pop("line") for row in rows] == [0, 1, 2]
+    assert all(len(row.pop("crc32")) == 8 for row in rows)
     assert rows == [
         {"step": 0, "eval/loss": 5.5},
         {"step": 1, "train/loss": 0.1, "train/skipped_updates": 0.0},
@@ -120,6 +122,83 @@ def test_a_file_of_one_torn_line_is_empty(path: Path) -> None:
     write(path, range(1))
     assert [row["step"] for row in read_rows(path)] == [0]
 
+
+# ---------------------------------------------------------------------------------------------------------- damage
+
+GARBAGE = [
+    b"",
+    b"\0\0\0\0",
+    b"\xff\xfe garbage",
+    b"[1, 2]",
+    b"7",
+    b'{"step": 3}',
+    b'{"step": "x", "time_ms": 1}',
+    b"[" * 9999,
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+def test_a_damaged_line_in_the_middle_costs_its_own_row_and_is_named(path: Path, garbage: bytes) -> None:
+    write(path, range(6))
+    rows = timeless(path)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:3], garbage, *lines[4:]]) + b"\n")
+    found = recorded(path)
+    assert timeless(path) == rows[:3] + rows[4:]
+    (lost,) = found.lost
+    assert str(lost) == f"{path}: line 4 cannot be read, after the row of step 2 and before that of step 4"
+    assert not lost.recomputed
+
+
+@pytest.mark.parametrize(("first", "count"), [(1, 1), (3, 2), (0, 1)])
+def test_missing_lines_are_noticed(path: Path, first: int, count: int) -> None:
+    write(path, range(6))
+    rows, lines = timeless(path), path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:first] + lines[first + count :]))
+    assert timeless(path) == rows[:first] + rows[first + count :]
+    (lost,) = recorded(path).lost
+    assert (lost.rows, lost.missing, lost.line) == (count, True, first + 1)
+    assert (lost.after_step, lost.before_step) == (max(0, first - 1), first + count)
+
+
+def test_every_flipped_bit_of_a_row_is_noticed(path: Path) -> None:
+    write(path, range(3))
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number in range(len(lines[1]) - 1):
+        for bit in range(8):
+            changed = lines[1][:number] + bytes([lines[1][number] ^ 1 << bit]) + lines[1][number + 1 :]
+            path.write_bytes(lines[0] + changed + lines[2])
+            assert [row["step"] for row in read_rows(path)] == [0, 2]
+            assert recorded(path).lost
+
+
+def test_an_attempt_writes_lost_rows_anew_and_the_file_says_so(path: Path) -> None:
+    write(path, range(8))
+    rows, lines = timeless(path), path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"garbage\n", *lines[2:5], *lines[6:]]))
+    with MetricsLog.opened(path, exact=True) as log:
+        early, late = log.begin(4)
+        for step in range(4, 8):
+            log.log(step, {"train/loss": 1 / (step + 3), "perf/tokens_per_second": 100.0 * step})
+    assert (early.recomputed, late.recomputed) == (False, True)
+    assert sorted(timeless(path), key=lambda row: row["step"]) == [row for row in rows if row["step"] != 1]
+    assert [lost.recomputed for lost in recorded(path).lost] == [False, True]
+    with MetricsLog.opened(path, exact=True) as log:
+        assert [str(lost) for lost in log.begin(6)] == [str(early)], "what is mended is not told again"
+
+
+def test_rows_from_before_they_were_numbered_are_read_and_gone_on_with(path: Path) -> None:
+    old = [{"step": step, "time_ms": 1, "train/loss": 1 / (step + 3)} for step in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    write(path, range(1, 5))
+    assert recorded(path).lost == []
+    assert [row["step"] for row in read_rows(path) if "train/loss" in row] == [0, 1, 2, 3, 4]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-2] + lines[-1:]))
+    assert [lost.missing for lost in recorded(path).lost] == [True]
+
+
+# ------------------------------------------------------------------------------------------------- crash and replay
 
 TOTAL_STEPS = 12
 permille = st.integers(0, 1000)

@@ -1,0 +1,157 @@
+"""Files that are whole or not there: how they are written, put in their place, read and checked.
+
+A file, or a folder of files, gets its name only after all of it is on the disk, so that neither a kill nor a power cut
+nor a full disk leaves a half-written one under that name. What they leave, *.tmp, is removed by the next write.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from relora.errors import DamagedFile
+
+READ_BYTES = 1 << 20
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when it is complete and on the disk.
+
+    Where that fails, `path` is what it was. Raises OSError that names `path`.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        remove_leftovers(path.parent, f"{path.name}.*.tmp")
+        with _held(temporary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise naming(error, path) from error
+        raise
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `folder` when all its files are complete and on the disk.
+
+    For one writer at a time, as a lock ensures. Where that fails, `folder` is what it was. Raises OSError.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for base, _, names in os.walk(temporary):
+            for name in names:
+                with Path(base, name).open("rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(Path(base))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+        sync_folder(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise naming(error, folder) from error
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that holds its old text or the new one at any time. Raises OSError that names it."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object; the file is whole at any time. Raises OSError that names it."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no file. Raises DamagedFile for a file that holds none."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(path, reason(error)) from error
+    if not isinstance(values, dict):
+        raise DamagedFile(path, "it holds no JSON object")
+    return values
+
+
+def sha256_of(path: Path, size_bytes: int | None = None) -> str:
+    """The digest of a file, or of its first `size_bytes`, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size if size_bytes is None else size_bytes
+        while left > 0 and (piece := file.read(min(READ_BYTES, left))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what cannot be read to *.damaged, where it disturbs nothing and a person can look at it."""
+    aside = path.with_name(path.name + ".damaged")
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    path.replace(aside)
+    return aside
+
+
+def remove_leftovers(folder: Path, pattern: str = "*.tmp") -> None:
+    """Remove the files that a killed process has left half-written; those that are being written are locked."""
+    for path in folder.glob(pattern):
+        with suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[BinaryIO]:
+    """A new file, locked while it is written."""
+    while True:
+        with path.open("wb") as file:
+            with suppress(OSError):  # some file systems know no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                yield file
+                return
+            # Another process took it for a leftover before it was locked.
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def naming(error: OSError, path: Path) -> OSError:
+    """The same error, with the file that it happened to; a full disk alone names none."""
+    if error.errno is None or error.filename is not None:
+        return error
+    return OSError(error.errno, error.strerror, os.fspath(path))
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
