@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora import compose, credentials, sweeps
+from relora import compose, credentials, sweeps, tuned
 from relora.distributed import World
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json
+from relora.tuned import Presets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +177,8 @@ def _train(argv: Sequence[str]) -> int:
     if sweep is not None:
         raise ConfigError(f"{sweep} is a sweep and this is a single run; write python run.py -m {' '.join(argv)}")
     config = compose.compose(argv)
-    for remark in sweeps.untuned(argv, config):
+    config = Presets().noted(config, argv)
+    for remark in (*sweeps.without_preset(argv, config), *tuned.remarks([config])):
         print(f"note: {remark}")
     if config.cluster.name == "slurm":
         if World.here().size > 1:
@@ -191,7 +193,9 @@ def _hydra_job(composed: Any, overrides: list[str]) -> None:
     """One job of Hydra's own launcher."""
     from relora.job import EXIT_CODES, launch
 
-    code = _told(lambda: EXIT_CODES[launch(compose.to_run_config(composed), overrides).state])
+    code = _told(
+        lambda: EXIT_CODES[launch(Presets().noted(compose.to_run_config(composed), overrides), overrides).state]
+    )
     if code:
         sys.exit(code)
 

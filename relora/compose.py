@@ -22,7 +22,15 @@ from relora.cluster import CLUSTERS, ClusterConfig
 from relora.config import RunConfig
 from relora.errors import ConfigError, shown
 from relora.files import write_whole
-from relora.groups import METHODS, TrackerConfig, check_architecture, check_files
+from relora.groups import (
+    METHODS,
+    DataConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrackerConfig,
+    check_architecture,
+    check_files,
+)
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -144,6 +152,12 @@ def _own_settings(name: str) -> dict[str, Any]:
     return dict(leaves({str(key): value for key, value in values.items()})) if isinstance(values, dict) else {}
 
 
+def sweep_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """What the sweeps/ file that `overrides` choose sets for every run, by dotted key; empty without one."""
+    name = given_values(overrides).get("sweeps")
+    return _own_settings(name) if name is not None else {}
+
+
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of a nested mapping."""
     for key, value in node.items():
@@ -156,6 +170,36 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def compose(overrides: Sequence[str]) -> RunConfig:
     """The run that the defaults and `overrides` describe. Raises ConfigError for whatever is wrong with it."""
     return to_run_config(composed(overrides))
+
+
+def preset_run(experiment: str | None, method: str, data: DataConfig) -> RunConfig | None:
+    """The run that a method's preset belongs to: what its experiment, or else the default run, composes to.
+
+    An experiment that leaves the text to the user takes that of `data`. None where it describes no run by itself.
+    """
+    chosen = [] if experiment is None else [f"experiments={experiment}"]
+    try:
+        values = _resolved(composed([*chosen, f"method={method}"]))
+        own = values["data"]
+        if own.get("name") == "text" and own.get("path") is None:
+            left_open = ("path", "text_field", "tokenizer")
+            own |= {key: getattr(data, key) for key in left_open} if data.name == "text" else {"path": "."}
+        return _checked(_structured(values))
+    except ConfigError:
+        return None
+
+
+def full_rank(overrides: Sequence[str]) -> tuple[OptimizerConfig, ScheduleConfig]:
+    """Optimizer and schedule of full rank under `overrides`, which may leave the rest open. Raises ConfigError."""
+    values = _resolved(composed([*overrides, "method=full"]))
+    try:
+        schema = {"optimizer": OmegaConf.structured(OptimizerConfig), "schedule": OmegaConf.structured(ScheduleConfig)}
+        made = OmegaConf.merge(OmegaConf.create(schema), {name: values[name] for name in schema})
+        return cast(OptimizerConfig, OmegaConf.to_object(made.optimizer)), cast(
+            ScheduleConfig, OmegaConf.to_object(made.schedule)
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
 
 
 def hydra_main(argv: Sequence[str], run: Callable[[DictConfig, list[str]], None]) -> None:

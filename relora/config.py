@@ -32,6 +32,7 @@ from relora.groups import (
     TrackerConfig,
     TrainerConfig,
 )
+from relora.rates import RatesConfig
 from relora.schedule import RestartClock
 
 OF_A_RESTART = ("schedule.restart_warmup_steps", "method.optimizer_reset.")
@@ -54,6 +55,7 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata=UNHASHED)
     runs_dir: str = field(default="runs", metadata=UNHASHED)
     study: str | None = field(default=None, metadata=UNHASHED)
+    rates: RatesConfig = field(default_factory=RatesConfig, metadata=UNHASHED)
 
     def __post_init__(self) -> None:
         if not self.runs_dir:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from relora.baselines import launch_notes
 from relora.cluster import ClusterConfig, SlurmConfig
 from relora.compare import study_dir
 from relora.config import RunConfig
@@ -35,9 +36,10 @@ def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
     Returns whether nothing is left to launch: all finished, or all submitted. Ctrl-C and SIGTERM stop every run here
     with a checkpoint; the same launch again goes on.
     """
-    for remark in sweep.remarks:
-        print(f"note: {remark}", flush=True)
     planned = plan(sweep)
+    baselines = [item.config for item in planned if item.role == "baseline"]
+    for remark in (*sweep.remarks, *launch_notes(baselines)):
+        print(f"note: {remark}", flush=True)
     check_cluster(planned[0].config.cluster)
     write_manifest(Path(planned[0].config.runs_dir), sweep, planned, overrides)
     return launch_again(sweep.study, planned, ["-m", *overrides])

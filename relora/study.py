@@ -9,13 +9,14 @@ from typing import Any
 from filelock import FileLock
 
 from relora import compose, credentials
+from relora.baselines import Baselines
 from relora.compare import studies, study_dir
 from relora.compose import at_home
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
 from relora.rundir import RunDir, read_json, write_json
 from relora.state import observe
-from relora.sweeps import Baselines, Sweep
+from relora.sweeps import Sweep
 
 CANCELLATIONS = "cancelled.json"
 """In a study's folder."""
@@ -40,21 +41,20 @@ class Planned:
 
 
 def plan(sweep: Sweep) -> list[Planned]:
-    """The sweep's runs, and before them the full-rank run of every comparison key and seed that has none among them."""
-    have = {
-        (run.comparison_key, run.trainer.seed)
-        for run in sweep.runs
-        if run.method.name == "full" and not run.method.warm_start_steps
-    }
-    baselines: list[Planned] = []
-    full_rank = Baselines()
-    for config in sweep.runs:
-        key = (config.comparison_key, config.trainer.seed)
-        if key not in have:
-            have.add(key)
-            arguments = sweep.arguments.get(config.config_hash, [])
-            baselines.append(Planned(config=full_rank.of(config, arguments), role="baseline"))
-    return [*baselines, *(Planned(config=config, role="arm") for config in sweep.runs)]
+    """The sweep's runs, and before them the full-rank runs of every comparison key and seed that has none among them.
+
+    Raises ConfigError where a full-rank run that is needed cannot be made.
+    """
+    have = {_pairing(run) for run in sweep.runs if run.method.name == "full" and not run.method.warm_start_steps}
+    full_rank = Baselines(sweep)
+    baselines = {run.config_hash: run for run in map(full_rank.of, (c for c in sweep.runs if _pairing(c) not in have))}
+    arms = [Planned(config=config, role="arm") for config in sweep.runs]
+    return [*(Planned(config=config, role="baseline") for config in baselines.values()), *arms]
+
+
+def _pairing(config: RunConfig) -> tuple[str, int]:
+    """What a run and its baseline share."""
+    return (config.comparison_key, config.trainer.seed)
 
 
 def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:

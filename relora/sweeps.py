@@ -3,9 +3,10 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from relora import tuned
 from relora.choices import conf_dir
 from relora.compose import (
     Composer,
@@ -19,7 +20,7 @@ from relora.compose import (
 )
 from relora.config import RunConfig
 from relora.errors import ConfigError
-from relora.groups import FullConfig, OptimizerConfig
+from relora.tuned import Presets
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,6 +36,10 @@ class Sweep:
     runs: list[RunConfig]
     arguments: dict[str, list[str]] = field(default_factory=dict)
     """Config hash -> the overrides that the run was composed from."""
+    fixed: list[str] = field(default_factory=list)
+    """The overrides of the command line with one value: they hold for every run."""
+    file: str | None = None
+    """The NAME of sweeps=NAME."""
     remarks: list[str] = field(default_factory=list)
     """What may surprise whoever launches it."""
 
@@ -60,7 +65,8 @@ def expand(overrides: Sequence[str]) -> Sweep:
     study = study_of(file) or name or "-".join(key.rpartition(".")[2] for key in swept)
     if not study:
         raise ConfigError("nothing is swept; write key=a,b,c or sweeps=NAME, or leave -m out for a single run")
-    composer = Composer()
+    composer, presets = Composer(), Presets()
+    own = [] if name is None else [f"sweeps={name}"]
     for grid in grids:
         rows = parsed([f"{key}={_written(value)}" for key, value in grid.items() if key not in on_the_line])
         axes = [*rows, *given]
@@ -68,21 +74,25 @@ def expand(overrides: Sequence[str]) -> Sweep:
             arguments = [text for text in cell if not text.startswith(("sweeps=", "study="))]
             chosen = [text for (key, texts), text in zip(axes, cell, strict=True) if key in grid or len(texts) > 1]
             try:
-                own = [] if name is None else [f"sweeps={name}"]
                 config = composer.compose([*own, *arguments, f"study={study}"])
             except ConfigError as error:
                 raise ConfigError(f"{' '.join(chosen)}: {error}{_other_choices(name, rows, error)}") from error
             cells += 1
-            runs.setdefault(config.config_hash, config)
-            led_to.setdefault(config.config_hash, arguments)
-            remarks += untuned(arguments, config)
+            if config.config_hash not in runs:
+                runs[config.config_hash] = presets.noted(config, [*own, *arguments])
+                led_to[config.config_hash] = arguments
     if cells > len(runs):
         remarks.append(f"{cells} choices are {len(runs)} runs: the others would be the same again in this setting")
+    for key, config in runs.items():
+        remarks += without_preset(led_to[key], config)
+    remarks += tuned.remarks(runs.values())
     return Sweep(
         study=study,
         question=_question(name),
         runs=list(runs.values()),
         arguments=led_to,
+        fixed=[text for _, texts in given if len(texts) == 1 for text in texts],
+        file=name,
         remarks=list(dict.fromkeys(remarks)),
     )
 
@@ -97,14 +107,14 @@ def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], erro
     return f"; where the choices of sweeps={name} do not fit, give others on the command line: {others}"
 
 
-def untuned(overrides: Sequence[str], config: RunConfig) -> list[str]:
+def without_preset(overrides: Sequence[str], config: RunConfig) -> list[str]:
     """The remark that the experiment of `overrides` has no preset for the run's method, where it has none."""
     experiment, method = given_values(overrides).get("experiments"), config.method.name
     if experiment is None or (conf_dir() / "presets" / experiment / f"{method}.yaml").is_file():
         return []
     return [
-        f"experiments={experiment} has no preset for method={method}: its rank and rates are those of the default run, "
-        f"tuned to another setting; write conf/presets/{experiment}/{method}.yaml or set them"
+        f"experiments={experiment} has no preset for method={method}: its rank and rates are those of the default run; "
+        f"write conf/presets/{experiment}/{method}.yaml or set them"
     ]
 
 
@@ -201,35 +211,3 @@ def _question(name: str | None) -> str:
 def _written(value: Any) -> str:
     """A grid's value as it would stand on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-class Baselines:
-    """The full-rank runs that others are compared with."""
-
-    def __init__(self) -> None:
-        self._rates: dict[tuple[str, ...], OptimizerConfig] = {}
-
-    def of(self, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-        """The same run as `config` but for what belongs to the method.
-
-        Its learning rates are those that full rank is tuned to under the groups that `overrides` choose.
-        """
-        groups = tuple(
-            text
-            for key, texts in parsed(overrides)
-            for text in texts[:1]
-            if "." not in key and key not in ("method", "sweeps", "study", "runs_dir")
-        )
-        if groups not in self._rates:
-            self._rates[groups] = composed([*groups, "method=full"]).optimizer
-        rates = self._rates[groups]
-        return replace(
-            config,
-            method=FullConfig(name="full"),
-            optimizer=replace(
-                config.optimizer,
-                learning_rate=rates.learning_rate,
-                embedding_learning_rate=rates.embedding_learning_rate,
-            ),
-            schedule=replace(config.schedule, restart_warmup_steps=0),
-        )

@@ -63,6 +63,6 @@ class Lab:
         return config
 
     def study(self, *configs: RunConfig, name: str = "mine") -> Study:
-        sweep = Sweep(study=name, question="Which one?", runs=list(configs))
+        sweep = Sweep(study=name, question="Which one?", runs=list(configs), fixed=list(SETTING))
         write_manifest(self.runs_dir, sweep, plan(sweep), ["method.rank=8,16"])
         return load_study(self.runs_dir, name)

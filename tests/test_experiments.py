@@ -9,10 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 from small import REPOSITORY
 
+from relora.baselines import Baselines
 from relora.compose import compose
 from relora.config import RunConfig
 from relora.groups import METHODS, LoRAConfig, ReLoRAMethodConfig
-from relora.sweeps import Baselines, expand
+from relora.sweeps import Sweep, expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,11 @@ def composed(experiment: str, method: str, corpus: Path, *more: str) -> RunConfi
 def default_of(method: str) -> RunConfig:
     """What holds where there is no preset, as no experiment has a value of a method."""
     return compose([f"method={method}"])
+
+
+def baseline_of(config: RunConfig, *overrides: str) -> str:
+    """The hash of the full-rank run that a study of `config` gets."""
+    return Baselines(Sweep(study="x", question="", runs=[config], fixed=list(overrides))).of(config).config_hash
 
 
 def loaded(path: Path) -> dict[str, Any]:
@@ -214,7 +220,7 @@ def test_relora_has_its_papers_recipe(
     assert config.warm_start_learning_rate == warm_start_learning_rate
     full = composed(name, "full", corpus)
     assert full.optimizer.learning_rate == warm_start_learning_rate
-    assert Baselines().of(config, [f"experiments={name}", "method=relora", f"data.path={corpus}"]) == full
+    assert baseline_of(config, f"experiments={name}", "method=relora", f"data.path={corpus}") == full.config_hash
 
 
 @pytest.mark.parametrize(("name", "rank"), GALORE_RANKS.items())
@@ -224,7 +230,7 @@ def test_galores_low_rank_arms_share_its_tables_rank(name: str, rank: int, corpu
     assert {run.optimizer.max_grad_norm for run in runs.values()} == {None}
     assert runs["galore"].optimizer.learning_rate == 1e-2
     assert runs["relora"].method.warm_start_steps == 0
-    assert runs["full"].config_hash == Baselines().of(runs["galore"], [f"experiments={name}"]).config_hash
+    assert runs["full"].config_hash == baseline_of(runs["galore"], f"experiments={name}")
 
 
 def test_full_rank_meets_low_rank_at_the_rates_of_the_probe(corpus: Path) -> None:

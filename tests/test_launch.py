@@ -16,7 +16,7 @@ from relora.errors import ConfigError
 from relora.launch import plan, study_dir
 from relora.metrics import read_rows
 from relora.rundir import RunDir, Status
-from relora.sweeps import Baselines, expand
+from relora.sweeps import expand
 
 SWEEP = ["method=relora", "method.rank=2,4", "study=ranks"]
 
@@ -130,11 +130,13 @@ def test_what_a_sweeps_file_sets_holds_for_every_run_and_the_command_line_wins(c
 def test_an_experiment_without_a_preset_is_told(conf: Path, tiny: list[str], capsys) -> None:
     (conf / "experiments" / "mine.yaml").write_text("# @package _global_\n")
     remarks = expand(["sweeps=methods", "experiments=mine"]).remarks
-    assert len(remarks) == 5
+    assert len(remarks) == 5, "a setting like that of the default run has its rates tuned"
     assert "experiments=mine has no preset for method=galore" in remarks[-1]
     (conf / "conf" / "presets" / "laptop" / "small" / "lora.yaml").unlink()
-    (told,) = expand(["sweeps=methods", "experiments=laptop/small"]).remarks
+    told, why = expand(["sweeps=methods", "experiments=laptop/small"]).remarks
     assert "write conf/presets/laptop/small/lora.yaml or set them" in told
+    assert "trainer.total_steps=400, tuned at 600" in why
+    assert "lora" in why
     assert cli.run([*tiny, "experiments=mine"]) == 0
     assert "note: experiments=mine has no preset for method=relora" in capsys.readouterr().out
 
@@ -262,18 +264,6 @@ def test_every_comparison_key_and_seed_gets_its_full_rank_run() -> None:
 def test_a_full_rank_arm_is_its_own_baseline() -> None:
     planned = plan(expand(["sweeps=methods"]))
     assert {item.role for item in planned} == {"arm"}
-
-
-def test_a_baseline_keeps_the_setting_and_takes_its_own_learning_rate() -> None:
-    overrides = ["optimizer.beta2=0.95", "trainer.precision=bf16", "optimizer.learning_rate=7e-3", "method.rank=8"]
-    run = Baselines().of(compose(overrides), overrides)
-    own = compose(["method=full"])
-    assert run.method == own.method
-    assert run.optimizer.beta2 == 0.95
-    assert run.trainer.precision == "bf16"
-    assert run.optimizer.learning_rate == own.optimizer.learning_rate
-    assert run.comparison_key == compose(overrides).comparison_key
-    assert Baselines().of(compose([]), []).config_hash == own.config_hash
 
 
 # ----------------------------------------------------------------------------------------------------- real studies

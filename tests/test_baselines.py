@@ -1,0 +1,95 @@
+"""The full-rank runs that come by themselves: which they are, and that nothing but the setting decides it."""
+
+import random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from relora.baselines import launch_notes
+from relora.compose import compose
+from relora.config import RunConfig
+from relora.errors import ConfigError
+from relora.study import plan
+from relora.sweeps import expand
+
+PLAIN = ("method.warm_start_steps=0", "method.reset_interval_steps=null", "study=x")
+
+
+def baselines(*overrides: str) -> list[RunConfig]:
+    return [item.config for item in plan(expand([*PLAIN, *overrides])) if item.role == "baseline"]
+
+
+def hashes(*overrides: str) -> set[str]:
+    return {config.config_hash for config in baselines(*overrides)}
+
+
+def test_swept_values_of_schedule_and_optimizer_stay_with_the_runs_that_they_are_swept_for() -> None:
+    own = compose(["method=full"]).config_hash
+    for swept in ("schedule.warmup_steps=10,200", "optimizer.weight_decay=0.3,0.0", "optimizer.max_grad_norm=null,1"):
+        key, _, values = swept.partition("=")
+        assert hashes(swept) == hashes(f"{key}={','.join(reversed(values.split(',')))}") == {own}, swept
+
+
+def test_what_the_command_line_fixes_for_all_runs_holds_for_full_rank() -> None:
+    fixed = (
+        "optimizer.beta2=0.95",
+        "schedule.warmup_steps=7",
+        "optimizer.learning_rate=7e-3",
+        "trainer.precision=bf16",
+    )
+    (found,) = baselines("method.rank=8,16", *fixed)
+    assert found.config_hash == compose(["method=full", *fixed]).config_hash
+    (told,) = launch_notes([found])
+    assert all(text in told for text in fixed[:3])
+    assert "conf/method/full.yaml" in told
+    assert "7 updates of warm-up" in told
+
+
+def test_the_launch_names_the_preset_that_the_rates_come_from() -> None:
+    (found,) = baselines("method.rank=8,16", "experiments=laptop/small")
+    (told,) = launch_notes([found])
+    assert "learning rate 0.0025, 0.04 for embeddings" in told
+    assert "conf/presets/laptop/small/full.yaml" in told
+    assert "given" not in told
+
+
+AXES = {
+    "method.rank": ["4", "8"],
+    "schedule.warmup_steps": ["10", "60", "20"],
+    "optimizer.weight_decay": ["0.3", "0.0"],
+    "optimizer.learning_rate": ["1e-3", "5e-3"],
+    "trainer.seed": ["0", "1"],
+    "trainer.total_steps": ["300", "600"],
+    "experiments": ["laptop/small", "laptop/crossing"],
+}
+
+
+@settings(max_examples=4)
+@given(st.lists(st.sampled_from(sorted(AXES)), min_size=1, max_size=3, unique=True), st.randoms(use_true_random=False))
+@example(["schedule.warmup_steps", "optimizer.weight_decay"], random.Random(0))
+def test_the_order_of_values_and_of_axes_changes_no_baseline(axes: list[str], chance: random.Random) -> None:
+    given_order = [f"{key}={','.join(AXES[key])}" for key in axes]
+    other_order = [f"{key}={','.join(chance.sample(AXES[key], len(AXES[key])))}" for key in axes]
+    chance.shuffle(other_order)
+    assert hashes(*given_order) == hashes(*other_order)
+
+
+def test_the_order_of_arms_changes_no_baseline() -> None:
+    grids = ["method=lora,relora,galore", "method=galore,relora,lora"]
+    found = [
+        {
+            item.config.config_hash
+            for item in plan(expand([grid, "optimizer.beta1=0.8", "study=x"]))
+            if item.role == "baseline"
+        }
+        for grid in grids
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 1
+
+
+def test_a_schedule_of_full_rank_that_does_not_fit_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"baseline.*schedule.warmup_steps=50.*method=full"):
+        baselines("schedule.warmup_steps=5,10", "trainer.total_steps=40")
+    assert len(baselines("method.rank=8,16", "schedule.warmup_steps=5", "trainer.total_steps=40")) == 1

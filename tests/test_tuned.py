@@ -1,0 +1,110 @@
+"""Whether a run's learning rates were tuned for its setting, as its launch notes it."""
+
+from pathlib import Path
+
+import pytest
+
+from relora import cli
+from relora.compose import compose, freeze, thaw
+from relora.rates import NOT_TUNED, RatesConfig
+from relora.sweeps import expand
+from relora.tuned import Presets, remarks
+
+
+def noted(*overrides: str) -> RatesConfig:
+    return Presets().noted(compose(overrides), overrides).rates
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source"),
+    [
+        ((), "conf/method/relora.yaml"),
+        (("method=full",), "conf/method/full.yaml"),
+        (("method.rank=8", "method.reset_interval_steps=null"), "conf/method/relora.yaml"),
+        (("method.warm_start_steps=0",), "conf/method/relora.yaml"),
+        (("experiments=laptop/small",), "conf/presets/laptop/small/relora.yaml"),
+        (("experiments=laptop/small", "trainer.total_tokens=819200", "trainer.seed=3"), "laptop/small/relora.yaml"),
+        (("method=full", "optimizer.learning_rate=2.5e-3"), "conf/method/full.yaml"),
+        (("trainer.sequences_per_micro_step=4", "trainer.device=cpu"), "conf/method/relora.yaml"),
+    ],
+)
+def test_a_preset_in_its_own_setting_is_tuned(overrides: tuple[str, ...], source: str) -> None:
+    found = noted(*overrides)
+    assert (found.basis, found.differs, found.words) == ("tuned", [], "")
+    assert str(found.source).endswith(source)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "differs"),
+    [
+        (("trainer.total_steps=500",), "trainer.total_steps=500, tuned at 600"),
+        (("trainer.total_tokens=819200",), "trainer.total_steps=400, tuned at 600"),
+        (("experiments=laptop/small", "trainer.total_steps=600"), "trainer.total_steps=600, tuned at 400"),
+        (("trainer.sequences_per_step=32",), "trainer.sequences_per_step=32, tuned at 16"),
+        (("trainer.precision=bf16",), "trainer.precision=bf16, tuned at fp32"),
+        (("data.sequence_length_tokens=64",), "data.sequence_length_tokens=64, tuned at 128"),
+        (("model=llama_20m",), "model=llama_20m, tuned at llama_tiny"),
+        (("model.layers=2",), "model.layers=2, tuned at 4"),
+        (("experiments=paper/relora_60m", "data=stdlib"), "data.name=stdlib, tuned at text"),
+    ],
+)
+def test_outside_its_setting_a_preset_is_not_and_says_what_differs(overrides: tuple[str, ...], differs: str) -> None:
+    found = noted("method=full", *overrides)
+    assert (found.basis, found.differs) == ("untuned", [differs])
+    assert found.words == NOT_TUNED
+    assert differs in found.in_full
+
+
+def test_another_text_is_another_setting_and_an_experiment_may_leave_the_text_open(text: Path) -> None:
+    assert noted("data=text", f"data.path={text}").differs == ["data.name=text, tuned at stdlib"]
+    assert noted("experiments=paper/relora_60m", f"data.path={text}").basis == "tuned"
+
+
+def test_a_rate_that_was_given_counts_as_what_it_is() -> None:
+    assert noted("optimizer.learning_rate=3e-3", "trainer.total_steps=500").basis == "hand"
+    assert noted("optimizer.learning_rate=3e-3").basis == "hand"
+    assert noted("optimizer.embedding_learning_rate=3e-3").basis == "hand"
+    assert noted("optimizer.embedding_learning_rate=3e-3", "trainer.total_steps=500").basis == "untuned"
+    assert {run.rates.basis for run in expand(["optimizer.learning_rate=1e-3,3e-3"]).runs} == {"hand"}
+
+
+def test_a_launch_says_it_once_for_all_runs_that_it_holds_for() -> None:
+    told = expand(["method=full,lora,relora", "trainer.total_steps=500", "trainer.seed=0,1"]).remarks
+    assert len(told) == 1
+    assert NOT_TUNED in told[0]
+    assert "trainer.total_steps=500, tuned at 600" in told[0]
+    assert "learning rates of full, lora" in told[0]
+    assert "learning rates, warm start and restarts of relora" in told[0]
+    by_hand = ("method.warm_start_steps=50", "method.reset_interval_steps=50", "trainer.total_steps=500")
+    (told,) = remarks([Presets().noted(compose(by_hand), by_hand)])
+    assert "the learning rates of relora" in told
+    assert expand(["sweeps=methods", "experiments=laptop/small"]).remarks == []
+
+
+def test_a_single_run_says_it_too(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*tiny, "method.warm_start_steps=0", "trainer.total_steps=8"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(NOT_TUNED) == 1
+    assert "trainer.total_steps=8, tuned at 600" in shown
+
+
+def test_the_note_stands_in_the_frozen_config_and_not_in_the_hash(tmp_path: Path) -> None:
+    plain = compose(["trainer.total_steps=500"])
+    config = Presets().noted(plain, ["trainer.total_steps=500"])
+    assert config.rates.basis == "untuned"
+    assert (config.config_hash, config.comparison_key, config.name) == (
+        plain.config_hash,
+        plain.comparison_key,
+        plain.name,
+    )
+    assert config.parameters == plain.parameters
+    freeze(config, tmp_path / "config.yaml")
+    assert thaw(tmp_path / "config.yaml") == config
+
+
+def test_a_frozen_config_of_an_older_version_has_no_note_and_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    freeze(compose([]), file)
+    text = file.read_text()
+    file.write_text(text[: text.index("rates:")])
+    assert thaw(file).rates == RatesConfig(basis="unknown")
