@@ -133,8 +133,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("ui", _ui, "Open the MLflow UI on the runs' store; prints the link and serves until Ctrl-C.")
     sub.add_argument("--port", type=int, default=None, help="default: 5000, or a free one")
-    text = "accept other machines, which reach this one by that name; creates the store where there is none"
+    text = "accept other machines at this name or address of this one; creates the store where there is none"
     sub.add_argument("--host", metavar="NAME", default=None, help=text)
+    text = "ask for a password, by MLflow's basic auth; needs pip install 'mlflow[auth]'"
+    sub.add_argument("--auth", action="store_true", help=text)
     sub.add_argument("overrides", nargs="*", help="runs_dir=..., tracker.uri=..., as the runs were launched with")
 
     sub = verb("sync", _sync, "Send to MLflow what it does not have of some runs, and correct the state of dead ones.")
@@ -330,20 +332,21 @@ def _ui(arguments: argparse.Namespace) -> int:
     config = compose.compose(arguments.overrides)
     found = ui.links(config, create=arguments.host is not None)
 
-    def ready(server: str) -> None:
+    def ready(server: str, store: str) -> None:
         urls = {name: f"{server}/{fragment}" for name, fragment in found.items()}
         everything = urls.pop("all")
         if arguments.json:
             print(json.dumps({"url": everything, "studies": urls}), flush=True)
             return
         lines = [f"MLflow UI: {everything}", *(f"study {study}: {url}" for study, url in urls.items())]
-        lines += [f"runs of other machines record here with tracker.uri={server}"] if arguments.host else []
+        lines += [f"runs of other machines record here with tracker.uri={store}"] if arguments.host else []
         print("\n".join(lines), flush=True)
 
     if config.mlflow_uri.startswith("http"):
-        ready(config.mlflow_uri.rstrip("/"))
+        server = config.mlflow_uri.rstrip("/")
+        ready(server, server)
         return 0
-    return ui.serve(config, port=arguments.port, host=arguments.host, ready=ready)
+    return ui.serve(config, port=arguments.port, host=arguments.host, auth=arguments.auth, ready=ready)
 
 
 # -------------------------------------------------------------------------------------------------- launched studies

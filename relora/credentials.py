@@ -67,14 +67,19 @@ def keep(uri: str | None, runs_dir: Path) -> None:
             values = {}
         if values.get(uri) == known:
             return
-        temporary = runs_dir / f"{FILE}.tmp"
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(json.dumps({**values, uri: known}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(runs_dir / FILE)
-        sync_folder(runs_dir)
+        write_private(runs_dir / FILE, json.dumps({**values, uri: known}, indent=2) + "\n")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole at any time. The caller holds a lock."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def without_passwords(arguments: Sequence[str]) -> list[str]:

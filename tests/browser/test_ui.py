@@ -1,8 +1,12 @@
+import base64
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,16 @@ from chromium import (
     plot_of,
     setting,
 )
+from mlflow import MlflowClient
 from small import eventually
 
+from relora import credentials
 from relora.compose import compose
+from relora.errors import RunError
 from relora.job import launch
 from relora.metrics import read_rows, row_metrics
 from relora.rundir import RunDir, read_json
+from relora.ui import own_address
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
 
@@ -77,6 +85,55 @@ def test_a_port_in_use_is_an_error_and_not_a_link_to_somebody_else(run: RunDir) 
     assert shown == ""
     assert port in error
     assert refused.process.returncode != 0
+
+
+def answer(url: str, user: str = "", password: str = "") -> int:
+    request = urllib.request.Request(f"{url}/api/2.0/mlflow/experiments/search?max_results=1")
+    if user:
+        request.add_header("Authorization", f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as found:
+            return found.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_server_for_other_machines_listens_at_the_named_address_and_asks_for_a_password(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
+    runs_dir = run.path.parent
+    with Ui(runs_dir, "--host", "127.0.0.2", "--auth") as serving:
+        url = serving.links()["url"].partition("/#")[0]
+        assert url.startswith("http://127.0.0.2:")
+        assert not listens(url), "not at another address of this machine"
+        settings = runs_dir / ".mlflow_auth" / "basic_auth.ini"
+        assert stat.S_IMODE(settings.stat().st_mode) == 0o600
+        password = settings.read_text().partition("admin_password = ")[2].partition("\n")[0]
+        assert (answer(url), answer(url, "admin", "wrong"), answer(url, "admin", password)) == (401, 401, 200)
+        processes = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in serving.grown_family()]
+        assert len(processes) >= 3
+        assert not any(password.encode() in arguments for arguments in processes)
+        # Another process of the same runs_dir needs the user's name alone.
+        monkeypatch.setattr(credentials, "_whole", {})
+        public = url.replace("://", "://admin@")
+        client = MlflowClient(credentials.whole(public, runs_dir))
+        assert client.get_run(read_json(run.mirror_file)["run_id"]).info.run_name == run.path.name
+        assert serving.stop(signal.SIGINT) == 0
+        assert serving.process.stderr is not None
+        told = serving.process.stderr.read()
+    assert f"sign in as admin; the password is admin_password in {settings}" in told
+    assert "127.0.0.2 is 127.0.0.2 here, which no other machine reaches" in told
+    assert password not in told
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [("192.0.2.7", "is 192.0.2.7"), ("no-such-machine.invalid", "cannot be resolved"), ("0.0.0.0", "is 0.0.0.0")],
+)
+def test_a_host_that_is_no_address_of_this_machine_is_refused(run: RunDir, host: str, why: str) -> None:
+    with pytest.raises(RunError, match=f"--host {host} {why}.* tunnel with ssh -L"):
+        own_address(host)
 
 
 def test_ui_of_a_server_prints_the_link_and_serves_nothing(run: RunDir, link: str) -> None:
