@@ -101,11 +101,27 @@ class Run:
     def curve(self, axis: str) -> list[tuple[float, float]]:
         """(value of `axis`, validation loss) at each evaluation."""
         name = "perf/training_seconds" if axis == "seconds" else f"progress/{axis}"
-        return [(row.get(name, 0.0), row["eval/loss"]) for row in self.rows if "eval/loss" in row]
+        known = [(row["step"], row[name]) for row in self.rows if name in row]
+        points = [(row.get(name, _at(known, row["step"])), row["eval/loss"]) for row in self.rows if "eval/loss" in row]
+        return [(value, loss) for value, loss in points if value is not None]
 
     def budget(self, axis: str) -> float:
         """What the whole run took of `axis`."""
         return self.summary["training_seconds" if axis == "seconds" else axis]
+
+
+def _at(known: Sequence[tuple[int, float]], step: int) -> float | None:
+    """What runs that did not record it with their evaluations had of an axis at `step`: between the rows beside it.
+
+    `known`: (step, value), by step; 0 at step 0. None beyond the last.
+    """
+    low = max(((at, value) for at, value in known if at <= step), default=(0, 0.0))
+    high = min(((at, value) for at, value in known if at > step), default=None)
+    if low[0] == step:
+        return low[1]
+    if high is None:
+        return None
+    return low[1] + (high[1] - low[1]) * (step - low[0]) / (high[0] - low[0])
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,8 +1,6 @@
 """The training loop: Algorithm 1 of Lialin et al. 2023, with a warm start before it and a checkpoint at any step."""
 
 import math
-import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +20,9 @@ from relora.methods import build_method, build_optimizer, learning_rate_factor
 from relora.metrics import MICRO_STEP, Progress, Tracker
 from relora.microsteps import MicroSteps
 from relora.model import compile_layers, fits, peak_memory_bytes
+from relora.underway import UnderWay, Update
 
 MICRO_STEP_KEY = "sequences_per_micro_step"
-
-SMOOTHED_STEPS = 20
-"""Updates that the shown tokens/s is averaged over."""
 
 
 @dataclass(kw_only=True)
@@ -36,20 +32,9 @@ class Counters:
     skipped_updates: int = 0
     consecutive_skipped_updates: int = 0
     training_seconds: float = 0.0
-    """Spent on updates and restarts, over all attempts; evaluation and checkpoints left out."""
+    """Spent on updates and restarts, over all attempts, as UnderWay counts them."""
     peak_memory_bytes: int = 0
     """The most that any attempt held, up to its last checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """One that was made and is yet to be told: its numbers are on their way from the device."""
-
-    step: int
-    loss_and_norm: Tensor
-    """On the CPU; filled when `ready`."""
-    ready: torch.cuda.Event | None
-    learning_rate: float
 
 
 class Trainer:
@@ -100,10 +85,7 @@ class Trainer:
         self.in_backward: UpdateInBackward | None = None
         self._take(build_optimizer(self.model, config, config.warm_start_learning_rate, warm_start=True))
         self.first_step = 0
-        self._untold: deque[Update] = deque()
-        # The host runs one update ahead of a GPU: it does not wait for numbers that only people read.
-        self._updates_ahead = 1 if device.type == "cuda" else 0
-        self._durations: deque[float] = deque(maxlen=SMOOTHED_STEPS)
+        self.under_way = UnderWay(device)
         self._own_wish: str | None = None
         self._wishes = False
         self._resume()
@@ -136,21 +118,20 @@ class Trainer:
                 self.save(step)
                 self.on_warm_start()
 
-            began = time.perf_counter()
-            if self.clock.warm_start_ends_at(step):
-                self.begin_method(step)
-            if self.clock.restarts_at(step):
-                self.restart(step)
-            self.set_learning_rate(step)
-            loss = self.forward_backward(step)
-            self.update(step, loss)
-            self._refresh()
-            self.wait(all_but=self._updates_ahead)
-            self._durations.append(time.perf_counter() - began)
-            self.counters.training_seconds += self._durations[-1]
+            seconds_before = self.under_way.seconds
+            with self.under_way.making():
+                if self.clock.warm_start_ends_at(step):
+                    self.begin_method(step)
+                if self.clock.restarts_at(step):
+                    self.restart(step)
+                self.set_learning_rate(step)
+                loss = self.forward_backward(step)
+                self.update(step, loss)
+                self._refresh()
+            self.tell(all_but=self.under_way.ahead)
             if settings.compile and step in (self.first_step, self.clock.warm_start_steps):
-                self.tracker.say(f"step {step}: compiled; this update took {self._durations[-1]:.1f} s")
-            self.tell(all_but=self._updates_ahead)
+                took = self.under_way.seconds - seconds_before
+                self.tracker.say(f"step {step}: compiled; this update took {took:.1f} s")
 
         last = self.validate(self.clock.total_steps)
         if self.first_step < self.clock.total_steps:
@@ -219,13 +200,7 @@ class Trainer:
             step_where_finite(self.optimizer, norm.isfinite() & loss.isfinite())
             self.optimizer.zero_grad(set_to_none=True)
 
-        numbers = torch.stack([loss.double(), norm.double()]).to("cpu", non_blocking=True)
-        ready = None
-        if self.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self.device))
-        rate = self.optimizer.param_groups[0]["lr"]
-        self._untold.append(Update(step=step, loss_and_norm=numbers, ready=ready, learning_rate=rate))
+        self.under_way.add(step, loss, norm, self.optimizer.param_groups[0]["lr"])
 
     def _begin(self) -> None:
         """The method's factors, and its optimizer in place of the warm start's."""
@@ -261,17 +236,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ what goes wrong
 
-    def wait(self, *, all_but: int) -> None:
-        """Until the device has done the updates that are untold, `all_but` the newest."""
-        for update in list(self._untold)[: len(self._untold) - all_but]:
-            if update.ready is not None:
-                update.ready.synchronize()
-
     def tell(self, *, all_but: int = 0) -> None:
-        """Count and report the updates that have been made, `all_but` the newest."""
-        self.wait(all_but=all_but)
-        while len(self._untold) > all_but:
-            update = self._untold.popleft()
+        """Wait for the updates that have been made, but the newest `all_but`; count and report them."""
+        finished = self.under_way.finished(all_but=all_but)
+        self.counters.training_seconds = self.under_way.seconds
+        for update in finished:
             loss, gradient_norm = update.loss_and_norm.tolist()
             if math.isfinite(loss) and math.isfinite(gradient_norm):
                 self.counters.consecutive_skipped_updates = 0
@@ -320,7 +289,7 @@ class Trainer:
     def report(self, update: Update, loss: float, gradient_norm: float) -> None:
         """Tell of one update; rows are numbered by the updates done."""
         done = update.step + 1
-        rate = self.config.tokens_per_step * len(self._durations) / sum(self._durations)
+        rate = self.config.tokens_per_step * self.under_way.updates_per_second
         self.tracker.progress(
             Progress(
                 step=done,
@@ -366,6 +335,7 @@ class Trainer:
                 "eval/loss": result.loss,
                 "eval/perplexity": result.perplexity,
                 **self.progress_metrics(step),
+                "perf/training_seconds": self.counters.training_seconds,
             },
         )
         if step:
@@ -418,4 +388,5 @@ class Trainer:
         # What ran out of memory once would do so again; what is asked to be smaller shall be; ranks may be more now.
         self.micro.at_most(state["counters"].pop(MICRO_STEP_KEY))
         self.counters = Counters(**state["counters"])
+        self.under_way.go_on_from(self.counters.training_seconds)
         self.tracker.say(f"resumed at step {self.first_step} of {self.clock.total_steps}")

@@ -7,6 +7,7 @@ the same command goes on with it; what it finds becomes the method's preset.
 import hashlib
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -177,6 +178,10 @@ def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
     item = attempt.current
     if item is None:
         losses = [run.run.status.summary["eval_loss"] for run in attempt.runs if run.run.status]
+        if not all(map(math.isfinite, losses)):  # Optuna takes it for a failure and not for an answer
+            study.tell(number, state=TrialState.PRUNED)
+            print(f"trial {number}: {attempt.values()}: diverged", flush=True)
+            return False
         study.tell(number, mean(losses))
         print(f"trial {number}: {attempt.values()}: validation loss {mean(losses):.4f}", flush=True)
         return False

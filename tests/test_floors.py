@@ -29,7 +29,7 @@ FLOORS = [
         ),
         *("distributed", "evaluate"),
     ],
-    ["methods", "microsteps", "trainer"],
+    ["methods", "microsteps", "underway", "trainer"],
     [
         *(
             "choices",

@@ -11,6 +11,7 @@ from lab import FULL, RELORA, Lab
 from relora import cli, compose
 from relora.compare import Study, load_study
 from relora.config import RunConfig
+from relora.metrics import read_rows, row_metrics
 from relora.report import answer, as_json, write_report
 from relora.results import best_on_validation
 from relora.status import render_plain, standings
@@ -193,6 +194,33 @@ def test_a_seed_that_the_chosen_variant_lacks_is_told(lab: Lab) -> None:
 def test_the_best_on_validation(losses: dict[str, dict[int, float]], needed: set[int], best: str | None) -> None:
     assert best_on_validation(losses, needed) == best
     assert best_on_validation(dict(reversed(losses.items())), needed) == best
+
+
+# ------------------------------------------------------------------------------------------------ curves over seconds
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_curve_over_seconds_has_every_evaluation_also_of_runs_that_recorded_none_with_it(
+    recorded: bool, lab: Lab
+) -> None:
+    """Evaluations at 10, 20, 30, 40; logged at 15, 30, 40."""
+    full_rank = lab.config(*FULL)
+    lab.run(*FULL, loss=3.0, seconds=100.0)
+    file = lab.runs_dir / full_rank.name / "metrics.jsonl"
+    rows = [{**row_metrics(row), "step": row["step"], "time_ms": 0} for row in read_rows(file)]
+    for row in rows:
+        if not recorded and row["step"] in (10, 20):
+            del row["perf/training_seconds"]
+    if not recorded:
+        rows.append({"step": 15, "time_ms": 0, "perf/training_seconds": 37.5})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = lab.study(full_rank, lab.run(*RELORA, loss=3.1, seconds=37.5))
+    (member,) = (member for member in study.members if member.label == "relora")
+    assert member.baseline is not None
+    assert [x for x, _ in member.baseline.curve("seconds")] == [0.0, 25.0, 50.0, 75.0, 100.0]
+    assert member.seconds.kind == "curve"
+    between = 4.5 + (4.0 - 4.5) * math.log(37.5 / 25) / math.log(50 / 25)
+    assert member.seconds.loss == pytest.approx(3.1 - between)
 
 
 # --------------------------------------------------------------------------------------------------------- divergence

@@ -660,7 +660,7 @@ def test_a_host_that_runs_ahead_tells_and_keeps_the_same(tmp_path: Path) -> None
     runs = {}
     for ahead in (0, 1):
         trainer = runs[ahead] = trainer_of(config_of(), tmp_path / str(ahead))
-        trainer._updates_ahead = ahead
+        trainer.under_way.ahead = ahead
         trainer.train()
     told: list[dict[int, dict[str, float]]] = [
         {
