@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from relora.errors import ConfigError
+from relora.errors import DamagedFile
 from relora.files import read_json, sync_folder
 
 FILE = ".secrets.json"
@@ -50,7 +50,7 @@ def whole(uri: str, runs_dir: Path) -> str:
         return learn(given) and given
     try:
         kept = read_json(runs_dir / FILE).get(uri)
-    except (ConfigError, OSError):  # damaged, or somebody else's
+    except DamagedFile:  # or somebody else's
         kept = None
     return _whole.setdefault(uri, kept) if isinstance(kept, str) and without_password(kept) == uri else uri
 
@@ -63,7 +63,7 @@ def keep(uri: str | None, runs_dir: Path) -> None:
     with FileLock(runs_dir / f"{FILE}.lock"):
         try:
             values = read_json(runs_dir / FILE)
-        except ConfigError:
+        except DamagedFile:
             values = {}
         if values.get(uri) == known:
             return
