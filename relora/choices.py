@@ -24,7 +24,8 @@ def home() -> Path:
 
 def groups() -> set[str]:
     """The config groups."""
-    return {path.name for path in conf_dir().iterdir() if path.is_dir()} | {"experiments", "sweeps"}
+    own = {path.name for path in conf_dir().iterdir() if path.is_dir()} - {"hydra"}
+    return own | {"experiments", "sweeps"}
 
 
 def options(group: str) -> list[str]:

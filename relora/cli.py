@@ -1,18 +1,20 @@
 """The command line: `python run.py` (also `relora train`) and the verbs of `relora`."""
 
 import argparse
+import codecs
 import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from relora import compose, credentials, sweeps, tuned
 from relora.distributed import World
-from relora.errors import ConfigError, RunError
-from relora.rundir import RunDir, read_json
+from relora.errors import ConfigError, RunError, printable
+from relora.files import read_json
+from relora.rundir import RunDir
 from relora.tuned import Presets
 
 
@@ -67,16 +69,36 @@ def _told(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         tell("interrupted")
         return 130
-    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
-        tell(error)
-        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a file that is missing, a folder of someone else, a disk that is full
+        tell(printable(str(error)))
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, without the page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"relora: {printable(message)}; {self.prog} --help shows what it takes\n")
+
+
+def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    """An argument's type: a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be from {low} to {high}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="relora",
         description="Pre-train with ReLoRA, and look at what came out.",
         epilog="relora train [key=value ...] is python run.py [key=value ...]; python run.py --help shows the config.",
@@ -104,9 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("sample", _sample, "Let an exported model write.")
     sub.add_argument("folder", type=Path, help="the model folder of a run")
     sub.add_argument("--prompt", default="", help="what it goes on from (default: the beginning of a text)")
-    sub.add_argument("--tokens", type=int, default=80, help="how many to write at most (default: %(default)s)")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--tokens", type=_number(int, 1, 10**6), default=80, help="how many to write at most (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--temperature",
+        type=_number(float, 0, 1000),
+        default=0.8,
+        help="0: always the likeliest (default: %(default)s)",
+    )
+    sub.add_argument("--seed", type=_number(int, 0, 2**63 - 1), default=0)
     sub.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
 
     sub = verb("report", _report, "Tables and pictures of a study, as report.md, report.html and results.csv.")
@@ -132,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", help=where + ", and cluster settings to change, like cluster.mem_gb=32")
 
     sub = verb("ui", _ui, "Open the MLflow UI on the runs' store; prints the link and serves until Ctrl-C.")
-    sub.add_argument("--port", type=int, default=None, help="default: 5000, or a free one")
+    sub.add_argument("--port", type=_number(int, 0, 65535), default=None, help="default: 5000, or a free one")
     text = "accept other machines at this name or address of this one; creates the store where there is none"
     sub.add_argument("--host", metavar="NAME", default=None, help=text)
     text = "ask for a password, by MLflow's basic auth; needs pip install 'mlflow[auth]'"
@@ -219,6 +248,12 @@ def _model_folder(folder: Path) -> Path:
         raise ConfigError(
             f"{folder} is no model folder: it has no config.json; a run leaves its model in RUN_DIR/model"
         )
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.is_file() and file.read_bytes().startswith(codecs.BOM_UTF8):
+            raise ConfigError(
+                f"{file} begins with a byte-order mark, which transformers does not read; save it without"
+            )
     return folder.absolute()
 
 

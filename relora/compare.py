@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relora import credentials
+from relora.checks import check_name
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.gaps import Baseline, Compared, FullRank, Gap, compared, relative
@@ -24,7 +25,8 @@ SEEDS_FOR_AN_INTERVAL = 3
 
 
 def study_dir(runs_dir: Path, study: str) -> Path:
-    """The folder of a study."""
+    """The folder of a study. Raises ConfigError for what is no name: a path would lead out of `runs_dir`."""
+    check_name("study", study)
     return runs_dir / "studies" / study
 
 

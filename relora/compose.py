@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import yaml
 from omegaconf import Container, DictConfig, OmegaConf
@@ -90,7 +90,13 @@ def _check(texts: Sequence[str], *, sweeps: bool) -> None:
                 )
             continue
         value = override.value()
-        if key in groups and (override.is_delete() or value not in choices.options(key)):
+        if not key.strip():
+            raise ConfigError(f"'{shown(text)}' is no override of the form key=value: it has no key")
+        if override.is_delete():
+            raise ConfigError(
+                f"{shown(text)}: nothing can be taken away from a config; write {shown(key)}= another value"
+            )
+        if key in groups and value not in choices.options(key):
             raise ConfigError(_no_choice(key, text.partition("=")[2]))
         if value == "???":
             raise ConfigError(f"{shown(key)}=??? is no value; leave {shown(key)} out, or give it one")
@@ -213,27 +219,30 @@ def hydra_main(argv: Sequence[str], run: Callable[[DictConfig, list[str]], None]
     def job(composed: DictConfig) -> None:
         run(composed, list(HydraConfig.get().overrides.task))
 
-    _check_options([argument for argument in argv if argument.startswith("-")])
     # Hydra's parser wants the overrides in one row; values of options (--cfg job) hold no "=".
     overrides = [argument for argument in argv if not argument.startswith("-") and "=" in argument]
     options = [argument for argument in argv if argument not in overrides]
-    _check([text for text in overrides if not text.startswith("hydra")], sweeps=True)
+    is_sweep = _is_sweep([*overrides, *options])
+    _check([text for text in overrides if not text.startswith("hydra")], sweeps=is_sweep)
     overrides = [*map(_as_hydra_reads, overrides), *_steps_alone(given_values(overrides))]
     sys.argv = [sys.argv[0], _search_path(), *overrides, *options]
     with _hydra_raises():
         hydra.main(config_path=str(choices.conf_dir()), config_name="config", version_base="1.3")(job)()
 
 
-def _check_options(options: Sequence[str]) -> None:
-    """Raise ConfigError for options that Hydra does not have, or does not take together."""
+def _is_sweep(argv: Sequence[str]) -> bool:
+    """Whether Hydra's command line starts a sweep. Raises ConfigError for options that Hydra does not take."""
     from hydra._internal.utils import get_args_parser
 
-    known = get_args_parser()._option_string_actions
-    for option in options:
-        if option.partition("=")[0] not in known:
-            raise ConfigError(f"{shown(option)} is no option; python run.py --help and --hydra-help list them all")
-    if {"-m", "--multirun"} & {*options} and {"-c", "--cfg", "-i", "--info"} & {*options}:
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{shown(message, 200)}; python run.py --hydra-help lists the options")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    arguments = parser.parse_args(argv)
+    if arguments.multirun and arguments.cfg:
         raise ConfigError("-m starts a sweep and --cfg shows the config of a single run; leave out one of them")
+    return arguments.multirun
 
 
 @contextmanager
@@ -458,7 +467,7 @@ class Composer:
         try:
             for text in [*texts, *_steps_alone(given_values(overrides))]:
                 OmegaConf.update(made, *self._key_and_value(text), merge=True)
-        except (ConfigError, OmegaConfBaseException):
+        except Exception:  # OmegaConf's own classes, and Python's for numbers that are too large
             return compose(overrides)  # whose message is the one to show
         return _checked(made)
 
@@ -473,7 +482,8 @@ class Composer:
 def _is_plain(override: str) -> bool:
     """Whether an override sets one value, and chooses, adds or deletes nothing."""
     key, _, value = override.partition("=")
-    return re.fullmatch(r"\w+(\.\w+)+|runs_dir|study", key) is not None and "${" not in value
+    is_value = re.fullmatch(r"\w+(\.\w+)+|runs_dir|study", key) is not None
+    return is_value and key not in ("method.name", "cluster.name") and "${" not in value
 
 
 def _explain(error: Exception) -> str:

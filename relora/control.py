@@ -1,6 +1,7 @@
 """What one does with a launched study: see how it stands, read its logs, cancel it, try again what failed."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -13,7 +14,7 @@ from relora import compose, slurm
 from relora.compare import studies, study_dir
 from relora.compose import at_home
 from relora.console import is_terminal
-from relora.errors import ConfigError, RunError
+from relora.errors import ConfigError, RunError, shown
 from relora.job import relaunch_command
 from relora.launch import launch_again
 from relora.publish import mirror_runs
@@ -37,13 +38,18 @@ def runs_of(runs_dir: Path, name: str) -> list[Planned]:
 def find_run(runs_dir: Path, name: str) -> Planned:
     """The run called `name` or STUDY/NAME, where NAME may be any part that only one run has. Raises ConfigError."""
     study, _, part = name.rpartition("/")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", part):
+        raise ConfigError(
+            f"'{shown(name)}' is no name of a study or run, nor STUDY/RUN: a name holds letters, "
+            "digits, '_', '.' and '-'"
+        )
     if study:
         candidates = of_manifest(runs_dir, study)
     elif part in studies(runs_dir):
         runs = [f"{part}/{item.config.name}" for item in of_manifest(runs_dir, part)]
         raise ConfigError(f"{part} is a study, and one run is wanted: {_listed(runs)}")
     else:
-        files = sorted(runs_dir.glob(f"*{_escaped(part)}*/config.yaml"))
+        files = sorted(runs_dir.glob(f"*{part}*/config.yaml"))
         candidates = [Planned(config=at_home(file), role="arm") for file in files]
     found = [item for item in candidates if item.config.name == part] or [
         item for item in candidates if part in item.config.name
@@ -62,10 +68,6 @@ def find_run(runs_dir: Path, name: str) -> Planned:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
     return ", ".join(names[:NAMES_TOLD]) + more
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in text)
 
 
 def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:

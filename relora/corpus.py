@@ -4,6 +4,7 @@ A corpus is a folder with one memory-mapped token file a split, the tokenizer, a
 digest. It is built under a lock and appears under its name only when it is complete.
 """
 
+import codecs
 import glob
 import hashlib
 import json
@@ -24,7 +25,8 @@ import numpy as np
 from filelock import FileLock
 
 from relora.data import TokenSequences
-from relora.errors import RunError
+from relora.errors import DamagedFile, RunError
+from relora.files import read_json
 from relora.groups import RECORD_SUFFIXES, DataConfig, text_files, tokenizer_file
 
 FORMAT = 2
@@ -335,16 +337,19 @@ def _train_tokenizer(config: DataConfig, files: list[Path], plan: _Plan, folder:
 def _copy_tokenizer(source: str, folder: Path) -> str:
     """Take a tokenizer of one's own; return its end-of-text token."""
     file = tokenizer_file(source)
-    shutil.copyfile(file, folder / "tokenizer.json")
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    beside = file.with_name("tokenizer_config.json")
-    if beside.is_file():
-        settings = json.loads(beside.read_text())
+    # Editors on Windows write a byte-order mark, which the libraries do not read.
+    (folder / "tokenizer.json").write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    try:
+        made = read_json(file)
+        settings = read_json(file.with_name("tokenizer_config.json"))
+    except DamagedFile as error:
+        raise CorpusError(f"data.tokenizer={source} is no tokenizer: {error}") from error
+    settings = settings or {"tokenizer_class": "PreTrainedTokenizerFast"}
     token = settings.get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     if token is None:
-        added = [entry["content"] for entry in json.loads(file.read_text()).get("added_tokens", [])]
+        added = [entry["content"] for entry in made.get("added_tokens", [])]
         token = next((known for known in (END_OF_TEXT, "</s>", "<eos>") if known in added), None)
     if token is None:
         raise CorpusError(
@@ -358,7 +363,10 @@ def _write_tokens(config: DataConfig, files: list[Path], plan: _Plan, folder: Pa
     """Encode every split into its file; return the meta.json."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise CorpusError(f"data.tokenizer={config.tokenizer} cannot be read as a tokenizer: {error}") from error
     vocab_size, end_of_text_id = tokenizer.get_vocab_size(), tokenizer.token_to_id(end_of_text)
     if end_of_text_id is None:
         raise CorpusError(f"the tokenizer {config.tokenizer} does not know its own end-of-text token {end_of_text!r}")

@@ -58,8 +58,10 @@ class LlamaShape:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
-        return sum(self.full_rank_parameters().values()) + sum(i * o for i, o in self.linears().values())
+        """All of them: two tables, a norm at the end and two a layer, four square matrices a layer and three others."""
+        hidden, inter = self.hidden_size, self.intermediate_size
+        layer = 4 * hidden * hidden + 3 * hidden * inter + 2 * hidden
+        return 2 * self.vocab_size * hidden + hidden + self.layers * layer
 
 
 PLAIN, FACTORED, PROJECTED = "plain", "factored", "projected"
@@ -134,37 +136,39 @@ def control_shape(shape: LlamaShape, trainable_parameters: int) -> LlamaShape:
     head_size = shape.hidden_size // shape.heads
     best: tuple[float, LlamaShape] | None = None
     for layers in range(1, shape.layers + 1):
-        for hidden in range(8, shape.hidden_size + 1, 8):
+        near = layers * aspect / 8
+        lowest = max(1, math.floor(near * (1 - CONTROL_ASPECT_TOLERANCE)))
+        highest = min(shape.hidden_size // 8, math.ceil(near * (1 + CONTROL_ASPECT_TOLERANCE)))
+        for hidden in range(8 * lowest, 8 * highest + 1, 8):
             if abs(hidden / layers / aspect - 1) > CONTROL_ASPECT_TOLERANCE:
                 continue
-            heads = [
-                n
-                for n in range(1, hidden // 2 + 1)
-                if hidden % (2 * n) == 0 and head_size / 2 <= hidden / n <= 2 * head_size
-            ]
-            if not heads:
-                continue
-            candidate = LlamaShape(
-                hidden_size=hidden,
-                intermediate_size=0,
-                layers=layers,
-                heads=min(heads, key=lambda n: abs(hidden / n - head_size)),
-                vocab_size=shape.vocab_size,
-            )
-            room = trainable_parameters - candidate.parameters
-            intermediate = max(8, round(room / (3 * hidden * layers) / 8) * 8)
-            candidate = replace(candidate, intermediate_size=intermediate)
-            if abs(candidate.parameters / trainable_parameters - 1) > CONTROL_COUNT_TOLERANCE:
+            matrices = 3 * hidden * layers
+            fixed = 2 * shape.vocab_size * hidden + hidden + layers * (4 * hidden * hidden + 2 * hidden)
+            intermediate = max(8, round((trainable_parameters - fixed) / matrices / 8) * 8)
+            if abs((fixed + matrices * intermediate) / trainable_parameters - 1) > CONTROL_COUNT_TOLERANCE:
                 continue
             distance = abs(math.log(intermediate / hidden / proportion))
-            if best is None or distance < best[0]:
-                best = distance, candidate
+            if best is not None and distance >= best[0]:
+                continue
+            heads = _heads(hidden, head_size)
+            if heads is not None:
+                best = (
+                    distance,
+                    replace(shape, hidden_size=hidden, intermediate_size=intermediate, layers=layers, heads=heads),
+                )
     if best is None:
         raise ValueError(
             f"no full-rank model of {trainable_parameters:,} parameters has the aspect of {shape} within "
             f"{CONTROL_ASPECT_TOLERANCE:.0%}"
         )
     return best[1]
+
+
+def _heads(hidden_size: int, head_size: int) -> int | None:
+    """How many heads make theirs nearest to `head_size`, within a factor of 2 and even; the fewest of equals."""
+    low, high = max(2, math.ceil(head_size / 2)), min(hidden_size, 2 * head_size)
+    sizes = [size for size in range(high, low - 1, -1) if size % 2 == 0 and hidden_size % size == 0]
+    return hidden_size // min(sizes, key=lambda size: abs(size - head_size)) if sizes else None
 
 
 def module_matches(name: str, target_modules: str | Sequence[str]) -> bool:

@@ -22,10 +22,10 @@ RESET_MODES = ("none", "zero", "random", "magnitude")
 RESET_MOMENTS = ("joint", "independent")
 
 LARGEST_MODEL = {
-    "hidden_size": 2**20,
-    "intermediate_size": 2**24,
-    "layers": 2000,
-    "heads": 2**16,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**20,
+    "layers": 1000,
+    "heads": 2**15,
     "vocab_size": 2**24,
     "max_position_embeddings": 2**31 - 1,
 }

@@ -41,7 +41,10 @@ class Page:
 
     def markdown(self) -> str:
         """report.md."""
-        return "\n\n".join([f"# {self.title}", *(_markdown(kind, content) for kind, content in self.blocks)]) + "\n"
+        return (
+            "\n\n".join([f"# {_no_html(self.title)}", *(_markdown(kind, content) for kind, content in self.blocks)])
+            + "\n"
+        )
 
     def html(self, folder: Path) -> str:
         """report.html, whole in one file."""
@@ -64,21 +67,27 @@ CSS = (
 )
 
 
+def _no_html(text: str) -> str:
+    """Text for Markdown, in which whatever begins with "<" is HTML and with "&" may be a character's name."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _markdown(kind: str, content: Any) -> str:
     if kind == "heading":
-        return f"## {content}"
+        return f"## {_no_html(content)}"
     if kind == "listing":
-        return "\n".join(f"- {item}" for item in content)
+        return "\n".join(f"- {_no_html(item)}" for item in content)
     if kind == "code":
         return "\n".join(f"    {line}" for line in content.splitlines())
     if kind == "table":
         header, rows = content
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+        cells = [[_no_html(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
         rule = ["---", *["---:"] * (len(header) - 1)]
         return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:]))
     if kind == "figure":
-        return f"![{content[1]}]({content[0]})\n\n{content[1]}"
-    return content
+        caption = _no_html(content[1])
+        return f"![{caption}]({content[0]})\n\n{caption}"
+    return _no_html(content)
 
 
 def _html(kind: str, content: Any, folder: Path) -> str:

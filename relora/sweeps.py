@@ -19,11 +19,15 @@ from relora.compose import (
     study_of,
 )
 from relora.config import RunConfig
-from relora.errors import ConfigError
+from relora.errors import ConfigError, shown
 from relora.tuned import Presets
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+MOST_RUNS = 10_000
+"""Of a sweep: each is composed and checked before the first starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,11 @@ def expand(overrides: Sequence[str]) -> Sweep:
     given = parsed(overrides)
     plain = [text for key, texts in given if len(texts) == 1 for text in texts]
     name = _sweep_name(given)
+    for key, texts in given:
+        if key.startswith("hydra.sweeper."):
+            raise ConfigError(f"{shown(texts[0])} is for Hydra's own sweeper; write the run's key=a,b,c itself")
+        if key in ("study", "runs_dir") and len(texts) > 1:
+            raise ConfigError(f"{key}={shown(texts[0].partition('=')[2])},... cannot be swept: a study has one {key}")
     file = composed(plain, with_hydra=True)
     grids = [{}] if name is None else _grids(file, name)
     on_the_line = {key for key, _ in given}
@@ -70,6 +79,9 @@ def expand(overrides: Sequence[str]) -> Sweep:
     for grid in grids:
         rows = parsed([f"{key}={_written(value)}" for key, value in grid.items() if key not in on_the_line])
         axes = [*rows, *given]
+        if math.prod(len(texts) for _, texts in axes) > MOST_RUNS:
+            sizes = " x ".join(str(len(texts)) for _, texts in axes if len(texts) > 1)
+            raise ConfigError(f"the sweep has {sizes} runs, and {MOST_RUNS:,} are the most; give fewer values")
         for cell in itertools.product(*(texts for _, texts in axes)):
             arguments = [text for text in cell if not text.startswith(("sweeps=", "study="))]
             chosen = [text for (key, texts), text in zip(axes, cell, strict=True) if key in grid or len(texts) > 1]
