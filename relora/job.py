@@ -25,21 +25,14 @@ from relora.rundir import PROBE_SECONDS, Attempt, RunDir, Status, read_json, wri
 from relora.state import observe
 
 if TYPE_CHECKING:
-    from relora.corpus import Corpus
     from relora.tracking import MirrorThread
-    from relora.trainer import Trainer
 
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
-SAMPLE_TOKENS = 80
-SAMPLE_TEMPERATURE = 0.8
 
 NODE_LOCK_SECONDS = 60.0
 """How long a requeued job waits for its killed predecessor's lock."""
 
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR2: "SIGUSR2"}
-
-MERGE_TOLERANCE = {"fp32": 1e-3, "bf16_autocast": 1e-3, "bf16": 5e-2}
-"""How far the merged model's logits may be from the factored one's, relative to the largest: storage rounding."""
 
 
 def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
@@ -168,8 +161,9 @@ class _Attempt:
     def _train_and_export(self) -> dict[str, Any]:
         from relora import corpus as corpora
         from relora import warmstart
+        from relora.export import check_finite, export
         from relora.microsteps import share
-        from relora.model import peak_memory_bytes, reset_peak_memory
+        from relora.model import loadable_tokenizer_config, peak_memory_bytes, reset_peak_memory
 
         config, say, world = self.config, self.console.say, self.world
         share(config, world)  # refused before hours go into the preparation of a text
@@ -178,6 +172,9 @@ class _Attempt:
         self.status.device = self.attempt.device
         corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)
         self._check_corpus(corpus.identity)
+        tokenizer_config, note = loadable_tokenizer_config(corpus.tokenizer_file)
+        if note is not None:
+            say(note)
         origin = {**corpus.identity, "device": device.type}
         exact = device.type == "cpu" and not any(self.attempt.differs_from(earlier) for earlier in self.earlier)
         with (
@@ -213,11 +210,14 @@ class _Attempt:
             with self.signals.asking():
                 validation = trainer.train()
             self.console.close()
+            check_finite("validation", validation, config)
+            exported = export(trainer, corpus, self.run, tokenizer_config)
             summary = {
                 "eval_loss": validation.loss,
                 "eval_perplexity": validation.perplexity,
                 "peak_memory_bytes": max(trainer.counters.peak_memory_bytes, peak_memory_bytes(device)),
-                **self._export(trainer, corpus),
+                "test_loss": exported.test.loss,
+                "test_perplexity": exported.test.perplexity,
                 **trainer.progress_metrics(config.total_steps),
                 "restarts": trainer.clock.restarts_before(config.total_steps),
                 "skipped_updates": trainer.counters.skipped_updates,
@@ -228,9 +228,11 @@ class _Attempt:
                 "wall_clock_seconds": time.perf_counter() - self.began,
             }
             summary = {name.removeprefix("progress/"): value for name, value in summary.items()}
-            numbers = {f"summary/{name}": value for name, value in summary.items() if not isinstance(value, str)}
-            log.log(0, numbers)
-        return summary
+            log.log(0, {f"summary/{name}": value for name, value in summary.items()})
+            log.flush()
+        for doubt in exported.doubts:
+            self._warn(doubt)
+        return summary | self._closing_sample()
 
     def _note_begin(self, first_step: int, seconds: float) -> None:
         """Record where this attempt goes on, and tell of a machine that is another than before."""
@@ -252,45 +254,20 @@ class _Attempt:
         self.status.corpus = identity
         self.run.status = self.status
 
-    def _export(self, trainer: "Trainer", corpus: "Corpus") -> dict[str, Any]:
-        """Leave the model as a Hugging Face folder, checked; evaluate and sample what is in that folder."""
-        import numpy as np
-        import torch
+    def _closing_sample(self) -> dict[str, str]:
+        """A decoration: where it fails, that is a warning and the run is finished all the same."""
+        from relora.export import closing_sample
 
-        from relora.evaluate import evaluate
-        from relora.model import load_pretrained, logits, sample, save_pretrained
+        try:
+            return {"sample": closing_sample(self.run.model, prompt_for(self.config), self.config.trainer.seed)}
+        except Exception as error:  # whatever it is, the results stand
+            self._warn(f"the closing sample could not be written: {in_words(error)}")
+            return {}
 
-        config, device, model = self.config, trainer.device, trainer.model.eval()
-        batch = trainer.micro.sequences_per_micro_step
-        length = config.data.sequence_length_tokens
-        probe_BxT = trainer.validation.batch(np.arange(1, dtype=np.int64))[0].to(device)
-        with torch.no_grad():
-            trained = logits(model, probe_BxT).float()
-            trainer.method.finish(model)
-            merged = logits(model, probe_BxT).float()
-            settings = {"sequences_per_batch": batch, "precision": config.trainer.precision}
-            run = {"run": config.name, "sequence_length_tokens": length, **settings, **corpus.identity}
-            save_pretrained(model, corpus.tokenizer_file, self.run.model, run)
-            exported = load_pretrained(self.run.model, device)
-            loaded = logits(exported, probe_BxT).float()
-        scale = trained.abs().max().item()
-        merge_error = (merged - trained).abs().max().item() / scale
-        load_error = (loaded - merged).abs().max().item() / scale
-        if not (merge_error <= MERGE_TOLERANCE[config.trainer.precision] and load_error <= 1e-5):
-            raise RunError(
-                f"the exported model does not compute what was trained: logits off by {merge_error:.1e} after the "
-                f"merge and {load_error:.1e} after loading, relative to the largest; the training state stands in "
-                f"{self.run.checkpoints}"
-            )
-        test = evaluate(exported, corpus.sequences("test", length), device=device, **settings)
-        text = sample(
-            self.run.model,
-            prompt_for(config),
-            max_new_tokens=SAMPLE_TOKENS,
-            temperature=SAMPLE_TEMPERATURE,
-            seed=config.trainer.seed,
-        )
-        return {"test_loss": test.loss, "test_perplexity": test.perplexity, "sample": text}
+    def _warn(self, doubt: str) -> None:
+        """Tell a doubt, and keep it in the status of a run that is finished all the same."""
+        self.console.say(f"warning: {doubt}")
+        self.status.message = "; ".join(filter(None, (self.status.message, doubt)))
 
 
 class StopSignals:
@@ -432,9 +409,14 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
     # In a study the baselines come by themselves.
     if config.method.name != "full" and "-m" not in _overrides(run):
         rows.append(("baseline", baseline_command(run)))
-    text = "\n".join(f"  | {line}" for line in found["sample"].splitlines())
+    if status.message:
+        rows.append(("warning", status.message))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(["", "the model writes:", text, "", *(f"{name:<{width}}  {value}" for name, value in rows)])
+    lines = ["", *(f"{name:<{width}}  {value}" for name, value in rows)]
+    if "sample" in found:
+        text = "\n".join(f"  | {line}" for line in found["sample"].splitlines())
+        lines = ["", "the model writes:", text, *lines]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

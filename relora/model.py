@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,13 +19,22 @@ from typing import Any, TypeGuard
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from relora.cost import LlamaShape
+from relora.errors import RunError
 from relora.groups import ModelConfig
 from relora.loss import summed_linear_cross_entropy
 
@@ -35,6 +45,15 @@ COMPILER = "inductor"
 
 RUN_FILE = "relora.json"
 """Beside the weights of an exported model: what it takes to evaluate it as its run did."""
+
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+TOKENIZER_PROBE = "def main(n: int) ->  str:\n    return f'{n + 1} Grüße, 世界!'\n"
+"""A text in which tokenizers differ."""
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""How folders are loaded: nothing is fetched, and no code that a folder brings along is run, nor is anyone asked."""
 
 
 def build(config: ModelConfig, shape: LlamaShape, *, end_of_text_id: int, seed: int) -> nn.Module:
@@ -159,7 +178,9 @@ def summed_cross_entropy(
     return F.cross_entropy(logits_NxV.float(), targets_BxT.flatten(), reduction="sum")
 
 
-def save_pretrained(model: nn.Module, tokenizer_file: Path, folder: Path, run: dict[str, Any]) -> None:
+def save_pretrained(
+    model: nn.Module, tokenizer_file: Path, folder: Path, run: dict[str, Any], tokenizer_config: dict[str, Any]
+) -> None:
     """Write a plain Hugging Face folder (weights, config, tokenizer) plus `run` as relora.json.
 
     Through a sibling folder that is renamed when complete, so that a folder of that name is always whole.
@@ -167,23 +188,110 @@ def save_pretrained(model: nn.Module, tokenizer_file: Path, folder: Path, run: d
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)  # type: ignore[operator]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tokenizer_file.parent / name, temporary / name)
+    shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
+    (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
 
+@contextmanager
+def _loading(folder: Path, what: str) -> Iterator[None]:
+    """Inside, what transformers raises for a folder that it cannot load is one line."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RunError(
+            f"the {what} in {folder} cannot be loaded: {reason.strip()} (code that a folder brings along is never run)"
+        ) from error
+
+
 def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a local Hugging Face folder, in its stored precision, in evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    """The model of a local Hugging Face folder, in its stored precision, in evaluation mode.
+
+    Code in the folder is never run. Raises RunError where it cannot be loaded.
+    """
+    with _loading(folder, "model"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **LOCAL).eval()
     nn.Module.to(model, device)
     return model
 
 
+def check_same_weights(model: nn.Module, other: nn.Module) -> None:
+    """Raise ValueError unless both have the same parameters and buffers, by name, shape, type and every bit."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"only one of them has {', '.join(sorted(ours.keys() ^ theirs.keys()))}")
+    for name, value in ours.items():
+        found = theirs[name]
+        if (value.dtype, value.shape) != (found.dtype, found.shape):
+            raise ValueError(
+                f"{name} is {found.dtype} of {tuple(found.shape)}, not {value.dtype} of {tuple(value.shape)}"
+            )
+        if not torch.equal(value, found) and not torch.equal(*(_bits(each) for each in (value, found))):
+            raise ValueError(f"{name} differs in {int((value != found).sum()):,} of {value.numel():,} values")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """What torch.equal compares where a value may be NaN, which equals nothing."""
+    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local Hugging Face folder, by the class that its tokenizer_config.json names.
+
+    Code in the folder is never run. Raises RunError where it cannot be loaded.
+    """
+    with _loading(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
+
+
+def loadable_tokenizer_config(tokenizer_file: Path) -> tuple[dict[str, Any], str | None]:
+    """The tokenizer_config.json for an exported model, and why it is not the one beside `tokenizer_file`, if so.
+
+    The one there may name code of its own (auto_map), or a class that cannot be loaded or that makes other tokens than
+    `tokenizer_file`, which the text was encoded with: then transformers' general class takes its place. Raises RunError
+    where that cannot load the file either.
+    """
+    settings = json.loads(tokenizer_file.with_name(TOKENIZER_CONFIG).read_text())
+    reason = _tokenizer_problem(tokenizer_file, settings)
+    if reason is None:
+        return settings, None
+    general = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    general.pop("auto_map", None)
+    least = {name: general[name] for name in ("tokenizer_class", "eos_token")}
+    for candidate in (general, least):
+        if (last := _tokenizer_problem(tokenizer_file, candidate)) is None:
+            return candidate, (
+                f"note: the class {settings.get('tokenizer_class')} that the tokenizer_config.json of data.tokenizer "
+                f"names does not serve ({reason}); the exported model gets PreTrainedTokenizerFast instead, which "
+                "makes the same tokens as its tokenizer.json"
+            )
+    raise RunError(f"transformers cannot load the tokenizer of data.tokenizer: {last}; take another tokenizer.json")
+
+
+def _tokenizer_problem(tokenizer_file: Path, settings: dict[str, Any]) -> str | None:
+    """Why transformers cannot use `tokenizer_file` with `settings`, None where it can."""
+    if "auto_map" in settings:
+        return "it names code of its own in auto_map, which is never run"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings))
+        try:
+            tokens = AutoTokenizer.from_pretrained(folder, **LOCAL)(TOKENIZER_PROBE, add_special_tokens=False)
+        except Exception as error:  # a class that does not fit raises whatever it comes upon
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".replace(f"{folder}/", "")
+    plain = PreTrainedTokenizerFast(tokenizer_file=os.fspath(tokenizer_file))
+    if tokens["input_ids"] != plain(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]:
+        return "it makes other tokens than the tokenizer.json"
+    return None
+
+
 def sample(folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
     """The prompt and what the model of `folder` writes after it; the same text for the same arguments."""
-    model, tokenizer = load_pretrained(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
     inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt", return_token_type_ids=False)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     if room < 1:

@@ -51,7 +51,7 @@ FLOORS = [
         ),
         *("corpus", "console", "status", "page", "pictures", "report", "disk"),
     ],
-    ["ranks", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
+    ["ranks", "export", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
 ]
 """From the ground up; a module imports from floors below its own, or from one that stands before it on its own."""
 

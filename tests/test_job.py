@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from small import REPOSITORY
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,25 +75,167 @@ def test_every_precision_ends_with_a_model_of_the_logged_perplexity(
     assert told["perplexity"] == pytest.approx(status.summary["test_perplexity"], rel=1e-9)
 
 
-@pytest.mark.parametrize("harm", ["weights", "merge"])
-def test_an_export_that_computes_something_else_fails_the_run(tiny: list[str], harm: str, monkeypatch, capsys) -> None:
-    if harm == "merge":
-        monkeypatch.setattr(methods.LowRank, "finish", lambda self, model: zero_factors_and_unwrap(model))
-    else:
-        save = models.save_pretrained
+def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(tiny: list[str], monkeypatch, capsys) -> None:
+    save = models.save_pretrained
 
-        def corrupt(model, tokenizer_file: Path, folder: Path, run) -> None:
-            save(model, tokenizer_file, folder, run)
-            weights = load_file(folder / "model.safetensors")
-            weights["model.layers.0.mlp.up_proj.weight"][0] += 1.0
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    def corrupt(model, tokenizer_file: Path, folder: Path, *others: dict[str, Any]) -> None:
+        save(model, tokenizer_file, folder, *others)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] *= 1.0000002  # its last bit
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-        monkeypatch.setattr(models, "save_pretrained", corrupt)
+    monkeypatch.setattr("relora.export.save_pretrained", corrupt)
     status = launch(compose(tiny), tiny)
     assert status.state == "failed"
-    assert "does not compute what was trained" in status.message
+    assert "model.layers.0.mlp.up_proj.weight differs in 1 of 1,536 values" in status.message
     assert latest_step(run_of(tiny).checkpoints) == 14
     assert "the model writes" not in capsys.readouterr().out
+    monkeypatch.undo()
+    assert launch(compose(tiny), tiny).state == "finished"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_merge_that_changes_the_model_is_a_warning_and_no_lost_run(
+    tiny: list[str], precision: str, monkeypatch, capsys
+) -> None:
+    overrides = [*tiny, f"trainer.precision={precision}", "method=lora", "optimizer.learning_rate=5e-2"]
+    overrides = [item for item in overrides if "reset_interval" not in item]
+    monkeypatch.setattr(methods.LowRank, "finish", lambda self, model: zero_factors_and_unwrap(model))
+    status = launch(compose(overrides), overrides)
+    assert status.state == "finished"
+    assert "the merge may have changed the model" in status.message
+    shown = capsys.readouterr().out
+    assert "warning: the merge may have changed the model" in shown
+    assert "the model writes" in shown
+
+
+@pytest.mark.parametrize("way", ["resident", "never"])
+def test_a_deep_healthy_bf16_model_is_exported_without_a_doubt(tiny: list[str], way: str) -> None:
+    deep = [item for item in tiny if not item.startswith("model.")]
+    deep += ["model.hidden_size=32", "model.intermediate_size=48", "model.layers=24", "model.heads=2"]
+    overrides = [*deep, "trainer.precision=bf16", f"method.merged_weight={way}"]
+    status = launch(compose(overrides), overrides)
+    assert (status.state, status.message) == ("finished", "")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_compiled_by_the_real_inductor_is_exported(tiny: list[str], precision: str) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile's own backend needs a C++ compiler")
+    torch.compiler.reset()
+    overrides = [*tiny, f"trainer.precision={precision}", "trainer.compile=true", "model.layers=1"]
+    overrides += ["method.warm_start_steps=0", "method.reset_interval_steps=null", "trainer.total_steps=4"]
+    status = launch(compose(overrides), overrides)
+    assert (status.state, status.message) == ("finished", "")
+
+
+# ------------------------------------------------------------------------------------ results first, then decoration
+
+
+def in_pieces(folder: Path, settings: dict[str, Any]) -> Path:
+    """A tokenizer of one's own, in a folder with `settings` as its tokenizer_config.json."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["text 1: abc abd"], trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", **settings}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["tok.Mine", None]}, "tokenizer_class": "Mine"}, "auto_map, which is never"),
+        ({"tokenizer_class": "BertTokenizer"}, "BertTokenizer"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "many", "extra_special_tokens": 3}, ""),
+    ],
+    ids=["auto_map", "other kind", "wrong values"],
+)
+def test_a_tokenizer_config_that_does_not_fit_is_told_at_the_start_and_costs_nothing(
+    tiny: list[str], tmp_path: Path, settings: dict[str, Any], reason: str, capsys
+) -> None:
+    overrides = [*tiny, f"data.tokenizer={in_pieces(tmp_path / 'own', settings)}"]
+    (tmp_path / "own" / "tok.py").write_text("raise SystemExit('code of the folder was run')")
+    status = launch(compose(overrides), overrides)
+    assert (status.state, status.message) == ("finished", "")
+    assert status.summary["sample"]
+    shown = capsys.readouterr().out
+    assert "gets PreTrainedTokenizerFast instead" in shown.partition("validation perplexity")[0]
+    assert reason in shown
+    tokenizer = AutoTokenizer.from_pretrained(run_of(overrides).model)
+    expected = Tokenizer.from_file(str(tmp_path / "own" / "tokenizer.json")).encode("text 12: abc").ids
+    assert tokenizer("text 12: abc", add_special_tokens=False)["input_ids"] == expected
+    assert tokenizer.eos_token == "<end>"
+
+
+def test_a_closing_sample_that_fails_is_a_warning_and_the_results_stand(tiny: list[str], monkeypatch, capsys) -> None:
+    def fail(*_: object, **__: object) -> str:
+        rows = [row for row in read_rows(run_of(tiny).metrics_file) if "summary/test_loss" in row]
+        assert len(rows) == 1, "the results are recorded first"
+        raise RuntimeError("no text today")
+
+    monkeypatch.setattr("relora.export.sample", fail)
+    assert cli.run(tiny) == 0
+    status = run_of(tiny).status
+    assert status is not None
+    assert status.state == "finished"
+    assert status.message == "the closing sample could not be written: RuntimeError: no text today"
+    assert math.isfinite(status.summary["test_loss"])
+    assert "sample" not in status.summary
+    assert "warning      the closing sample could not be written" in capsys.readouterr().out
+    assert cli.run(tiny) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_a_run_that_failed_in_its_last_second_is_finished_by_the_same_command(tiny: list[str], monkeypatch) -> None:
+    monkeypatch.setattr("relora.job.summary_text", lambda *_: "")
+    monkeypatch.setattr("relora.export.evaluate", lambda *_, **__: 1 / 0)
+    assert launch(compose(tiny), tiny).state == "failed"
+    monkeypatch.undo()
+    status = launch(compose(tiny), tiny)
+    assert (status.state, status.attempt) == ("finished", 2)
+    assert status.summary["sample"]
+
+
+@pytest.mark.parametrize("rate", ["1e3", "1e6"])
+@pytest.mark.parametrize("method", ["full", "relora"])
+def test_a_run_that_diverged_to_finite_weights_ends_finished_and_says_so(
+    tiny: list[str], method: str, rate: str, capsys
+) -> None:
+    own = [item for item in tiny if method == "relora" or not item.startswith("method.")]
+    overrides = [*own, f"method={method}", f"optimizer.learning_rate={rate}"]
+    overrides += ["trainer.max_consecutive_skipped_updates=100"]
+    assert cli.run(overrides) == 0
+    status = run_of(overrides).status
+    assert status is not None
+    assert status.state == "finished"
+    assert "the run diverged" in status.message
+    assert "lower optimizer.learning_rate" in status.message
+    assert status.summary["test_loss"] > math.log(300) - 1e-3
+    shown = capsys.readouterr().out
+    assert "warning: the run diverged" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_run_that_ends_without_a_finite_loss_fails_with_the_reason_at_every_launch(tiny: list[str], capsys) -> None:
+    overrides = [*tiny, "optimizer.learning_rate=1e30", "trainer.max_consecutive_skipped_updates=1000"]
+    messages = []
+    for _ in range(2):
+        assert cli.run(overrides) == 1
+        status = run_of(overrides).status
+        assert status is not None
+        assert status.state == "failed"
+        messages.append(status.message)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("the run diverged: its validation loss is nan after 14 updates; lower optimizer.lea")
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.out + shown.err
 
 
 def zero_factors_and_unwrap(model) -> None:
