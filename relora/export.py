@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from relora.trainer import Trainer
 
 MERGE_TOLERANCE = {"fp32": 1e-4, "bf16_autocast": 5e-3, "bf16": 5e-3}
-"""How far the loss of the merged model may be from that of the trained one, in nats per token and as a share of it, by precision.
+"""How far the merged model's loss may be from the trained one's, in nats per token and as a share of it, by precision.
 
 Storage rounding and another order of summing (a compiled model's) explain so much; the loss is an average over many
 tokens, and hardly depends on the depth.
