@@ -261,7 +261,8 @@ def as_row(member: Compared) -> dict[str, Any]:
     row: dict[str, Any] = {
         "run": run.name,
         "arm": member.label,
-        "role": run.role,
+        "role": member.role,
+        "rates": run.config.rates.in_full if run.config else None,
         "state": run.state,
         "message": member.tokens.note if run.diverged else run.message if not run.finished else "",
         "seed": run.config.trainer.seed if run.config else None,

@@ -19,6 +19,7 @@ from relora.errors import ConfigError
 from relora.results import Run, best_on_validation, mean
 from relora.rundir import RunDir
 
+OTHER_RATE = "baseline, other rate"
 SAME_BUDGET = 0.01
 """Budgets within this share of each other count as equal."""
 
@@ -59,6 +60,16 @@ class Compared:
     seconds: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     tokens_to_baseline: int | None = None
     """Tokens at the first evaluation that reached the baseline's last validation loss; None: never."""
+
+    @property
+    def role(self) -> str:
+        """ "arm" or "baseline"; "baseline, other rate" for a full-rank run that came by itself and was not chosen."""
+        return role_beside(self.run.role, self.run, self.baseline)
+
+
+def role_beside(role: str, run: Run, baseline: Run | None) -> str:
+    """The role of a run that is measured against `baseline`, for people."""
+    return OTHER_RATE if role == "baseline" and baseline is not None and baseline.name != run.name else role
 
 
 def _gap_at_equal_tokens(run: Run, baseline: Run | None, missing: str) -> Gap:

@@ -30,7 +30,7 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
         assert config is not None
         try:
             if finished:
-                attach_report(config, name, folder, finished)
+                attach_report(config, name, folder, finished, "\n\n".join(answer(study)))
         except Exception as error:  # whatever MLflow raises
             print(f"the report could not be attached in MLflow at {config.mlflow_uri}: {brief(error)}", flush=True)
     print("\n".join(["", *answer(study), f"report: {folder / 'report.html'}"]), flush=True)

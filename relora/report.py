@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from relora.compare import Arm, Estimate, Study, as_row, study_dir
+from relora.doubts import doubts, rates_of, untuned, untuned_words
 from relora.gaps import SAME_BUDGET, Compared, Gap
 from relora.page import Page
 from relora.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map
@@ -86,9 +87,11 @@ def _answer(study: Study) -> list[str]:
     else:
         told.append("There is no finished full-rank run to measure against.")
     told += study.baseline_remarks()
+    told += untuned_words(study)
     if best is not None:
         told.append(_best_arm(study, best, full))
-    cells = heat_map(study)
+    told += doubts(study, best, full)
+    cells = None if untuned(study) else heat_map(study)
     if best is not None and cells is not None and best.method == "relora" and best.config is not None:
         interval = best.config.reset_interval_steps
         told.append(
@@ -144,6 +147,7 @@ def _speed(arm: Arm) -> float:
 
 ARM_COLUMNS = (
     "arm",
+    "rates",
     "seeds",
     "test perplexity",
     "gap, equal tokens",
@@ -157,6 +161,7 @@ ARM_COLUMNS = (
 RUN_COLUMNS = (
     "run",
     "arm",
+    "role",
     "seed",
     "state",
     "validation",
@@ -178,8 +183,19 @@ FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
 )
 
 
-def _arm_row(arm: Arm, notes: Notes) -> list[str]:
-    cells = [arm.label, f"{len(arm.finished)}/{len(arm.members)}", _spread(arm.values("test_perplexity"))]
+def _rates_cell(study: Study, arm: Arm) -> str:
+    """How an arm's rates were chosen, after what a baseline is to the study."""
+    roles = {member.role for member in arm.members} - {"arm"}
+    return "; ".join(filter(None, [*sorted(roles), rates_of(study, arm)])) or "-"
+
+
+def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
+    cells = [
+        arm.label,
+        _rates_cell(study, arm),
+        f"{len(arm.finished)}/{len(arm.members)}",
+        _spread(arm.values("test_perplexity")),
+    ]
     for axis in ("tokens", "flops", "seconds"):
         gap, told = arm.gap(axis), arm.notes(axis)
         if axis == "tokens":
@@ -242,6 +258,7 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
     return [
         run.name,
         member.label,
+        member.role,
         str(run.config.trainer.seed) if run.config else "?",
         "diverged" if run.diverged else run.state,
         *(_spread([run.summary[name]] if finished else []) for name in ("eval_perplexity", "test_perplexity")),
@@ -266,7 +283,7 @@ def write_report(study: Study, runs_dir: Path) -> Path:
     page.heading("What came out")
     page.listing(answer(study))
     page.heading("Arms")
-    page.table(ARM_COLUMNS, [_arm_row(arm, notes) for arm in study.arms])
+    page.table(ARM_COLUMNS, [_arm_row(part, arm, notes) for part in study.settings() for arm in part.arms])
     run_rows = [_run_row(member, notes) for member in study.members]
     page.paragraph(
         "A gap is test perplexity over that of the full-rank run of the same setting and seed, less 1, averaged over "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.console import LiveTable, duration, is_terminal
-from relora.gaps import FullRank, gap_at_equal_tokens
+from relora.gaps import FullRank, gap_at_equal_tokens, role_beside
 from relora.metrics import read_rows
 from relora.results import Run
 from relora.rundir import Status
@@ -35,6 +35,8 @@ class Standing:
     """The full-rank run that it is measured against."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    rates: str = ""
+    """How its learning rates were chosen, where there is something to say."""
 
     def as_json(self) -> dict[str, Any]:
         """Flat, for `relora status --json`."""
@@ -70,7 +72,7 @@ def _finished(run: Run, state: State, full: FullRank) -> Standing:
     found, (gap, baseline) = run.summary, gap_at_equal_tokens(run, full)
     return Standing(
         run=run.name,
-        role=run.role,
+        role=role_beside(run.role, run, baseline),
         state=replace(state, message=gap.note) if run.diverged else state,
         step=run.config.total_steps,
         total_steps=run.config.total_steps,
@@ -81,7 +83,18 @@ def _finished(run: Run, state: State, full: FullRank) -> Standing:
         baseline=baseline.name if baseline is not None else None,
         tokens_per_second=found["tokens"] / found["training_seconds"],
         peak_memory_bytes=found["peak_memory_bytes"],
+        rates=_rates(run, baseline, full),
     )
+
+
+def _rates(run: Run, baseline: Run | None, full: FullRank) -> str:
+    """How the rates of a finished run were chosen: those of a baseline perhaps among several."""
+    assert run.config is not None
+    if baseline is not None and baseline.name == run.name:
+        tried = {config.optimizer.learning_rate for config in full.configs_for(run)}
+        if len(tried) > 1:
+            return f"the best of {len(tried)} rates"
+    return run.config.rates.words
 
 
 def _begun(item: Planned, state: State, status: Status | None) -> Standing:
@@ -100,12 +113,13 @@ def _begun(item: Planned, state: State, status: Status | None) -> Standing:
         attempts=status.attempt if status else 0,
         validation_perplexity=perplexities[-1] if perplexities else None,
         tokens_per_second=rates[-1] if rates else None,
+        rates=item.config.rates.words,
     )
 
 
 COLUMNS = (
     *("run", "role", "state", "step", "left", "requeues", "validation", "test", "gap to full"),
-    *("tokens/s", "memory", "note"),
+    *("tokens/s", "memory", "rates", "note"),
 )
 
 
@@ -125,6 +139,7 @@ def _cells(row: Standing) -> tuple[str, ...]:
         shown(row.gap_to_full, lambda value: f"{value:+.1%}"),
         shown(row.tokens_per_second, lambda value: f"{value:,.0f}"),
         shown(row.peak_memory_bytes, lambda value: f"{value / 2**20:,.0f} MiB"),
+        row.rates,
         row.state.message.splitlines()[0][:NOTE_CHARACTERS] if row.state.message else "",
     )
 

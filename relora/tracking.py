@@ -129,6 +129,8 @@ class Mirror:
             "attempt": str(status.attempt),
             **status.corpus,
         }
+        if config.rates.basis != "unknown":
+            tags["rates"] = config.rates.in_full[:VALUE_LENGTH]
         if config.study is not None:
             tags[f"study.{config.study}"] = "1"
         if status.slurm_job_id:

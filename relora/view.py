@@ -27,7 +27,7 @@ def gap_metric(study: str) -> str:
     return f"summary/gap_to_full_percent.{study}"
 
 
-def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence[Compared]) -> None:
+def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence[Compared], headline: str) -> None:
     """Make each run of the store a member of the study with its gap, and keep the report with a run of its own.
 
     Raises what MLflow raises, and RunError for a store that was moved with the runs, after all but the files.
@@ -42,7 +42,7 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
             deleted.append(member.run.name)
             continue
         run_id, known = state["run_id"], recorded.data
-        tags = {f"study.{study}": "1"}
+        tags = {f"study.{study}": "1", f"role.{study}": member.role}
         if member.baseline is not None:
             tags[f"baseline.{study}"] = member.baseline.name
         for name, value in tags.items():
@@ -61,6 +61,7 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
     else:
         created = client.create_run(experiment, tags={"report_of": study}, run_name=f"report {study}")
         run_id = created.info.run_id
+    client.set_tag(run_id, "mlflow.note.content", headline)
     write_view(client, experiment, study)
     client.set_terminated(run_id, "FINISHED")
     _check_place(config, str(client.get_run(run_id).info.artifact_uri))

@@ -11,23 +11,27 @@ from relora.launch import plan, write_manifest
 from relora.metrics import MetricsLog
 from relora.rundir import RunDir, Status
 from relora.sweeps import Sweep
+from relora.tuned import Presets
 
 STEPS = 40
 SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2")
 RELORA = ("method=relora", "method.warm_start_steps=0", "method.reset_interval_steps=20")
 FULL = ("method=full",)
-COMPOSER = Composer()
+COMPOSER, PRESETS = Composer(), Presets()
 """Of every lab: Hydra composes each choice of groups once, not every run of every test."""
 
 
 class Lab:
     """Makes run folders as training leaves them, with the figures that a test asks for."""
 
-    def __init__(self, runs_dir: Path, tracker: str = "jsonl") -> None:
-        self.runs_dir, self.tracker = runs_dir, tracker
+    def __init__(self, runs_dir: Path, tracker: str = "jsonl", *, noted: bool = False) -> None:
+        """`noted`: the runs keep a note of where their rates come from, as runs of this version do."""
+        self.runs_dir, self.tracker, self.noted = runs_dir, tracker, noted
 
     def config(self, *overrides: str) -> RunConfig:
-        return COMPOSER.compose([*SETTING, *overrides, f"tracker={self.tracker}", f"runs_dir={self.runs_dir}"])
+        texts = [*SETTING, *overrides, f"tracker={self.tracker}", f"runs_dir={self.runs_dir}"]
+        config = COMPOSER.compose(texts)
+        return PRESETS.noted(config, texts) if self.noted else config
 
     def run(self, *overrides: str, loss: float = 3.0, state: str = "finished", **changes: Any) -> RunConfig:
         """A run whose validation loss falls linearly to `loss`; the test loss is 0.1 above."""

@@ -49,7 +49,7 @@ FLOORS = [
             "tracking",
             "view",
         ),
-        *("corpus", "console", "status", "page", "pictures", "report", "disk"),
+        *("corpus", "console", "status", "page", "pictures", "doubts", "report", "disk"),
     ],
     ["ranks", "export", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
 ]

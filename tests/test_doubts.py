@@ -1,0 +1,130 @@
+"""What a study's headline, tables and status say of rates that were not tuned and of figures that are not plausible."""
+
+from pathlib import Path
+
+import pytest
+from lab import FULL, RELORA, Lab
+
+from relora import cli
+from relora.compare import Study
+from relora.doubts import rates_of, rise
+from relora.metrics import MetricsLog
+from relora.rates import NOT_TUNED
+from relora.report import answer, write_report
+from relora.results import Run
+from relora.state import State
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path / "runs", noted=True)
+
+
+def line(study: Study, text: str) -> str:
+    """The one line of the headline that holds `text`, empty without one."""
+    found = [told for told in answer(study) if text in told]
+    assert len(found) < 2
+    return found[0] if found else ""
+
+
+def arm(study: Study, label: str):
+    return next(arm for arm in study.arms if arm.label == label)
+
+
+GRID = [(rank, interval) for rank in (8, 32) for interval in ("20", "null")]
+
+
+def cells(lab: Lab, *overrides: str, loss: float = 3.1) -> list:
+    return [
+        lab.run(*RELORA, f"method.rank={rank}", f"method.reset_interval_steps={interval}", *overrides, loss=loss)
+        for rank, interval in GRID
+    ]
+
+
+def test_rates_of_another_setting_are_told_baseline_first_and_no_rank_is_advised(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = lab.study(lab.run(*FULL, loss=3.0), *cells(lab))
+    told = line(study, NOT_TUNED)
+    assert told.index("full rank (full)") < told.index("relora")
+    assert "trainer.total_steps=40, tuned at 600" in told
+    assert line(study, "take rank") == ""
+    page = (write_report(study, lab.runs_dir) / "report.md").read_text()
+    assert page.count(f"| {NOT_TUNED} |") == 5
+    assert cli.main(["status", "mine", f"runs_dir={lab.runs_dir}"]) in (0, 1)
+    assert capsys.readouterr().out.count(NOT_TUNED) == 5
+
+
+def test_rates_that_were_given_or_chosen_in_the_study_are_what_they_are(lab: Lab) -> None:
+    hand = "optimizer.learning_rate=4e-3"
+    study = lab.study(lab.run(*FULL, hand, loss=3.0), *cells(lab, hand))
+    assert line(study, NOT_TUNED) == ""
+    assert line(study, "take rank") != ""
+    assert {rates_of(study, arm) for arm in study.arms} == {"rates set by hand"}
+    ladder = [lab.run(*FULL, f"optimizer.learning_rate={rate}", loss=loss) for rate, loss in ((1e-3, 2.9), (2e-3, 2.8))]
+    study = lab.study(*ladder, lab.run(*FULL, loss=3.0), lab.run(*RELORA), name="ladder")
+    best = study.full_rank()
+    assert best is not None
+    assert rates_of(study, best).startswith("the best of")
+    assert "full rank" not in line(study, NOT_TUNED)
+    assert "relora" in line(study, NOT_TUNED)
+
+
+def test_runs_of_an_older_version_are_reported_as_before(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "runs")
+    study = lab.study(lab.run(*FULL, loss=3.0), *cells(lab))
+    assert line(study, NOT_TUNED) == ""
+    assert line(study, "take rank") != ""
+
+
+def test_an_arm_far_ahead_of_full_rank_is_doubted(lab: Lab) -> None:
+    study = lab.study(
+        lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=2.95), lab.run(*RELORA, "method.rank=8", loss=2.99)
+    )
+    told = line(study, "ahead of full rank")
+    assert "relora rank=32 is 4.9% ahead" in told
+    assert "optimizer.learning_rate" in told
+
+
+def test_a_best_rate_at_the_edge_is_told_and_one_inside_is_not(lab: Lab) -> None:
+    losses = {1e-3: 3.0, 2e-3: 2.8, 4e-3: 3.4}
+    configs = [lab.run(*FULL, f"optimizer.learning_rate={rate}", loss=loss) for rate, loss in losses.items()]
+    inside = lab.study(*configs, lab.run(*RELORA, loss=2.9))
+    assert line(inside, "that were tried") == ""
+    beyond = lab.run(*FULL, "optimizer.learning_rate=5e-4", loss=2.5)
+    told = line(lab.study(*configs, beyond, lab.run(*RELORA, loss=2.9)), "that were tried")
+    assert "0.0005, is the lowest of the 4" in told
+    assert "optimizer.learning_rate=0.00025" in told
+
+
+def test_a_gap_within_the_spread_of_two_seeds_is_no_difference(lab: Lab) -> None:
+    configs = []
+    for seed, relora in ((0, 3.05), (1, 2.99)):
+        configs += [lab.run(*FULL, f"trainer.seed={seed}", loss=3.0)]
+        configs += [lab.run(*RELORA, f"trainer.seed={seed}", loss=relora)]
+    assert "no difference is shown" in line(lab.study(*configs), "spread of its seeds")
+
+
+@pytest.mark.parametrize(
+    ("validation", "training", "kind"),
+    [
+        ([4.0, 3.0, 2.9], [5 - 0.03 * n for n in range(40)], None),
+        ([4.0, 3.0, 3.1], [5 - 0.03 * n for n in range(40)], "validation"),
+        ([4.0, 3.0, 2.9], [5 - 0.03 * n + (0.4 if 20 <= n < 30 else 0) for n in range(40)], "training"),
+        ([], [3.0] * 40, None),
+    ],
+)
+def test_a_loss_that_rises_after_the_warm_up_is_found(
+    validation: list[float], training: list[float], kind: str | None, lab: Lab
+) -> None:
+    config = lab.config(*FULL)
+    config.run_dir.mkdir(parents=True)
+    with MetricsLog.opened(config.run_dir / "metrics.jsonl", exact=True) as log:
+        for step, loss in enumerate(training, start=1):
+            log.log(step, {"train/loss": loss})
+        for number, loss in enumerate(validation, start=1):
+            log.log(10 * number, {"eval/loss": loss})
+    run = Run.of(config.run_dir, "arm", State(name="finished"))
+    run.config = config
+    found = rise(run)
+    assert (found[0] if found else None) == kind
