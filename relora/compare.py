@@ -14,7 +14,7 @@ from typing import Any
 from relora import credentials
 from relora.checks import check_name
 from relora.config import RunConfig
-from relora.errors import ConfigError
+from relora.errors import ConfigError, DamagedFile
 from relora.gaps import Baseline, Compared, FullRank, Gap, compared, relative
 from relora.results import Run, best_on_validation, deviation, mean
 from relora.rundir import RunDir, read_json
@@ -33,6 +33,24 @@ def study_dir(runs_dir: Path, study: str) -> Path:
 def studies(runs_dir: Path) -> list[str]:
     """The studies of a runs_dir, by name."""
     return sorted(path.parent.name for path in runs_dir.glob("studies/*/study.json"))
+
+
+def manifest_of(runs_dir: Path, study: str) -> dict[str, Any]:
+    """A study's study.json. Raises ConfigError for a study that was never launched here, DamagedFile."""
+    file = study_dir(runs_dir, study) / "study.json"
+    manifest = read_json(file)
+    if not manifest and not file.exists():
+        known = ", ".join(studies(runs_dir)) or "none"
+        raise ConfigError(f"no study {study} was launched in {runs_dir}; there are: {known}")
+    runs, launches = manifest.get("runs"), manifest.get("launches")
+    remedy = "launch the study again: that writes the file anew"
+    if not isinstance(runs, dict) or not isinstance(launches, list):
+        raise DamagedFile(file, "it has no runs and launches", remedy)
+    for name, entry in runs.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("role"), str):
+            raise DamagedFile(file, f"its run {name} has no role", remedy)
+        entry.setdefault("variant", name)
+    return manifest
 
 
 @dataclass(kw_only=True)
@@ -183,10 +201,7 @@ class Study:
 
 def load_study(runs_dir: Path, name: str) -> Study:
     """Read a study's runs and measure each. Raises ConfigError for a study that was never launched here."""
-    manifest = read_json(study_dir(runs_dir, name) / "study.json")
-    if not manifest:
-        known = ", ".join(studies(runs_dir)) or "none"
-        raise ConfigError(f"no study {name} was launched in {runs_dir}; there are: {known}")
+    manifest = manifest_of(runs_dir, name)
     roles = {runs_dir / run: entry["role"] for run, entry in manifest["runs"].items()}
     states = observe([RunDir(path) for path in roles])
     own = [Run.of(path, role, state) for (path, role), state in zip(roles.items(), states, strict=True)]

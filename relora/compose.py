@@ -534,4 +534,7 @@ def thaw(path: Path) -> RunConfig:
         raise ConfigError(f"{path} cannot be read as a config: {shown(error, 200)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no config")
-    return _checked(_structured(values))
+    try:
+        return _checked(_structured(values))
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be read as a config: {error}") from error

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from relora import compose, slurm
-from relora.compare import studies, study_dir
+from relora.compare import manifest_of, studies, study_dir
 from relora.compose import at_home
 from relora.console import is_terminal
 from relora.errors import ConfigError, RunError, shown
@@ -20,7 +20,7 @@ from relora.launch import launch_again
 from relora.publish import mirror_runs
 from relora.rundir import RunDir, read_json, write_json
 from relora.state import log_of, observe
-from relora.status import render_plain, standings
+from relora.status import Standing, render_plain, standings, unreadable
 from relora.study import Planned, note_cancellation, of_manifest
 from relora.submit import BESIDE
 
@@ -75,7 +75,7 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
     planned = runs_of(runs_dir, name)
     while True:
         try:
-            rows = standings(planned)
+            rows = [*standings(planned), *_unreadable(runs_dir, name)]
         except RunError as error:
             if not watch:
                 raise
@@ -87,14 +87,18 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
         print(render_plain(rows), flush=True)
         mirror_runs(planned)
         if not watch or not any(row.state.is_under_way for row in rows):
-            return not any(row.state.name in ("failed", "cancelled") for row in rows)
+            return not any(row.state.name in ("failed", "cancelled", "unreadable") for row in rows)
         time.sleep(WATCH_SECONDS)
+
+
+def _unreadable(runs_dir: Path, name: str) -> list[Standing]:
+    return unreadable(runs_dir, name) if name in studies(runs_dir) else []
 
 
 def status_json(runs_dir: Path, name: str) -> list[dict[str, object]]:
     """How the runs stand, as records."""
     planned = runs_of(runs_dir, name)
-    rows = [row.as_json() for row in standings(planned)]
+    rows = [row.as_json() for row in [*standings(planned), *_unreadable(runs_dir, name)]]
     mirror_runs(planned)
     return rows
 
@@ -143,7 +147,7 @@ def cancel(runs_dir: Path, name: str) -> list[str]:
 
 def _terminate(run: RunDir) -> list[str]:
     """Ask a process of this machine to stop, with a checkpoint; returns what stands against it."""
-    status = run.status
+    status = run.known_status
     if status is None or status.host != socket.gethostname():
         return [f"{run.path.name} is trained on {status.host if status else 'another machine'}; cancel it there"]
     with suppress(ProcessLookupError):  # it has ended meanwhile
@@ -165,7 +169,7 @@ def retry(runs_dir: Path, name: str, overrides: Sequence[str]) -> bool:
         run = find_run(runs_dir, name).run
         raise ConfigError(f"{name} is a single run, and retry takes a study; go on with: {relaunch_command(run)}")
     planned = of_manifest(runs_dir, name)
-    manifest = read_json(study_dir(runs_dir, name) / "study.json")
+    manifest = manifest_of(runs_dir, name)
     cluster = compose.cluster_with(manifest["cluster"], changes)
     planned = [replace(item, config=replace(item.config, cluster=cluster)) for item in planned]
     return launch_again(name, planned, ["-m", *manifest["launches"][-1]])

@@ -11,9 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from relora import compose
+from relora.compare import manifest_of
 from relora.config import RunConfig
-from relora.errors import ConfigError, RunError
-from relora.rundir import RunDir, read_json
+from relora.errors import ConfigError, DamagedFile, RunError
+from relora.rundir import RunDir
 
 CHECKPOINT = re.compile(r"step-\d+\.pt")
 NO_RUNS = ("studies", "corpora", "warm_starts")
@@ -122,12 +123,9 @@ def _manifests(runs_dir: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for file in sorted(runs_dir.glob("studies/*/study.json")):
         try:
-            found[file.parent.name] = list(read_json(file)["runs"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{file} is no manifest of a study ({type(error).__name__}: {error}), so what its runs need is not "
-                "known; launch the study again after removing it"
-            ) from error
+            found[file.parent.name] = list(manifest_of(runs_dir, file.parent.name)["runs"])
+        except DamagedFile as error:
+            raise RunError(f"{error}; what its runs need is not known before that") from error
     return found
 
 
@@ -155,8 +153,8 @@ def _read(run: RunDir) -> _Run:
             state = "running"
     except OSError as error:
         problems.append(f"its status and lock cannot be read ({error})")
-    except (ValueError, TypeError) as error:
-        problems.append(f"its status.json cannot be read ({_first_line(error)})")
+    except DamagedFile as error:
+        problems.append(f"its status.json cannot be read ({error.why})")
     return _Run(run=run, state=state, config=config, problem=" and ".join(problems))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from relora import compose
 from relora.config import RunConfig
-from relora.errors import ConfigError
+from relora.errors import ConfigError, DamagedFile
 from relora.results import Run, best_on_validation, mean
 from relora.rundir import RunDir
 
@@ -251,7 +251,7 @@ def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run |
         if status is None or status.state != "finished":
             return None
         config = compose.at_home(folder.config_file)
-    except ConfigError:
+    except (ConfigError, DamagedFile):
         return None
     run = Run(name=path.name, role="other", path=path, config=config, status=status, state=status.state)
     return run if is_full_rank(config) else None

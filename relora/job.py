@@ -17,10 +17,12 @@ from relora import compose, credentials, slurm
 from relora.config import RunConfig
 from relora.console import Console
 from relora.distributed import PeerLost, World
-from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
-from relora.metrics import Broadcast, MetricsLog
+from relora.errors import ConfigError, DamagedFile, Interrupted, RunError, WarmStartTrained
+from relora.files import set_aside
+from relora.metrics import Broadcast, MetricsLog, read_rows, row_metrics
 from relora.plan import plan, warning
 from relora.ranks import build_trainer, choose_device, describe_machine, in_words, take_part, then_stop
+from relora.results import RESULTS
 from relora.rundir import PROBE_SECONDS, Attempt, RunDir, Status, read_json, write_json
 from relora.state import observe
 
@@ -68,7 +70,7 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
         with signals.installed(), signals.asking():
             return take_part(run, world, lambda: signals.reason, warm_start_only=warm_start_only)
     with run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
-        config, previous = compose.thaw(run.config_file), run.status
+        config, previous = compose.thaw(run.config_file), _previous_status(run)
         if previous is not None and previous.state == "finished":
             print(_already_done(run, previous))
             print(summary_text(run, config, previous))
@@ -89,6 +91,27 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
             run.error_file(rank).unlink()
         _Attempt(run, config, status, world, on_node=on_node, warm_start_only=warm_start_only).run_to_end()
         return status
+
+
+def _previous_status(run: RunDir) -> Status | None:
+    """What the last attempt left. Where that is damaged, the results of a finished run are read from its metrics."""
+    try:
+        return run.status
+    except DamagedFile as error:
+        told = f"{error.path} cannot be read: {error.why}; kept as {set_aside(run.status_file).name}"
+        rows = [row_metrics(row) for row in read_rows(run.metrics_file)]
+        prefix = "summary/"
+        known = {name.removeprefix(prefix): row[name] for row in rows for name in row if name.startswith(prefix)}
+        if not run.model.is_dir() or not all(name in known for name in RESULTS):
+            print(f"note: {told}, going on without it", flush=True)
+            return None
+        print(f"note: {told}, its results are read from metrics.jsonl", flush=True)
+        about = read_json(run.model / "relora.json")
+        corpus = {name: about[name] for name in ("corpus_digest", "tokenizer_digest") if name in about}
+        counts = ("tokens", "parameters", "trainable_parameters", "restarts", "skipped_updates", "peak_memory_bytes")
+        summary = {name: int(value) if name in counts else value for name, value in known.items()}
+        run.status = Status(state="finished", host="", pid=0, corpus=corpus, summary={"sample": "", **summary})
+        return run.status
 
 
 class _Attempt:

@@ -34,7 +34,7 @@ def take_part(run: RunDir, world: World, stop: Callable[[], str | None], *, warm
 
     Returns how it went, after rank 0 has recorded it.
     """
-    previous = run.status
+    previous = run.known_status
     if previous is not None and previous.state == "finished":
         return previous
     status = Status(state="failed")

@@ -301,6 +301,10 @@ def write_report(study: Study, runs_dir: Path) -> Path:
     if study.unfinished:
         page.heading("Runs without a result")
         page.listing([_line(f"{m.run.name} ({m.label}): {m.run.state}: {m.run.message}") for m in study.unfinished])
+    remarks = [_line(f"{m.run.name} ({m.label}): {text}") for m in study.members for text in m.run.remarks]
+    if remarks:
+        page.heading("Remarks on runs")
+        page.listing(remarks)
     alone = [m for m in study.members if m.run.finished and m.tokens.loss is None]
     if alone:
         page.heading("Runs without a baseline")

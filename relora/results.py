@@ -4,19 +4,24 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from relora import compose
 from relora.config import RunConfig
-from relora.errors import ConfigError
-from relora.metrics import read_rows
+from relora.errors import ConfigError, DamagedFile
+from relora.files import reason
+from relora.metrics import read_rows, recorded
 from relora.rundir import RunDir, Status
 from relora.state import State
 
 T = TypeVar("T")
+
+RESULTS = ("eval_loss", "eval_perplexity", "test_loss", "test_perplexity", "tokens", "flops", "training_seconds")
+RESULTS += ("peak_memory_bytes", "parameters", "trainable_parameters", "restarts", "skipped_updates")
+"""What the summary of a finished run has at least."""
 
 
 @dataclass(kw_only=True)
@@ -30,16 +35,38 @@ class Run:
     config: RunConfig | None
     status: Status | None
     state: str
+    problem: str = ""
+    """Which of its files cannot be read, and why."""
 
     @classmethod
     def of(cls, path: Path, role: str, state: State) -> "Run":
         """The run in `path`, "missing" where there is none."""
         folder = RunDir(path)
+        nothing = cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
+        if not folder.config_file.exists():
+            return nothing
         try:
-            config, status = compose.at_home(folder.config_file), folder.status
-        except ConfigError:
-            return cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
-        return cls(name=path.name, role=role, path=path, config=config, status=status, state=state.name)
+            config = compose.at_home(folder.config_file)
+        except (ConfigError, DamagedFile) as error:
+            return replace(nothing, state="unreadable", problem=reason(error))
+        return cls.read(path, role, config, state)
+
+    @classmethod
+    def read(cls, path: Path, role: str, config: RunConfig, state: State) -> "Run":
+        """The run of that config; "unreadable", with what is wrong, where its results cannot be read."""
+        run = cls(name=path.name, role=role, path=path, config=config, status=None, state=state.name)
+        if state.name == "unreadable":
+            return replace(run, problem=state.message)
+        try:
+            run.status = run.folder.status
+            lacking = [name for name in RESULTS if not isinstance(run.summary.get(name), (int, float))]
+            if run.finished and lacking:
+                raise DamagedFile(run.folder.status_file, f"its results lack {lacking[0]}")
+            if run.folder.metrics_file.is_dir():
+                raise DamagedFile(run.folder.metrics_file, "it is a folder")
+        except DamagedFile as error:
+            return replace(run, state="unreadable", problem=str(error))
+        return run
 
     @property
     def folder(self) -> RunDir:
@@ -64,13 +91,20 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """Results of a finished run."""
-        assert self.status is not None
-        return self.status.summary
+        return self.status.summary if self.status else {}
 
     @property
     def message(self) -> str:
         """Why it has no results."""
-        return self.status.message if self.status else "it was never begun"
+        return self.problem or (self.status.message if self.status else "it was never begun")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of its results must know: a machine that changed, and rows that are lost."""
+        changes = self.status.machine_changes if self.status else []
+        told = [f"from step {step} on it was trained on another machine ({machine})" for step, machine in changes]
+        lost = [] if self.problem else recorded(self.folder.metrics_file).lost
+        return [*told, *(f"{rows}: lost" for rows in lost if not rows.recomputed)]
 
     @property
     def machine(self) -> tuple[str, str]:
@@ -94,7 +128,7 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """Its metrics, one record a step."""
         by_step: dict[int, dict[str, Any]] = defaultdict(dict)
-        for row in read_rows(self.path / "metrics.jsonl"):
+        for row in [] if self.problem else read_rows(self.folder.metrics_file):
             by_step[row["step"]] |= row
         return [by_step[step] for step in sorted(by_step)]
 

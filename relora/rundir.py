@@ -11,8 +11,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from relora.errors import RunError
-from relora.files import read_json, write_json
+from relora.errors import DamagedFile, RunError
+from relora.files import read_json, reason, write_json
+
+STATES = ("running", "finished", "failed", "interrupted", "cancelled")
+KINDS = {
+    **dict.fromkeys(("host", "device", "slurm_job_id", "stopped_by", "message"), str),
+    **dict.fromkeys(("attempt", "pid", "requeues", "ranks", "started_ms"), int),
+    **dict.fromkeys(("corpus", "summary"), dict),
+    "attempts": list,
+}
+"""The kind of each of a status's fields that a reader relies on."""
+
+MENDED_BY_A_LAUNCH = "the run's launch command mends it"
 
 PROBE_SECONDS = 1.0
 """Longer than another process asks whether a run is locked, which takes the lock for a moment."""
@@ -148,13 +159,29 @@ class RunDir:
 
     @property
     def status(self) -> Status | None:
-        """The last state written, None before the first attempt."""
-        values = read_json(self.path / "status.json")
-        return status_of(values) if values else None
+        """The last state written, None before the first attempt. Raises DamagedFile."""
+        values = read_json(self.status_file)
+        try:
+            return status_of(values) if values else None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DamagedFile(self.status_file, reason(error), MENDED_BY_A_LAUNCH) from error
 
     @status.setter
     def status(self, status: Status) -> None:
-        write_json(self.path / "status.json", asdict(status))
+        write_json(self.status_file, asdict(status))
+
+    @property
+    def status_file(self) -> Path:
+        """What holds it."""
+        return self.path / "status.json"
+
+    @property
+    def known_status(self) -> Status | None:
+        """The last state written, None too where it cannot be read: for whoever can do without."""
+        try:
+            return self.status
+        except DamagedFile:
+            return None
 
     @contextmanager
     def locked(self, wait_seconds: float = PROBE_SECONDS):
@@ -163,7 +190,7 @@ class RunDir:
         try:
             lock.acquire(timeout=wait_seconds)
         except Timeout:
-            status = self.status
+            status = self.known_status
             who = f"process {status.pid} on {status.host}" if status else "another process"
             raise RunError(f"{self.path} is being trained by {who}; wait for it or stop it") from None
         try:
@@ -183,7 +210,15 @@ class RunDir:
 
 
 def status_of(values: dict[str, Any]) -> Status:
-    """The status that `values` describe; one from before attempts were recorded has one attempt, its last."""
+    """The status that `values` describe; one from before attempts were recorded has one attempt, its last.
+
+    Raises ValueError or TypeError where they describe none.
+    """
+    if values.get("state") not in STATES:
+        raise ValueError(f"its state is {values.get('state')!r}, which is none of {', '.join(STATES)}")
+    for name, kind in KINDS.items():
+        if not isinstance(values.get(name, kind()), kind):
+            raise ValueError(f"its {name} is {values[name]!r}, which is no {kind.__name__}")
     known, of_attempt = ({item.name for item in fields(kind)} for kind in (Status, Attempt))
     status = Status(**{name: value for name, value in values.items() if name in known})
     if "attempts" in values:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relora import slurm
-from relora.errors import RunError
+from relora.errors import DamagedFile, RunError
 from relora.rundir import RunDir, Status, read_json
 
 ACCOUNTING_SECONDS = 60
@@ -20,7 +20,8 @@ class State:
     """How one run stands."""
 
     name: str
-    """missing (never begun), queued, running, finished, failed, interrupted or cancelled."""
+    """missing (never begun), queued, running, finished, failed, interrupted, cancelled, or unreadable where a file of
+    the run is damaged."""
     message: str = ""
     """Why, where there is more to say."""
     requeues: int = 0
@@ -42,16 +43,37 @@ def observe(runs: Sequence[RunDir]) -> list[State]:
 
     A run whose process died without a word gets the status that says how: nothing stays "running" for ever.
     """
-    submissions = [read_json(run.submission_file) for run in runs]
+    submissions = [_submission(run) for run in runs]
     asked = [
         job
         for run, submission in zip(runs, submissions, strict=True)
-        if submission and (run.status is None or run.status.state != "finished")
+        if submission and ((known := run.known_status) is None or known.state != "finished")
         for job in (submission["job"], *submission["needs"])
     ]
     # SLURM first: what a job wrote before it ended is there when its files are read after this.
     answer = slurm.ask(asked if slurm.is_here() else [])
-    return [_of(run, submission, answer) for run, submission in zip(runs, submissions, strict=True)]
+    return [_of_readable(run, submission, answer) for run, submission in zip(runs, submissions, strict=True)]
+
+
+def _submission(run: RunDir) -> dict[str, Any]:
+    """What the run was submitted as; empty where it was not, or where nobody can tell any more."""
+    try:
+        values = read_json(run.submission_file)
+    except DamagedFile:
+        return {}
+    kinds = {"job": str, "log": str, "needs": dict, "submitted_ms": int}
+    return values if all(isinstance(values.get(name), kind) for name, kind in kinds.items()) else {}
+
+
+def _of_readable(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
+    """As `_of`; a status that cannot be read is told and stops nobody from looking at the other runs."""
+    try:
+        return _of(run, submission, answer)
+    except DamagedFile as error:
+        job = answer.of(submission["job"]) if submission else None
+        if (job is not None and job.alive) or (run.path.is_dir() and run.is_locked):
+            return State(name="running", message=str(error))
+        return State(name="unreadable", message=str(error))
 
 
 def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:

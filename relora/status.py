@@ -9,9 +9,8 @@ from relora.console import LiveTable, duration, is_terminal
 from relora.gaps import FullRank, gap_at_equal_tokens, role_beside
 from relora.metrics import read_rows
 from relora.results import Run
-from relora.rundir import Status
 from relora.state import State, observe
-from relora.study import Planned
+from relora.study import Planned, damaged_of
 
 NOTE_CHARACTERS = 100
 
@@ -47,22 +46,25 @@ class Standing:
 def standings(planned: Sequence[Planned]) -> list[Standing]:
     """How each run stands."""
     states = observe([item.run for item in planned])
-    statuses = [item.run.status for item in planned]
-    runs = [
-        Run(
-            name=item.run.path.name,
-            role=item.role,
-            path=item.run.path,
-            config=item.config,
-            status=status,
-            state=state.name,
-        )
-        for item, state, status in zip(planned, states, statuses, strict=True)
-    ]
+    runs = [Run.read(item.run.path, item.role, item.config, state) for item, state in zip(planned, states, strict=True)]
     full = FullRank(Path(planned[0].config.runs_dir), runs) if planned else None
     return [
-        _finished(run, state, full) if full is not None and run.finished else _begun(item, state, run.status)
+        _finished(run, state, full)
+        if full is not None and run.finished
+        else _begun(item, _with_problem(state, run), run)
         for item, state, run in zip(planned, states, runs, strict=True)
+    ]
+
+
+def _with_problem(state: State, run: Run) -> State:
+    return replace(state, name=run.state, message=run.problem) if run.problem else state
+
+
+def unreadable(runs_dir: Path, study: str) -> list[Standing]:
+    """The study's runs whose frozen config is damaged: all that is known of them is which file it is."""
+    return [
+        Standing(run=name, role=role, state=State(name="unreadable", message=why), step=0, total_steps=0)
+        for name, (role, why) in damaged_of(runs_dir, study).items()
     ]
 
 
@@ -97,8 +99,8 @@ def _rates(run: Run, baseline: Run | None, full: FullRank) -> str:
     return run.config.rates.words
 
 
-def _begun(item: Planned, state: State, status: Status | None) -> Standing:
-    recorded = read_rows(item.run.metrics_file)
+def _begun(item: Planned, state: State, run: Run) -> Standing:
+    status, recorded = run.status, [] if run.problem else read_rows(item.run.metrics_file)
     step = max((row["step"] for row in recorded), default=0)
     perplexities = [row["eval/perplexity"] for row in recorded if "eval/perplexity" in row]
     rates = [row["perf/tokens_per_second"] for row in recorded[-5:] if "perf/tokens_per_second" in row]

@@ -10,10 +10,11 @@ from filelock import FileLock
 
 from relora import compose, credentials
 from relora.baselines import Baselines
-from relora.compare import studies, study_dir
+from relora.compare import manifest_of, study_dir
 from relora.compose import at_home
 from relora.config import RunConfig
-from relora.errors import ConfigError, RunError
+from relora.errors import ConfigError, DamagedFile, RunError
+from relora.files import reason, set_aside
 from relora.rundir import RunDir, read_json, write_json
 from relora.state import observe
 from relora.sweeps import Sweep
@@ -74,7 +75,7 @@ def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], ove
     folder = study_dir(runs_dir, sweep.study)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        manifest = read_json(folder / "study.json")
+        manifest = _earlier_manifest(runs_dir, sweep.study)
         runs: dict[str, Any] = manifest.get("runs", {})
         for item in planned:
             known = runs.get(item.config.name, {})
@@ -95,17 +96,38 @@ def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], ove
         write_json(folder / "study.json", values)
 
 
+def _earlier_manifest(runs_dir: Path, study: str) -> dict[str, Any]:
+    """What earlier launches wrote; a damaged file is kept aside, and this launch begins a new one."""
+    file = study_dir(runs_dir, study) / "study.json"
+    try:
+        return manifest_of(runs_dir, study) if file.exists() else {}
+    except DamagedFile as error:
+        aside = set_aside(file)
+        print(f"note: {error}; it is kept as {aside.name}, and runs of other launches are in no manifest", flush=True)
+        return {}
+
+
 def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
     """The runs of a study that was launched, as they were frozen. Raises ConfigError for one that was not."""
-    manifest = read_json(study_dir(runs_dir, study) / "study.json")
-    if not manifest:
-        known = ", ".join(studies(runs_dir)) or "none"
-        raise ConfigError(f"no study {study} was launched in {runs_dir}; there are: {known}")
+    damaged = damaged_of(runs_dir, study)
     return [
         Planned(config=at_home(runs_dir / name / "config.yaml"), role=entry["role"])
-        for name, entry in manifest["runs"].items()
-        if (runs_dir / name / "config.yaml").is_file()  # a folder may have been removed
+        for name, entry in manifest_of(runs_dir, study)["runs"].items()
+        if name not in damaged and (runs_dir / name / "config.yaml").is_file()  # a folder may have been removed
     ]
+
+
+def damaged_of(runs_dir: Path, study: str) -> dict[str, tuple[str, str]]:
+    """The runs of a study whose frozen config cannot be read: name -> (role, why)."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, entry in manifest_of(runs_dir, study)["runs"].items():
+        file = runs_dir / name / "config.yaml"
+        try:
+            if file.exists():
+                at_home(file)
+        except (ConfigError, DamagedFile) as error:
+            found[name] = (entry["role"], reason(error))
+    return found
 
 
 def note_cancellation(runs_dir: Path, study: str) -> None:

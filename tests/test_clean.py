@@ -534,7 +534,7 @@ def test_a_broken_manifest_stops_everything(runs_dir: Path, content: str, capsys
     (runs_dir / "studies" / "ranks" / "study.json").write_text(content)
     before = contents(runs_dir)
     assert cli.main(["clean", "--delete", f"runs_dir={runs_dir}"]) == 1
-    assert "study.json is no manifest of a study" in capsys.readouterr().err
+    assert "study.json cannot be read: " in capsys.readouterr().err
     assert contents(runs_dir) == before
 
 

@@ -3,15 +3,21 @@
 The runs are real ones, made once and copied.
 """
 
+import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from damaged import Case, flip
+from lab import RELORA, Lab
 
 from relora import cli
-from relora.compose import compose
+from relora.compose import compose, thaw
+from relora.config import RunConfig
+from relora.errors import ConfigError
 from relora.metrics import read_rows, recorded
+from relora.state import observe
 from relora.warmstart import folder_of
 
 
@@ -84,3 +90,134 @@ def test_a_damaged_row_is_named_and_what_can_be_is_computed_again(
     assert {name for (at, name), _ in missing if at == step} == {name for (at, name), _ in missing}
     assert (missing == set()) == (step == 10)
     assert [lost.recomputed for lost in recorded(killed.run.metrics_file).lost] == [step == 10]
+
+
+# ---------------------------------------------------------------------------------------------- the other small files
+
+BROKEN = {
+    "empty": lambda values: b"",
+    "garbage": lambda values: b"\xff{{{",
+    "no object": lambda values: b"[1]",
+    "no field": lambda values: json.dumps({"attempt": 1}).encode(),
+    "wrong state": lambda values: json.dumps({**values, "state": "well"}).encode(),
+    "wrong kind": lambda values: json.dumps({**values, "attempt": "one", "attempts": 7}).encode(),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_run_with_a_damaged_status_goes_on(
+    killed: Case, finished_run: Case, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = killed.run.status_file
+    file.write_bytes(BROKEN[how](json.loads(file.read_text())))
+    assert observe([killed.run])[0].name == "unreadable"
+    assert cli.run(killed.overrides) == 0
+    assert "kept as status.json.damaged, going on without it" in told(capsys, file)
+    assert killed.weights == finished_run.weights
+    assert values_of(killed) == values_of(finished_run)
+
+
+def test_a_finished_run_whose_status_is_damaged_is_not_trained_again(
+    finished: Case, finished_run: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(finished.run.checkpoints)
+    before = finished.run.metrics_file.read_bytes()
+    finished.run.status_file.write_text("{")
+    assert cli.run(finished.overrides) == 0
+    assert "its results are read from metrics.jsonl" in told(capsys, finished.run.status_file)
+    mended, whole = finished.run.status, finished_run.run.status
+    assert mended is not None
+    assert whole is not None
+    assert mended.state == "finished"
+    assert mended.corpus == whole.corpus
+    same = whole.summary.keys() - {"sample"}
+    assert {name: mended.summary[name] for name in same} == {name: whole.summary[name] for name in same}
+    assert finished.run.metrics_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "launch.json"])
+def test_a_launch_writes_its_own_files_anew(killed: Case, finished_run: Case, file: str) -> None:
+    (killed.run.path / file).write_bytes(b"\xff{")
+    assert cli.run(killed.overrides) == 0
+    assert killed.weights == finished_run.weights
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{", b"- 1", b"method: {name: nothing}", b"model: 7"])
+def test_a_damaged_config_is_named(killed: Case, content: bytes) -> None:
+    killed.run.config_file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        thaw(killed.run.config_file)
+    assert str(killed.run.config_file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- one run of a study
+
+
+def broken_study(tmp_path: Path) -> tuple[Lab, list[RunConfig]]:
+    lab = Lab(tmp_path / "runs")
+    configs = [lab.run("method=full", loss=2.0), lab.run(*RELORA, loss=2.5), lab.run(*RELORA, "method.rank=2")]
+    lab.study(*configs)
+    return lab, configs
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("status.json", b"{"),
+        ("status.json", b'{"state": "finished", "summary": {}}'),
+        ("config.yaml", b"\xff"),
+        ("metrics.jsonl", None),
+        ("mlflow.json", b"\xff{"),
+        ("submission.json", b"{"),
+        ("launch.json", b"{"),
+    ],
+)
+def test_a_damaged_file_of_one_run_does_not_stop_report_and_status_of_the_study(
+    tmp_path: Path, file: str, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, configs = broken_study(tmp_path)
+    broken = lab.runs_dir / configs[2].name / file
+    if content is None:
+        broken.unlink()
+        broken.mkdir()
+    else:
+        broken.write_bytes(content)
+    where = f"runs_dir={lab.runs_dir}"
+    assert cli.main(["report", "mine", where]) == 0
+    page = (lab.runs_dir / "studies" / "mine" / "report" / "report.md").read_text()
+    assert f"{math.exp(2.6):.2f}" in page, "the sound arm has its perplexity"
+    stops_the_run = file in ("status.json", "config.yaml", "metrics.jsonl")
+    assert (str(broken) in page) == stops_the_run
+    assert cli.main(["status", "mine", where]) == (1 if stops_the_run else 0)
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.out + shown.err
+    (row,) = [line for line in shown.out.splitlines() if line.startswith(configs[2].name) and " arm " in line]
+    assert ("unreadable" in row) == stops_the_run
+    if not stops_the_run:
+        assert "finished" in row
+
+
+def test_lost_rows_of_a_run_stand_in_the_report(tmp_path: Path) -> None:
+    lab, configs = broken_study(tmp_path)
+    file = lab.runs_dir / configs[1].name / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:1], b"garbage\n", *lines[2:]]))
+    assert cli.main(["report", "mine", f"runs_dir={lab.runs_dir}"]) == 0
+    page = (lab.runs_dir / "studies" / "mine" / "report" / "report.md").read_text()
+    assert "line 2 cannot be read" in page
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"runs": {"a": {}}, "launches": []}'])
+def test_a_damaged_manifest_is_named_and_a_launch_writes_it_anew(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, configs = broken_study(tmp_path)
+    file = lab.runs_dir / "studies" / "mine" / "study.json"
+    file.write_bytes(content)
+    for verb in (["report", "mine"], ["status", "mine"], ["clean"]):
+        assert cli.main([*verb, f"runs_dir={lab.runs_dir}"]) == 1
+        assert str(file) in told(capsys, file)
+    lab.study(*configs)
+    assert "study.json.damaged" in told(capsys, file)
+    assert cli.main(["status", "mine", f"runs_dir={lab.runs_dir}"]) == 0
