@@ -60,7 +60,7 @@ def _deleted_bytes(path: Path, failures: list[str]) -> int:
     """Delete a file or a folder; how much of it is gone."""
     before = size_bytes(path)
     try:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

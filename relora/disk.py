@@ -14,6 +14,7 @@ from relora import compose
 from relora.compare import manifest_of
 from relora.config import RunConfig
 from relora.errors import ConfigError, DamagedFile, RunError
+from relora.files import check_weights
 from relora.rundir import RunDir
 
 CHECKPOINT = re.compile(r"step-\d+\.pt")
@@ -186,6 +187,9 @@ def _run_cost(found: _Run) -> RunCost:
 
 def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
     """The files that nothing needs, and why those and no others."""
+    for path in (run.path, run.checkpoints):
+        if path.is_symlink():
+            return [], f"left alone: {path.name} is a link to {path.readlink()}, and nothing is deleted through links"
     checkpoints = sorted(path for path in run.checkpoints.glob("step-*.pt") if CHECKPOINT.fullmatch(path.name))
     leftovers = sorted(run.checkpoints.glob("*.tmp"))
     if state == "running":
@@ -197,6 +201,10 @@ def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
         return leftovers, f"kept: {'no status' if state == 'missing' else state}, resumes from it{torn}"
     if not any(run.model.glob("*.safetensors")):
         return leftovers, f"kept: finished, but model/ holds no weights: they stand here alone{torn}"
+    try:
+        check_weights(run.model)
+    except DamagedFile as error:
+        return leftovers, f"kept: finished, but {error}: the weights stand here alone{torn}"
     return [*checkpoints, *leftovers], f"finished: never resumed, its result is the model{torn}"
 
 
@@ -237,6 +245,10 @@ def _warm_starts(
 def _warm_start_cost(folder: Path, users: Sequence[_Run], unknown: Sequence[str]) -> WarmStartCost:
     cost = WarmStartCost(folder=folder, runs=[found.name for found in users])
     cost.warm_start_bytes = size_bytes(folder) + size_bytes(cost.leftover)
+    for path in (folder.parent, folder, cost.leftover, cost.lock_file):
+        if path.is_symlink():
+            cost.why = f"left alone: {path.name} is a link to {path.readlink()}, and nothing is deleted through links"
+            return cost
     try:
         locked = cost.lock_file.exists() and _is_locked(cost.lock_file)
     except OSError as error:

@@ -7,6 +7,7 @@ nor a full disk leaves a half-written one under that name. What they leave, *.tm
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -101,6 +102,38 @@ def sha256_of(path: Path, size_bytes: int | None = None) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
+
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Of the element types of a safetensors file."""
+
+
+def check_weights(folder: Path) -> None:
+    """Read the safetensors files of a model's folder, every byte. Raises DamagedFile where one is not whole.
+
+    The format: the length of a header in 8 bytes, the header (JSON: name, shape and place of each tensor), the tensors.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                header_bytes = int.from_bytes(file.read(8), "little")
+                if not 0 < header_bytes <= size_bytes - 8:
+                    raise DamagedFile(path, f"it has {size_bytes} bytes and no header")
+                header = json.loads(file.read(header_bytes))
+                end = 0
+                tensors = {name: about for name, about in header.items() if name != "__metadata__"}
+                for name, about in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+                    first, last = about["data_offsets"]
+                    if first != end or last - first != math.prod(about["shape"]) * ITEM_BYTES[about["dtype"]]:
+                        raise DamagedFile(path, f"its tensor {name} has not the bytes of its shape")
+                    end = last
+                if not tensors or size_bytes != 8 + header_bytes + end:
+                    raise DamagedFile(path, f"it has {size_bytes} bytes and should have {8 + header_bytes + end}")
+                while file.read(READ_BYTES):
+                    pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedFile(path, reason(error)) from error
 
 
 def set_aside(path: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small import TINY
 
 from relora import cli
@@ -47,7 +48,7 @@ def new_run(runs_dir: Path, *overrides: str, state: str = "finished", steps: tup
         save(run.checkpoints, step, {"weights": torch.zeros(1000 + step), "step": step})
     if state == "finished":
         run.model.mkdir()
-        (run.model / "model.safetensors").write_bytes(b"w" * 3456)
+        save_file({"w": torch.zeros(846)}, run.model / "model.safetensors")
         (run.model / "config.json").write_text("{}")
     if state != "missing":
         run.status = Status(state=state)
@@ -150,6 +151,31 @@ def test_a_finished_run_whose_model_is_gone_keeps_its_last_weights(runs_dir: Pat
     told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
     assert contents(runs_dir) == before
     assert told["why"] == "kept: finished, but model/ holds no weights: they stand here alone"
+
+
+@pytest.mark.parametrize("kept_share", [0.0, 0.001, 0.5, 0.999])
+def test_a_finished_run_whose_model_is_cut_short_keeps_its_last_weights(
+    runs_dir: Path, kept_share: float, capsys
+) -> None:
+    run = new_run(runs_dir)
+    weights = run.model / "model.safetensors"
+    os.truncate(weights, int(weights.stat().st_size * kept_share))
+    before = contents(runs_dir)
+    told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
+    assert contents(runs_dir) == before
+    assert told["why"].startswith(f"kept: finished, but {weights} cannot be read: ")
+
+
+@pytest.mark.parametrize("linked", ["run", "checkpoints", "warm start", "warm starts"])
+def test_nothing_is_deleted_through_a_link(runs_dir: Path, tmp_path: Path, linked: str, capsys) -> None:
+    run, warm_start = new_run(runs_dir), new_warm_start(runs_dir)
+    link = {"run": run.path, "checkpoints": run.checkpoints, "warm start": warm_start, "warm starts": warm_start.parent}
+    link[linked].rename(tmp_path / "elsewhere")
+    link[linked].symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    clean(capsys, runs_dir, "--delete")
+    assert contents(tmp_path / "elsewhere") == before
+    assert link[linked].is_symlink()
 
 
 @pytest.mark.parametrize("state", ["finished", *UNFINISHED])
