@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 OF_A_SWEEP = ("grids", "tune")
 """Keys of sweeps/ files that are no settings of a run."""
 PATHS = ("data.path", "data.tokenizer", "runs_dir", "tracker.uri")
-FREE_KEYS = ("cluster.options.",)
+FREE_KEYS = ("cluster.options.", "cluster.options=")
 """Begin keys that no file of conf/ has."""
 MOST_VALUES = 10_000
 """Of one key in a sweep."""

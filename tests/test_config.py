@@ -10,8 +10,10 @@ from small import REPOSITORY, TINY
 
 from relora import cli
 from relora.checks import parse_count
+from relora.cluster import SlurmConfig
 from relora.compose import Composer, compose, freeze, thaw
 from relora.errors import ConfigError
+from relora.sweeps import expand
 
 WRONG = [
     (["method.rank=600"], "rank=600 exceeds min(in, out)=128 of model.layers.0.self_attn.q_proj; lower method.rank"),
@@ -84,6 +86,42 @@ WRONG = [
     (["model.name=a/b"], "model.name=a/b may hold letters, digits"),
     (["runs_dir="], "runs_dir= is empty; name a folder"),
     (["study='a b'"], "study=a b may hold letters, digits"),
+    (["study=../x"], "study=../x may hold letters, digits"),
+    ([f"study={'x' * 300}"], "has 300 characters; take at most 100"),
+    ([f"runs_dir=/tmp/{'x' * 300}"], "is too long: a file system takes 255 bytes"),
+    (["model.name=gpt2"], "model.name=gpt2 names another architecture, but every model here is a Llama-style decoder"),
+    (["model=5"], "model=5 is no choice"),
+    (["trainer=true"], "trainer=true does not exist; choose trainer= one of default"),
+    (["sweeps=1e30"], "sweeps=1e30 is no choice"),
+    (["~data"], "nothing can be taken away from a config"),
+    (["method.name=[full]"], "method.name=['full'] is not one of full, lora"),
+    (["cluster.name={a: 1}"], "cluster.name={'a': 1} is not one of local, debug, slurm"),
+    (["optimizer.lr=1"], "unknown key optimizer.lr; did you mean optimizer.learning_rate?"),
+    (["data.seq_len=64"], "unknown key data.seq_len; did you mean data.sequence_length_tokens?"),
+    (["cluster.options.constraint=a100"], "unknown key cluster.options with this choice of cluster"),
+    (["trainer.seed=???"], "trainer.seed=??? is no value"),
+    (["trainer.seed=99999999999999999999"], "must be at most 9,223,372,036,854,775,807"),
+    (["trainer.seed=1,2"], "holds several values, and this is a single run; write python run.py -m"),
+    (["data=text", "data.path="], "data=text needs data.path=FILE_OR_FOLDER"),
+    (["data.path="], "data.path= is empty"),
+    (["data.tokenizer=''"], "data.tokenizer= is empty"),
+    (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf times optimizer.learning_rate=0.01 must be at most 1"),
+    (["optimizer.epsilon=1e30"], "optimizer.epsilon=1e+30 must be at most 1"),
+    (["model.rms_norm_eps=1e30"], "model.rms_norm_eps=1e+30 must be at most 1"),
+    (["method.alpha=1e30"], "method.alpha=1e+30 must be at most"),
+    (["model.vocab_size=1000000000000"], "model.vocab_size=1000000000000 must be at most 16,777,216"),
+    (["model.layers=1000000000000"], "model.layers=1000000000000 must be at most 1,000"),
+    (["trainer.sequences_per_step=1000000000000000000000"], "must be at most 1,048,576"),
+    (["trainer.total_tokens=1e30"], "trainer.total_tokens=1e+30 must be at most"),
+    (["cluster=slurm", "cluster.mem_gb=0.00001"], "SLURM reads --mem=0 as the whole node"),
+    (
+        ["cluster=slurm", 'cluster.partition="a\n#SBATCH --uid=0"'],
+        "cluster.partition=a\\n#SBATCH --uid=0 holds the control",
+    ),
+    (["cluster=slurm", 'cluster.setup=["module load x\rrm"]'], "cluster.setup=module load x\\rrm holds the control"),
+    (["cluster=slurm", "cluster.options={a b: 1}"], "cluster.options: a b is no option of sbatch"),
+    (["cluster=slurm", "cluster.options={constraint: [1]}"], "cluster.options.constraint=[1] must be text, a number"),
+    (["tracker.experiment='a\x1b[31m'"], "tracker.experiment=a\\x1b[31m holds the control character"),
 ]
 
 
@@ -94,6 +132,91 @@ def test_a_wrong_option_is_one_clear_message(overrides: list[str], message: str,
         compose(overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ODD_PATHS = [
+    "tex ts",
+    "lr=1",
+    "\u65e5\u672c\u8a9e",
+    "a[1]",
+    "b(2)",
+    "c{d}",
+    'it\'s "x"',
+    "123",
+    "a:b",
+    "100%",
+    "#1",
+    "null2",
+]
+
+
+@pytest.mark.parametrize("name", ODD_PATHS)
+def test_an_ordinary_path_needs_no_quotes(name: str, tmp_path: Path, monkeypatch) -> None:
+    for folder in (tmp_path / name, tmp_path / "home" / name):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for written, meant in ((f"{tmp_path}/{name}", tmp_path), (name, tmp_path), (f"~/{name}", tmp_path / "home")):
+        override = f"data.path={written}"
+        assert compose(["data=text", override]).data.path == str(meant / name)
+        found = expand(["data=text", override, "method.rank=8,16"])
+        assert [run.data.path for run in found.runs] == [str(meant / name)] * 2
+        assert compose([f"runs_dir={written}"]).runs_dir == str(meant / name)
+
+
+def test_paths_between_commas_stay_a_sweep(tmp_path: Path) -> None:
+    paths = [tmp_path / "lr=1", tmp_path / "a[1]"]
+    for path in paths:
+        path.mkdir()
+        (path / "a.txt").write_text("text")
+    found = expand(["data=text", f"data.path={paths[0]},{paths[1]}", "study=x"])
+    assert [run.data.path for run in found.runs] == list(map(str, paths))
+
+
+def test_run_py_takes_ordinary_paths_and_refuses_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=1 \u65e5\u672c"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(REPOSITORY / "run.py"), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    shown = run("--cfg", "job", "data=text", f"data.path={folder}")
+    assert shown.returncode == 0
+    assert f"path: {folder}" in shown.stdout
+    for words, message in (
+        (["-m", "data=text", f"data.path={folder}", "method.rank=600,700"], "rank=600 exceeds min(in, out)=128"),
+        (["-m", "--cfg", "job", "method.rank=8,16"], "-m starts a sweep and --cfg shows"),
+        (["-m", "method.rank=interval(1,2)"], "has no end of values"),
+        (["-m", "hydra.sweeper.params.x=8,16"], "hydra.sweeper.params.x=8,16 is a setting of Hydra's"),
+        (["--cfg", "job", "method.rnak=3"], "unknown key method.rnak; did you mean method.rank?"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ):
+        done = run(*words)
+        assert done.returncode == 2, done
+        assert done.stdout == ""
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_glob_sweeps_the_choices_of_a_group() -> None:
+    found = expand(["model=glob(llama_1*)", "method=full"])
+    assert [run.model.name for run in found.runs] == ["llama_130m", "llama_1b"]
+
+
+def test_a_free_option_of_sbatch_needs_no_plus() -> None:
+    cluster = compose(["cluster=slurm", "cluster.options.constraint=a100"]).cluster
+    assert isinstance(cluster, SlurmConfig)
+    assert cluster.options == {"constraint": "a100"}
+
+
+@pytest.mark.parametrize("study", ["1e5", "2020-01-01", "null", "true", "0x10"])
+def test_text_that_yaml_may_take_for_something_else_is_frozen_as_text(study: str, tmp_path: Path) -> None:
+    config = compose([f"study='{study}'"])
+    freeze(config, tmp_path / "run" / "config.yaml")
+    assert thaw(tmp_path / "run" / "config.yaml").study == study
 
 
 def test_a_wrong_option_ends_with_code_2_before_torch_is_imported_and_leaves_nothing(tmp_path: Path) -> None:
