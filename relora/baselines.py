@@ -7,9 +7,12 @@ from relora.compose import full_rank, parsed
 from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.groups import FullConfig, OptimizerConfig, ScheduleConfig
+from relora.plan import plan as cost_of
 from relora.sweeps import Sweep
 from relora.tuned import Presets
 
+FACTORS = (0.25, 0.5, 1.0, 2.0)
+"""Of full rank's rates, where these are not tuned for the setting."""
 NOT_ITS_OWN = ("method", "sweeps", "study", "runs_dir")
 """Keys without a dot that choose nothing of full rank's values."""
 OF_FULL_RANK = ("optimizer", "schedule")
@@ -50,6 +53,16 @@ class Baselines:
             ) from error
         return self._presets.noted(made, [*overrides, "method=full"])
 
+    def ladder(self, base: RunConfig) -> list[RunConfig]:
+        """The full-rank run `base` at multiples of its rates, so that a bad rate is never the reference.
+
+        Rates that were tuned for the setting had their ladder when they were tuned: they stand alone.
+        """
+        factors = self.sweep.baseline_rates
+        if factors is None:
+            factors = [1.0] if base.rates.basis == "tuned" else list(FACTORS)
+        return [base if factor == 1 else _at(base, factor) for factor in factors]
+
     def _overrides(self, config: RunConfig) -> tuple[str, ...]:
         """What decides full rank's optimizer and schedule, in the order of the command line."""
         fixed = set(self.sweep.fixed)
@@ -75,6 +88,28 @@ def in_words(baseline: RunConfig) -> str:
     return f"full rank as the baseline: {', '.join(parts)}; from {rates.source}{given}"
 
 
-def launch_notes(baselines: Sequence[RunConfig]) -> list[str]:
-    """What a launch says of the baselines that come by themselves."""
-    return list(dict.fromkeys(map(in_words, baselines)))
+def _at(base: RunConfig, factor: float) -> RunConfig:
+    """`base` with its rates times `factor`, in six digits so that the same rate is the same run."""
+    optimizer, embeddings = base.optimizer, base.optimizer.embedding_learning_rate
+    rates = replace(
+        optimizer,
+        learning_rate=float(f"{factor * optimizer.learning_rate:.6g}"),
+        embedding_learning_rate=None if embeddings is None else float(f"{factor * embeddings:.6g}"),
+    )
+    return replace(base, optimizer=rates, rates=replace(base.rates, basis="ladder"))
+
+
+def launch_notes(baselines: Sequence[RunConfig], everything: Sequence[RunConfig]) -> list[str]:
+    """What a launch says of the baselines that come by themselves; `everything`: all runs of the study."""
+    notes = list(dict.fromkeys(in_words(run) for run in baselines if run.rates.basis != "ladder"))
+    ladder = [run for run in baselines if run.rates.basis == "ladder"]
+    if ladder:
+        rates = sorted({run.optimizer.learning_rate for run in everything if run.method.name == "full"})
+        total_flops = sum(cost_of(run).total_flops for run in everything)
+        share = sum(cost_of(run).total_flops for run in ladder) / total_flops
+        notes.append(
+            f"full rank is tried at other rates too ({', '.join(f'{rate:g}' for rate in rates)}) and the best on "
+            f"validation becomes the baseline: {len(ladder)} of the {len(everything)} runs, {share:.0%} of the study's "
+            "FLOPs; baseline_rates=[1] leaves them out"
+        )
+    return notes

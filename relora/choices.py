@@ -83,7 +83,7 @@ def known_keys() -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def _known_keys(folder: Path) -> tuple[str, ...]:
-    names: set[str] = {"runs_dir", "study"}
+    names: set[str] = {"runs_dir", "study", "baseline_rates"}
     for path in folder.glob("*/*.yaml"):
         text = path.read_text()
         prefix = "" if "@package _global_" in text else path.parent.name

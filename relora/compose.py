@@ -35,6 +35,8 @@ from relora.groups import (
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+OF_A_LAUNCH = ("baseline_rates",)
+"""Keys that are settings of a study and of no run."""
 OF_A_SWEEP = ("grids", "tune")
 """Keys of sweeps/ files that are no settings of a run."""
 PATHS = ("data.path", "data.tokenizer", "runs_dir", "tracker.uri")
@@ -370,7 +372,7 @@ def _resolved(composed: DictConfig) -> Any:
 
 def _structured(values: Any) -> DictConfig:
     """The values in their fields, with types. Raises ConfigError for unknown keys and wrong types."""
-    values = {key: value for key, value in values.items() if key not in ("hydra", *OF_A_SWEEP)}
+    values = {key: value for key, value in values.items() if key not in ("hydra", *OF_A_LAUNCH, *OF_A_SWEEP)}
     missing = [key for key, value in leaves(values) if value == "???"]
     if missing:
         raise ConfigError(f"a value is missing: {shown(missing[0])}")

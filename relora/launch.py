@@ -38,7 +38,7 @@ def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
     """
     planned = plan(sweep)
     baselines = [item.config for item in planned if item.role == "baseline"]
-    for remark in (*sweep.remarks, *launch_notes(baselines)):
+    for remark in (*sweep.remarks, *launch_notes(baselines, [item.config for item in planned])):
         print(f"note: {remark}", flush=True)
     check_cluster(planned[0].config.cluster)
     write_manifest(Path(planned[0].config.runs_dir), sweep, planned, overrides)

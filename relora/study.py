@@ -15,6 +15,7 @@ from relora.compose import at_home
 from relora.config import RunConfig
 from relora.errors import ConfigError, DamagedFile, RunError
 from relora.files import reason, set_aside
+from relora.gaps import is_full_rank
 from relora.rundir import RunDir, read_json, write_json
 from relora.state import observe
 from relora.sweeps import Sweep
@@ -42,15 +43,24 @@ class Planned:
 
 
 def plan(sweep: Sweep) -> list[Planned]:
-    """The sweep's runs, and before them the full-rank runs of every comparison key and seed that has none among them.
+    """The sweep's runs, and before them the full-rank runs that their comparison keys and seeds lack.
 
-    Raises ConfigError where a full-rank run that is needed cannot be made.
+    Full-rank runs of the sweep serve where their rates are tuned for the setting or were given. Else full rank is tried
+    at several rates. Raises ConfigError where a full-rank run that is needed cannot be made.
     """
-    have = {_pairing(run) for run in sweep.runs if run.method.name == "full" and not run.method.warm_start_steps}
+    own = [run for run in sweep.runs if is_full_rank(run)]
+    arms = {run.config_hash for run in sweep.runs}
+    served = {_pairing(run) for run in own if run.rates.basis != "untuned"}
+    bases = {_pairing(run): run for run in own}
     full_rank = Baselines(sweep)
-    baselines = {run.config_hash: run for run in map(full_rank.of, (c for c in sweep.runs if _pairing(c) not in have))}
-    arms = [Planned(config=config, role="arm") for config in sweep.runs]
-    return [*(Planned(config=config, role="baseline") for config in baselines.values()), *arms]
+    baselines: dict[str, RunConfig] = {}
+    for config in sweep.runs:
+        if is_full_rank(config) or _pairing(config) in served:
+            continue
+        base = bases.get(_pairing(config)) or full_rank.of(config)
+        baselines |= {run.config_hash: run for run in full_rank.ladder(base) if run.config_hash not in arms}
+    found = [Planned(config=config, role="baseline") for config in baselines.values()]
+    return [*found, *(Planned(config=config, role="arm") for config in sweep.runs)]
 
 
 def _pairing(config: RunConfig) -> tuple[str, int]:

@@ -44,6 +44,8 @@ class Sweep:
     """The overrides of the command line with one value: they hold for every run."""
     file: str | None = None
     """The NAME of sweeps=NAME."""
+    baseline_rates: list[float] | None = None
+    """What full rank's rates are multiplied by for the baselines; None leaves it to whether they are tuned."""
     remarks: list[str] = field(default_factory=list)
     """What may surprise whoever launches it."""
 
@@ -105,8 +107,23 @@ def expand(overrides: Sequence[str]) -> Sweep:
         arguments=led_to,
         fixed=[text for _, texts in given if len(texts) == 1 for text in texts],
         file=name,
+        baseline_rates=_baseline_rates(as_values(file.get("baseline_rates"))),
         remarks=list(dict.fromkeys(remarks)),
     )
+
+
+def _baseline_rates(given: Any) -> list[float] | None:
+    """The value of baseline_rates. Raises ConfigError."""
+    if given is None:
+        return None
+    values = given if isinstance(given, list) else [given]
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if not values or len(numbers) < len(values) or not all(0 < value < math.inf for value in numbers):
+        raise ConfigError(
+            f"baseline_rates={shown(given)} must be positive factors of full rank's rates, as [0.25,0.5,1,2]; [1] "
+            "takes the rates alone, null leaves the choice to whether they are tuned"
+        )
+    return list(dict.fromkeys(map(float, numbers)))
 
 
 def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], error: ConfigError) -> str:

@@ -67,6 +67,6 @@ class Lab:
         return config
 
     def study(self, *configs: RunConfig, name: str = "mine") -> Study:
-        sweep = Sweep(study=name, question="Which one?", runs=list(configs), fixed=list(SETTING))
+        sweep = Sweep(study=name, question="Which one?", runs=list(configs), fixed=list(SETTING), baseline_rates=[1.0])
         write_manifest(self.runs_dir, sweep, plan(sweep), ["method.rank=8,16"])
         return load_study(self.runs_dir, name)

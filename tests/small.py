@@ -30,6 +30,7 @@ TINY = (
     "data.vocab_size=300",
     "data.validation_fraction=0.05",
     "data.test_fraction=0.05",
+    "baseline_rates=[1]",
 )
 """Restarts at 7 and 11 of 14 steps, re-warm-ups of 2 steps, an evaluation and a checkpoint every 5."""
 

@@ -13,7 +13,7 @@ from relora.errors import ConfigError
 from relora.study import plan
 from relora.sweeps import expand
 
-PLAIN = ("method.warm_start_steps=0", "method.reset_interval_steps=null", "study=x")
+PLAIN = ("baseline_rates=[1]", "method.warm_start_steps=0", "method.reset_interval_steps=null", "study=x")
 
 
 def baselines(*overrides: str) -> list[RunConfig]:
@@ -40,7 +40,7 @@ def test_what_the_command_line_fixes_for_all_runs_holds_for_full_rank() -> None:
     )
     (found,) = baselines("method.rank=8,16", *fixed)
     assert found.config_hash == compose(["method=full", *fixed]).config_hash
-    (told,) = launch_notes([found])
+    (told,) = launch_notes([found], [found])
     assert all(text in told for text in fixed[:3])
     assert "conf/method/full.yaml" in told
     assert "7 updates of warm-up" in told
@@ -48,7 +48,7 @@ def test_what_the_command_line_fixes_for_all_runs_holds_for_full_rank() -> None:
 
 def test_the_launch_names_the_preset_that_the_rates_come_from() -> None:
     (found,) = baselines("method.rank=8,16", "experiments=laptop/small")
-    (told,) = launch_notes([found])
+    (told,) = launch_notes([found], [found])
     assert "learning rate 0.0025, 0.04 for embeddings" in told
     assert "conf/presets/laptop/small/full.yaml" in told
     assert "given" not in told
@@ -80,7 +80,7 @@ def test_the_order_of_arms_changes_no_baseline() -> None:
     found = [
         {
             item.config.config_hash
-            for item in plan(expand([grid, "optimizer.beta1=0.8", "study=x"]))
+            for item in plan(expand([grid, "optimizer.beta1=0.8", "baseline_rates=[1]", "study=x"]))
             if item.role == "baseline"
         }
         for grid in grids
@@ -93,3 +93,56 @@ def test_a_schedule_of_full_rank_that_does_not_fit_names_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"baseline.*schedule.warmup_steps=50.*method=full"):
         baselines("schedule.warmup_steps=5,10", "trainer.total_steps=40")
     assert len(baselines("method.rank=8,16", "schedule.warmup_steps=5", "trainer.total_steps=40")) == 1
+
+
+# --------------------------------------------------------------------------------------------------- several rates
+
+
+def planned(*overrides: str) -> list[tuple[str, float, float | None]]:
+    """(role, learning rate, that of embeddings) of the full-rank runs."""
+    items = plan(expand(["study=x", *overrides]))
+    rates = [(item.role, item.config.optimizer, item.config.method.name) for item in items]
+    return [(role, own.learning_rate, own.embedding_learning_rate) for role, own, name in rates if name == "full"]
+
+
+LADDER = [
+    ("baseline", 6.25e-4, 5e-3),
+    ("baseline", 1.25e-3, 0.01),
+    ("baseline", 2.5e-3, 0.02),
+    ("baseline", 5e-3, 0.04),
+]
+
+
+def test_full_rank_is_tried_at_several_rates_where_its_own_are_not_tuned() -> None:
+    assert planned("method.rank=8,16") == LADDER[2:3]
+    assert planned("method.rank=8,16", "trainer.total_steps=500") == LADDER
+    assert len(planned("method.rank=8,16", "trainer.total_steps=500", "trainer.seed=0,1")) == 8
+    assert planned("method.rank=8,16", "trainer.total_steps=500", "baseline_rates=[1]") == LADDER[2:3]
+    assert planned("method.rank=8,16", "baseline_rates=[0.5,1]") == LADDER[1:3]
+    fixed = ("optimizer.learning_rate=0.01", "optimizer.embedding_learning_rate=null")
+    assert [(rate, other) for _, rate, other in planned("method.rank=8,16", *fixed)] == [
+        (rate, None) for rate in (0.0025, 0.005, 0.01, 0.02)
+    ]
+
+
+def test_full_rank_runs_of_the_study_get_the_other_rates_where_theirs_are_neither_tuned_nor_given() -> None:
+    assert planned("method=full,relora") == [("arm", 2.5e-3, 0.02)]
+    steps = "trainer.total_steps=500"
+    assert planned("method=full,lora", steps)[:3] == [rung for rung in LADDER if rung[1] != 2.5e-3]
+    assert planned("method=full,lora", steps, "optimizer.learning_rate=3e-3") == [("arm", 3e-3, 0.02)]
+    assert planned("method=full", "trainer.total_steps=400,500") == [("arm", 2.5e-3, 0.02)] * 2
+
+
+def test_the_cost_of_the_other_rates_is_told_before_anything_starts() -> None:
+    items = plan(expand(["study=x", "method.rank=8,16", "trainer.total_steps=500"]))
+    notes = launch_notes([i.config for i in items if i.role == "baseline"], [i.config for i in items])
+    told = next(note for note in notes if "baseline_rates=[1]" in note)
+    assert "3 of the 6 runs" in told
+    assert "% of the study's FLOPs" in told
+    assert "0.000625, 0.00125, 0.0025, 0.005" in told
+
+
+@pytest.mark.parametrize("value", ["[]", "[0]", "[-1]", "[true]", "high", "[1,x]"])
+def test_factors_that_are_none_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"baseline_rates=.*must be positive factors"):
+        expand(["method.rank=8,16", f"baseline_rates={value}"])

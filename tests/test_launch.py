@@ -251,7 +251,13 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(overrides: list[str], mes
 
 
 def test_every_comparison_key_and_seed_gets_its_full_rank_run() -> None:
-    overrides = ["trainer.total_steps=600,700", "trainer.seed=0,1", "method=relora,lora", "study=x"]
+    overrides = [
+        "trainer.total_steps=600,700",
+        "trainer.seed=0,1",
+        "method=relora,lora",
+        "study=x",
+        "baseline_rates=[1]",
+    ]
     planned = plan(expand(overrides))
     baselines = [item.config for item in planned if item.role == "baseline"]
     assert len(planned) == 8 + 4
