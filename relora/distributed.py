@@ -8,7 +8,7 @@ did not resume to the bit.) Loads torch only where there is more than one proces
 import hashlib
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,17 +136,28 @@ class World:
         _raise_unless(fitted)
         return values_N
 
-    def sum_gradients(self, parameters: "Sequence[nn.Parameter]", numbers_K: "Tensor", *, fitted: bool) -> "Tensor":
+    def sum_gradients(
+        self,
+        parameters: "Sequence[nn.Parameter]",
+        numbers_K: "Tensor",
+        *,
+        fitted: bool,
+        wide: "Mapping[nn.Parameter, Tensor] | None" = None,
+    ) -> "Tensor":
         """Add up the gradients of `parameters` over the ranks, in place, and `numbers_K`, returned, in one all-reduce.
 
-        In fp32, in the order given, which must be the same on all ranks. Raises as `sum` does. A process that is alone
-        does not wait for its device here.
+        In fp32, in the order given, which must be the same on all ranks. `wide` holds the gradients, in fp32, of the
+        parameters that have theirs there and not in `.grad`. Raises as `sum` does. A process that is alone does not
+        wait for its device here.
         """
         if self.size > 1:
             import torch
 
             # A gradient that is missing (memory ran out before it came) has its place all the same.
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            held = [(wide or {}).get(parameter, parameter.grad) for parameter in parameters]
+            gradients = [
+                torch.zeros_like(p) if found is None else found for p, found in zip(parameters, held, strict=True)
+            ]
             rest = torch.cat([numbers_K.float(), numbers_K.new_tensor([not fitted], dtype=torch.float32)])
             flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), rest])
             self._all_reduce(flat)

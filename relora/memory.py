@@ -100,11 +100,25 @@ def peak_bytes(
         return kept_bytes + max(
             at_the_loss, at_the_head, at_the_beginning - of_head, at_the_end, one + own.optimizer_step_bytes
         )
+    summed_bytes = summed_gradient_bytes(own, precision=precision, micro_steps=micro_steps)
+    is_wide = summed_bytes > own.gradient_bytes
     if micro_steps > 1:
-        at_the_loss += own.gradient_bytes
-        at_the_beginning += own.gradient_bytes
-        at_the_end += of_head  # the embeddings' gradient, before it is added
-    # Several ranks add their gradients up in one fp32 buffer, gathered from fp32 copies.
-    summed = (2 if stored < WIDE_BYTES else 1) * WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0
-    at_the_step = own.gradient_bytes + max(summed, own.optimizer_step_bytes)
-    return kept_bytes + max(at_the_loss, at_the_beginning, at_the_end, at_the_step)
+        # A gradient that is added to a wider sum is copied first; the head's and the embeddings' are the largest.
+        copied = WIDE_BYTES * head_numel if is_wide else 0
+        at_the_loss += summed_bytes
+        at_the_beginning += summed_bytes + max(0, copied - in_layer)
+        at_the_end += summed_bytes - own.gradient_bytes + of_head + copied
+    # Several ranks add their gradients up in one fp32 buffer, gathered from fp32 copies where they are narrower.
+    buffer = WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0
+    copies = buffer if stored < WIDE_BYTES and not is_wide else 0
+    at_the_sum = summed_bytes + buffer + copies
+    at_the_rounding = summed_bytes + own.largest_gradient_bytes if is_wide else 0
+    at_the_step = own.gradient_bytes + own.optimizer_step_bytes
+    return kept_bytes + max(at_the_loss, at_the_beginning, at_the_end, at_the_sum, at_the_rounding, at_the_step)
+
+
+def summed_gradient_bytes(own: Cost, *, precision: str, micro_steps: int) -> int:
+    """What the gradients take while they are added up: in fp32 at least where there are several micro-steps."""
+    if micro_steps > 1 and STORAGE_BYTES[precision] < WIDE_BYTES:
+        return WIDE_BYTES * own.trainable_parameters
+    return own.gradient_bytes

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from relora.config import RunConfig, fitting
 from relora.cost import Cost, LlamaShape, break_even_rank
 from relora.groups import LoRAConfig
-from relora.memory import peak_bytes
+from relora.memory import peak_bytes, summed_gradient_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,9 @@ def as_dict(made: Plan, config: RunConfig) -> dict[str, object]:
 
 
 def _gradient_bytes(config: RunConfig, of: Cost) -> int:
-    return of.largest_gradient_bytes if config.trainer.update_in_backward else of.gradient_bytes
+    if config.trainer.update_in_backward:
+        return of.largest_gradient_bytes
+    return summed_gradient_bytes(of, precision=config.trainer.precision, micro_steps=_micro_steps(config))
 
 
 def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost) -> int:

@@ -98,6 +98,7 @@ def kept_bytes(trainer: Trainer) -> int:
         ("lora", ["method.rank=64", "trainer.activation_checkpointing=true"]),
         ("lora", ["method.rank=16", "trainer.sequences_per_micro_step=4"]),
         ("lora", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_micro_step=8"]),
+        ("full", ["model.vocab_size=20000", "trainer.sequences_per_micro_step=1"]),
         ("full", IN_BACKWARD),
         ("full", [*IN_BACKWARD, "trainer.activation_checkpointing=true"]),
         ("lora", ["method.rank=16", *IN_BACKWARD]),
@@ -143,12 +144,14 @@ class Two(World):
     def _all_reduce(self, tensor: torch.Tensor) -> None: ...
 
 
+@pytest.mark.parametrize("size", [4, 1])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_peak_of_a_rank_is_that_of_its_share(precision: str, tmp_path: Path) -> None:
+def test_the_peak_of_a_rank_is_that_of_its_share(precision: str, size: int, tmp_path: Path) -> None:
     cluster = ["cluster=slurm", "cluster.nodes=2", "model.vocab_size=20000", "trainer.sequences_per_step=8"]
+    cluster += [f"trainer.sequences_per_micro_step={size}"]
     config = config_of("lora", "method.rank=16", f"trainer.precision={precision}", *cluster)
     trainer = trainer_of(config, tmp_path)
-    trainer.micro.world, trainer.micro.share, trainer.micro.sequences_per_micro_step = Two(rank=0, size=2), 4, 4
+    trainer.micro.world, trainer.micro.share, trainer.micro.sequences_per_micro_step = Two(rank=0, size=2), 4, size
     trainer.model.train()
     trainer.begin_method(0)
 

@@ -15,6 +15,7 @@ from relora import checkpoint
 from relora.compose import compose
 from relora.config import RunConfig
 from relora.data import TokenSequences
+from relora.distributed import World
 from relora.lowrank import LowRankLinear, low_rank_layers
 from relora.metrics import MetricsLog, Progress, read_rows, row_metrics
 from relora.model import build, summed_cross_entropy
@@ -302,6 +303,41 @@ def test_every_precision_learns(tmp_path: Path, precision: str) -> None:
     assert last.loss < trainer.tracker.rows[0]["eval/loss"] - 0.3  # type: ignore[attr-defined]
     stored = {parameter.dtype for parameter in trainer.model.parameters()}
     assert stored == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bf16_gradients_of_micro_steps_are_added_up_in_fp32_and_rounded_once(tmp_path: Path, ranks: int) -> None:
+    """Against the float64 sum of what each sequence alone gives in bf16."""
+    settings = ("trainer.precision=bf16", "trainer.sequences_per_step=64")
+    alone = trainer_of(config_of(*settings, "trainer.sequences_per_micro_step=1"), tmp_path)
+    sums: dict[str, Tensor] = {}
+    inputs, targets = alone.training.training_batch(0, 64, 0)
+    alone.model.train()
+    for one, target in zip(inputs.split(1), targets.split(1), strict=True):
+        (summed_cross_entropy(alone.model, one, target) / alone.config.tokens_per_step).backward()
+        for name, parameter in alone.model.named_parameters():
+            assert parameter.grad is not None
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + parameter.grad.double()
+            parameter.grad = None
+
+    class Twice(World):
+        """Two ranks with equal gradients."""
+
+        def _all_reduce(self, tensor: Tensor) -> None:
+            tensor.mul_(2)
+
+    if ranks == 2:
+        alone.micro.world = Twice(rank=0, size=2)
+        # This rank takes the whole batch, as does its twin.
+        alone.training.training_batch = lambda *_, **__: (inputs, targets)  # type: ignore[method-assign]
+    alone.forward_backward(0)
+    for name, parameter in alone.model.named_parameters():
+        gradient, exact = parameter.grad, ranks * sums[name]
+        assert gradient is not None
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - exact).norm() < 0.0025 * exact.norm(), name
+        half_a_spacing = torch.exp2(exact.abs().clamp(min=1e-30).log2().floor() - 8)
+        assert ((gradient.double() - exact).abs() <= 1.01 * half_a_spacing + 1e-9).all(), name
 
 
 def test_tokens_are_tokens(tmp_path: Path) -> None:
