@@ -9,7 +9,6 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -26,7 +25,7 @@ from filelock import FileLock
 
 from relora.data import TokenSequences
 from relora.errors import DamagedFile, RunError
-from relora.files import read_json
+from relora.files import publishing, read_json, reason
 from relora.groups import RECORD_SUFFIXES, DataConfig, text_files, tokenizer_file
 
 FORMAT = 2
@@ -86,19 +85,42 @@ def prepare(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Co
     """
     files = _source_files(config)
     folder = _folder(config, files, corpora)
-    if not (folder / "meta.json").exists():
+    if not _stands(folder, lambda message: None):
         corpora.mkdir(parents=True, exist_ok=True)
         with FileLock(corpora / f"{folder.name}.lock"):
-            if not (folder / "meta.json").exists():
+            if not _stands(folder, say):
                 _build(config, files, folder, say)
     return load(folder)
 
 
 def load(folder: Path) -> Corpus:
-    """A corpus that stands already."""
-    meta = json.loads((folder / "meta.json").read_text())
+    """A corpus that stands already. Raises DamagedFile where a file of it has not the size that meta.json tells."""
+    meta = read_json(folder / "meta.json")
     names = ("corpus_digest", "tokenizer_digest", "vocab_size", "end_of_text_id", "dtype", "splits")
-    return Corpus(folder=folder, **{name: meta[name] for name in names})
+    try:
+        corpus = Corpus(folder=folder, **{name: meta[name] for name in names})
+        for split in SPLITS:
+            wanted = corpus.splits[split]["tokens"] * np.dtype(corpus.dtype).itemsize
+            file = folder / f"{split}.bin"
+            if (found := file.stat().st_size) != wanted:
+                raise DamagedFile(file, f"it has {found} bytes and should have {wanted}")
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(folder / "meta.json", f"it lacks or garbles {error}") from error
+    except OSError as error:
+        raise DamagedFile(Path(error.filename or folder), reason(error)) from error
+    return corpus
+
+
+def _stands(folder: Path, say: Callable[[str], None]) -> bool:
+    """Whether an undamaged corpus stands there; a damaged one is told of, and is to be built anew."""
+    if not (folder / "meta.json").exists():
+        return False
+    try:
+        load(folder)
+    except DamagedFile as error:
+        say(f"{error}; the corpus is prepared anew")
+        return False
+    return True
 
 
 def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Corpus:
@@ -107,7 +129,7 @@ def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None])
     What a process has once held, its allocator does not give back whole, and the peak memory of the run that happens
     to build the corpus would be measured on top of it.
     """
-    if not (folder_of(config, corpora) / "meta.json").exists():
+    if not _stands(folder_of(config, corpora), lambda message: None):
         command = [sys.executable, "-m", "relora.corpus", json.dumps(asdict(config)), str(corpora)]
         with tempfile.TemporaryFile("w+") as errors:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
@@ -289,18 +311,14 @@ def _build(config: DataConfig, files: list[Path], folder: Path, say: Callable[[s
     started = time.perf_counter()
     say(f"preparing the corpus {folder.name}: {len(files)} files")
     plan = _plan(config, files)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    end_of_text = (
-        _train_tokenizer(config, files, plan, temporary)
-        if config.tokenizer is None
-        else _copy_tokenizer(config.tokenizer, temporary)
-    )
-    meta = _write_tokens(config, files, plan, temporary, end_of_text)
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    with publishing(folder) as temporary:
+        end_of_text = (
+            _train_tokenizer(config, files, plan, temporary)
+            if config.tokenizer is None
+            else _copy_tokenizer(config.tokenizer, temporary)
+        )
+        meta = _write_tokens(config, files, plan, temporary, end_of_text)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     counts = ", ".join(f"{name} {meta['splits'][name]['tokens']:,}" for name in SPLITS)
     say(f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}")
 

@@ -35,6 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from relora.cost import LlamaShape
 from relora.errors import RunError
+from relora.files import publishing
 from relora.groups import ModelConfig
 from relora.loss import summed_linear_cross_entropy
 
@@ -183,16 +184,13 @@ def save_pretrained(
 ) -> None:
     """Write a plain Hugging Face folder (weights, config, tokenizer) plus `run` as relora.json.
 
-    Through a sibling folder that is renamed when complete, so that a folder of that name is always whole.
+    Through a sibling folder that is renamed when it is complete and on the disk: a folder of that name is whole.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)  # type: ignore[operator]
-    shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
-    (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-    (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    with publishing(folder) as temporary:
+        model.save_pretrained(temporary)  # type: ignore[operator]
+        shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
+        (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+        (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
 
 
 @contextmanager

@@ -617,3 +617,16 @@ def test_a_build_that_was_killed_is_never_picked_up(tmp_path: Path, corpora: Pat
     for path in clean.folder.iterdir():
         assert path.read_bytes() == (Path(told["folder"]) / path.name).read_bytes()
     assert sorted(path.name for path in corpora.iterdir()) == [clean.folder.name, f"{clean.folder.name}.lock"]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "test.bin", "meta.json"])
+def test_a_corpus_that_is_cut_short_is_named_and_prepared_anew(tmp_path: Path, corpora: Path, name: str) -> None:
+    config = settings(write_documents(tmp_path / "texts", DOCUMENTS))
+    folder = prepare(config, corpora, silent).folder
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    os.truncate(folder / name, len(whole[name]) // 2)
+    said: list[str] = []
+    prepare(config, corpora, said.append)
+    assert said[0].startswith(f"{folder / name} cannot be read: ")
+    assert said[0].endswith("the corpus is prepared anew")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
