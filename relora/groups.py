@@ -193,6 +193,7 @@ class ReLoRAMethodConfig(LoRAConfig):
     def __post_init__(self) -> None:
         LoRAConfig.__post_init__(self)
         at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
+        at_most("method.reset_interval_steps", self.reset_interval_steps, MOST_STEPS, "no run has as many updates")
 
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -280,6 +281,8 @@ class ScheduleConfig:
         one_of("schedule.name", self.name, ("jagged_cosine",))
         at_least("schedule.warmup_steps", self.warmup_steps, 0)
         at_least("schedule.restart_warmup_steps", self.restart_warmup_steps, 0, " (0: no re-warm-up)")
+        for name in ("warmup_steps", "restart_warmup_steps"):
+            at_most(f"schedule.{name}", getattr(self, name), MOST_STEPS, "no run has as many updates")
         fraction("schedule.min_lr_ratio", self.min_lr_ratio)
 
 
