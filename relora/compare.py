@@ -294,4 +294,5 @@ def as_row(member: Compared) -> dict[str, Any]:
         gap: Gap = getattr(member, axis)
         row[f"gap_at_equal_{axis}"], row[f"gap_at_equal_{axis}_note"] = gap.relative, gap.note
     row["tokens_to_baseline"] = member.tokens_to_baseline
+    row["tokens_per_second_note"], row["peak_memory_bytes_note"] = member.speed_note, member.memory_note
     return row

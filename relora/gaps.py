@@ -18,6 +18,7 @@ from relora.config import RunConfig
 from relora.errors import ConfigError, DamagedFile
 from relora.results import Run, best_on_validation, mean
 from relora.rundir import RunDir
+from relora.spent import differences
 
 OTHER_RATE = "baseline, other rate"
 SAME_BUDGET = 0.01
@@ -58,6 +59,10 @@ class Compared:
     tokens: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     flops: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     seconds: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
+    speed_note: str = ""
+    """Why its tokens/s cannot be compared with the baseline's; empty where they can, or there is no baseline."""
+    memory_note: str = ""
+    """The same of its peak memory."""
     tokens_to_baseline: int | None = None
     """Tokens at the first evaluation that reached the baseline's last validation loss; None: never."""
 
@@ -85,9 +90,9 @@ def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run
     """
     budget, unit = run.budget(axis), {"flops": "FLOPs", "seconds": "seconds"}[axis]
     if axis == "seconds":
-        ended = [other for other in ended if other.machine == run.machine]
-        if baseline is not None and baseline not in ended and run is not baseline:
-            return Gap(loss=None, note="the full-rank runs were trained on another machine or device")
+        if baseline is not None and (told := differences(run.spent, baseline.spent)):
+            return Gap(loss=None, note=f"wall-clock: {told}")
+        ended = [other for other in ended if not differences(run.spent, other.spent)]
     if run.config is not None and run.config.method.name == "full" and run is baseline:
         return Gap(loss=0.0, note="itself")
     points = sorted((other.budget(axis), other.summary["test_loss"], other.name) for other in ended)
@@ -306,4 +311,8 @@ def compared(run: Run, label: str, full: FullRank) -> Compared:
     found.seconds = _gap_at_equal("seconds", run, baseline, ended, missing)
     if baseline is not None:
         found.tokens_to_baseline = _tokens_to_reach(run, baseline)
+        if speed := differences(run.spent, baseline.spent):
+            found.speed_note = f"tokens/s: {speed}, than {baseline.name}"
+        if memory := differences(run.spent, baseline.spent, memory=True):
+            found.memory_note = f"peak memory: {memory}, than {baseline.name}"
     return found

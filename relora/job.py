@@ -216,6 +216,7 @@ class _Attempt:
                 device=device,
                 stop=lambda: self.signals.reason,
                 on_warm_start=publish_warm_start,
+                attempt=self.attempt,
             )
             self._note_begin(trainer.first_step, trainer.counters.training_seconds)
             for lost in log.begin(trainer.first_step):
@@ -235,6 +236,7 @@ class _Attempt:
             self.console.close()
             check_finite("validation", validation, config)
             exported = export(trainer, corpus, self.run, tokenizer_config)
+            self.status.spent = trainer.counters.spent
             summary = {
                 "eval_loss": validation.loss,
                 "eval_perplexity": validation.perplexity,

@@ -105,8 +105,9 @@ def build_trainer(
     device: "torch.device",
     stop: Callable[[], str | None],
     on_warm_start: Callable[[], None] | None,
+    attempt: Attempt | None = None,
 ) -> "Trainer":
-    """The same on every rank, but for `tracker`, `stop` and what `on_warm_start` does."""
+    """The same on every rank, but for `tracker`, `stop`, what `on_warm_start` does and the first's `attempt`."""
     from relora.model import build
     from relora.trainer import Trainer
 
@@ -128,6 +129,7 @@ def build_trainer(
         stop=stop,
         on_warm_start=on_warm_start,
         world=world,
+        machine={} if attempt is None else vars(attempt),
     )
 
 

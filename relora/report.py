@@ -131,6 +131,9 @@ def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
         speed = _speed(best) / _speed(full)
         text += ". It has " + " and ".join(f"{ratio:.2f} times the {name}" for name, ratio in ratios.items())
         text += f" of full rank, and runs at {speed:.2f} times its tokens/s"
+        unlike = dict.fromkeys(note for m in best.finished for note in (m.memory_note, m.speed_note) if note)
+        if unlike:
+            text += f" (no fair comparison: {'; '.join(unlike)})"
     return text + "."
 
 
@@ -210,9 +213,16 @@ def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
         parts.append("never" if len(measured) == 1 else f"{never} of {len(measured)} never")
     cells.append(", ".join(parts) or "-")
     cells.append(_figure(arm.values("trainable_parameters"), lambda value: f"{value / 1e6:.2f}M"))
-    cells.append(_figure(arm.values("peak_memory_bytes"), _memory))
-    cells.append(f"{_speed(arm):,.0f}" if arm.finished else "-")
+    memory, speed = ([getattr(m, name) for m in arm.finished] for name in ("memory_note", "speed_note"))
+    cells.append(_figure(arm.values("peak_memory_bytes"), _memory) + _marks(memory, notes))
+    cells.append((f"{_speed(arm):,.0f}" if arm.finished else "-") + _marks(speed, notes))
     return cells
+
+
+def _marks(texts: Sequence[str], notes: Notes) -> str:
+    """The letters of the remarks among `texts`, each once."""
+    marks = [notes.mark(text) for text in dict.fromkeys(filter(None, texts))]
+    return f" ({', '.join(marks)})" if marks else ""
 
 
 def _memory(value: float) -> str:
@@ -266,7 +276,7 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
         "-" if member.baseline is None else "itself" if member.baseline is run else member.baseline.name,
         "-" if member.baseline is None else "never" if reached is None else f"{reached:,}",
         f"{run.summary['trainable_parameters'] / 1e6:.2f}M" if finished else "-",
-        _memory(run.summary["peak_memory_bytes"]) if finished else "-",
+        _memory(run.summary["peak_memory_bytes"]) + _marks([member.memory_note], notes) if finished else "-",
         str(run.summary["skipped_updates"]) if finished else "-",
     ]
 

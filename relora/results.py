@@ -107,9 +107,11 @@ class Run:
         return [*told, *(f"{rows}: lost" for rows in lost if not rows.recomputed)]
 
     @property
-    def machine(self) -> tuple[str, str]:
-        """What its seconds depend on: host and device."""
-        return (self.status.host, self.status.device) if self.status else ("", "")
+    def spent(self) -> list[dict[str, Any]]:
+        """Its seconds by machine and switches, as relora.spent has them; of an old run, all on its last machine."""
+        assert self.status is not None
+        last = {"host": self.status.host, "device": self.status.device, "seconds": self.summary["training_seconds"]}
+        return self.status.spent or [last]
 
     @property
     def setting(self) -> tuple[Any, ...]:

@@ -98,6 +98,11 @@ class Status:
     """Results, once finished."""
     attempts: list[Attempt] = field(default_factory=list)
     """Every attempt that is known, in order; the last one is the newest."""
+    spent: list[dict[str, Any]] = field(default_factory=list)
+    """Once finished, the training seconds by machine and switches, as relora.spent has them; empty in old runs.
+
+    Those of a warm start that another run trained are among them.
+    """
 
     @property
     def machine_changes(self) -> list[tuple[int, str]]:

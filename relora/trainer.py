@@ -1,15 +1,15 @@
 """The training loop: Algorithm 1 of Lialin et al. 2023, with a warm start before it and a checkpoint at any step."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relora import checkpoint
+from relora import checkpoint, spent
 from relora.config import RunConfig
 from relora.data import TokenSequences
 from relora.distributed import World, digest
@@ -33,6 +33,8 @@ class Counters:
     consecutive_skipped_updates: int = 0
     training_seconds: float = 0.0
     """Spent on updates and restarts, over all attempts, as UnderWay counts them."""
+    spent: list[dict[str, Any]] = field(default_factory=list)
+    """The training seconds by machine and switches, as relora.spent has them; a fork takes those of its warm start."""
     peak_memory_bytes: int = 0
     """The most that any attempt held, up to its last checkpoint."""
 
@@ -46,7 +48,8 @@ class Trainer:
 
     Every rank of `world` makes a Trainer of its own with equal arguments, but for `tracker` and `stop`, and is equal to
     the others to the bit after every update; rank 0 writes the checkpoints. A wish to stop, on any rank, stops all at
-    the same step. Raises RunError where the ranks cannot share a batch evenly.
+    the same step. `machine` is what the run's record says of this one (relora.spent.MACHINE). Raises RunError where
+    the ranks cannot share a batch evenly.
     """
 
     def __init__(
@@ -63,9 +66,10 @@ class Trainer:
         stop: Callable[[], str | None] = lambda: None,
         on_warm_start: Callable[[], None] | None = None,
         world: World = ALONE,
+        machine: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.device, self.tracker, self.stop = config, device, tracker, stop
-        self.on_warm_start, self.world = on_warm_start, world
+        self.on_warm_start, self.world, self.machine = on_warm_start, world, machine or {}
         self.training, self.validation, self.checkpoint_folder = training, validation, checkpoint_folder
         self.model = model.to(device)
         # Buffers stay fp32: a model that is loaded again computes its rotary frequencies in it.
@@ -239,7 +243,8 @@ class Trainer:
     def tell(self, *, all_but: int = 0) -> None:
         """Wait for the updates that have been made, but the newest `all_but`; count and report them."""
         finished = self.under_way.finished(all_but=all_but)
-        self.counters.training_seconds = self.under_way.seconds
+        if finished:
+            self._charge(warm_start=finished[-1].step < self.clock.warm_start_steps)
         for update in finished:
             loss, gradient_norm = update.loss_and_norm.tolist()
             if math.isfinite(loss) and math.isfinite(gradient_norm):
@@ -247,6 +252,14 @@ class Trainer:
             else:
                 self._skipped(update.step, loss, gradient_norm)
             self.report(update, loss, gradient_norm)
+
+    def _charge(self, *, warm_start: bool) -> None:
+        """Count the seconds up to now, under the machine and the switches that they were spent under."""
+        size = self.micro.sequences_per_micro_step
+        under = spent.conditions(self.config, self.machine, sequences_per_micro_step=size, warm_start=warm_start)
+        now = self.under_way.seconds
+        spent.spend(self.counters.spent, under, now - self.counters.training_seconds)
+        self.counters.training_seconds = now
 
     def _skipped(self, step: int, loss: float, gradient_norm: float) -> None:
         counters, limit = self.counters, self.config.trainer.max_consecutive_skipped_updates

@@ -25,6 +25,7 @@ FLOORS = [
             "credentials",
             "metrics",
             "checkpoint",
+            "spent",
             "warmstart",
         ),
         *("distributed", "evaluate"),
