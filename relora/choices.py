@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-CHARACTERS_LISTED = 160
+CHARACTERS_LISTED = 120
 
 
 def conf_dir() -> Path:

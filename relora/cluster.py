@@ -13,6 +13,7 @@ LARGEST = {
     "tasks_per_node": 10_000,
     "cpus_per_task": 100_000,
     "gpus_per_node": 10_000,
+    "signal_delay_seconds": 86_400,
 }
 
 START_UP_SECONDS = 30
@@ -119,7 +120,7 @@ class SlurmConfig(ClusterConfig):
                 raise ConfigError(
                     f"cluster.options: {shown(name)} is no option of sbatch; write its long name without --"
                 )
-            if not isinstance(value, str | int | float):
+            if not isinstance(value, str | int | float) or value != value:
                 raise ConfigError(
                     f"cluster.options.{shown(name)}={shown(value)} must be text, a number, or true for an option "
                     "without a value"

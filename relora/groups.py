@@ -231,6 +231,7 @@ class DataConfig:
         at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
         at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
         at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
+        at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model takes as many")
         for name in ("validation_fraction", "test_fraction"):
             if not 0.0 < getattr(self, name) <= 0.4:
                 raise ConfigError(f"data.{name}={shown(getattr(self, name))} must be above 0 and at most 0.4")
