@@ -2,7 +2,10 @@
 
 import sys
 
-from relora.cli import run
+from relora import signals
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    with signals.whole_process():
+        from relora.cli import run
+
+        sys.exit(run(sys.argv[1:]))

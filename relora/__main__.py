@@ -2,6 +2,16 @@
 
 import sys
 
-from relora.cli import main
+from relora import signals
 
-sys.exit(main())
+
+def main() -> int:
+    """Returns the exit code."""
+    with signals.whole_process():
+        from relora import cli
+
+        return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from relora import compose, credentials, sweeps, tuned
+from relora import compose, credentials, signals, sweeps, tuned
 from relora.distributed import World
 from relora.errors import ConfigError, RunError, printable
 from relora.files import read_json
@@ -59,7 +59,8 @@ def _told(action: Callable[[], int]) -> int:
             print(f"relora: {credentials.redacted(str(message))}", file=sys.stderr)
 
     try:
-        return action()
+        with signals.raising():
+            return _stoppable(action)
     except ConfigError as error:
         tell(error)
         return 2
@@ -95,6 +96,16 @@ def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[
 
     number.__name__ = kind.__name__  # argparse names it where the text is no number
     return number
+
+
+def _stoppable(action: Callable[[], int]) -> int:
+    """A library may turn the KeyboardInterrupt of a signal into an error of its own; here it is one again."""
+    try:
+        return action()
+    except BaseException as error:
+        if signals.interrupted():
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

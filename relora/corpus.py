@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from relora import signals
 from relora.data import TokenSequences
 from relora.errors import DamagedFile, RunError
 from relora.files import publishing, read_json, reason
@@ -132,7 +134,10 @@ def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None])
     if not _stands(folder_of(config, corpora), lambda message: None):
         command = [sys.executable, "-m", "relora.corpus", json.dumps(asdict(config)), str(corpora)]
         with tempfile.TemporaryFile("w+") as errors:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+            # Ctrl-C and SLURM's warning come to all processes of a group: this one answers for both, by SIGTERM.
+            with signals.blocked((signal.SIGINT, signal.SIGUSR2)):
+                started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            with started as child, signals.raising():  # a text may take hours
                 try:
                     assert child.stdout is not None
                     for line in child.stdout:
@@ -143,6 +148,8 @@ def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None])
                     raise
             errors.seek(0)
             problem = errors.read()
+        if child.returncode:
+            signals.check()
         if child.returncode == TOLD:
             raise CorpusError(problem.strip())
         if child.returncode:

@@ -7,22 +7,31 @@ did not resume to the bit.) Loads torch only where there is more than one proces
 
 import hashlib
 import os
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from relora.errors import RunError
+from relora import signals
+from relora.errors import RunError, Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=24)
 """The others wait so long for a rank 0 that prepares a corpus; a rank that dies is noticed at once, not by this."""
+
+
+MEETING = timedelta(minutes=30)
+"""How long the ranks wait for the last one to start."""
+
+POLL_SECONDS = 0.02
 
 
 class PeerLost(RunError):  # noqa: N818 -- what happened, seen from here
@@ -76,9 +85,9 @@ class World:
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            with _deadly_signals():
-                distributed.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:
+            store = self._met()
+            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise RunError(
                 f"rank {self.rank} of {self.size} could not join the others: {_first_line(error)}"
             ) from error
@@ -91,6 +100,44 @@ class World:
                 distributed.destroy_process_group()
             raise
         distributed.destroy_process_group()
+
+    def _met(self) -> "Store":
+        """The store through which the ranks find each other, when all of them are there.
+
+        torch waits for them where no handler of Python's runs; this waits in Python, and a signal ends it.
+        """
+        from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun serves a store of its own, for this start of the ranks and those before it.
+        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        is_server = self.is_first and not served
+        limit = time.monotonic() + MEETING.total_seconds()
+
+        def wait_until(question: Callable[[], bool], whom: str) -> None:
+            while not question():
+                if time.monotonic() > limit:
+                    raise RuntimeError(f"no {whom} at {address}:{port} within {MEETING}")
+                time.sleep(POLL_SECONDS)
+
+        with signals.raising():
+            if not is_server:
+                wait_until(lambda: _answers(address, port), "rank 0")
+            store: Store = TCPStore(address, port, is_master=is_server, timeout=MEETING, wait_for_workers=False)
+            if served:
+                store = PrefixStore(f"relora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store.set(f"rank-{self.rank}", "here")
+            try:
+                wait_until(lambda: self._all_are_here(store), f"{self.size} ranks")
+            except KeyboardInterrupt:
+                store.set("stop", "")
+                raise
+        return store
+
+    def _all_are_here(self, store: "Store") -> bool:
+        if store.check(["stop"]):
+            raise Stopped("another rank was asked to stop")
+        return store.check([f"rank-{rank}" for rank in range(self.size)])
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -211,12 +258,9 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-@contextmanager
-def _deadly_signals() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM end the process at once: while torch waits for others, no handler of Python's runs."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+def _answers(address: str, port: int) -> bool:
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -42,6 +42,10 @@ class Interrupted(Exception):  # noqa: N818 -- like KeyboardInterrupt, no error
         self.step, self.reason = step, reason
 
 
+class Stopped(Exception):  # noqa: N818 -- no error
+    """The work was asked to stop, and nothing of it needs to be kept."""
+
+
 class RunError(RuntimeError):
     """Something that went wrong in a run and that a person can mend; the message stands alone."""
 

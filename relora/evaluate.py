@@ -1,6 +1,7 @@
 """Perplexity on held-out text."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from relora.data import TokenSequences
 from relora.distributed import World
+from relora.errors import Stopped
 from relora.model import fits, precision_context, summed_cross_entropy
 
 ALONE = World()
@@ -36,18 +38,24 @@ def evaluate(
     precision: str,
     device: torch.device,
     world: World = ALONE,
+    stop: Callable[[], str | None] = lambda: None,
 ) -> Evaluation:
     """Every sequence of `data` exactly once, the last batch smaller where it must be.
 
     The batches are dealt to the ranks of `world`. Their sums are added up in float64 and in the order of the batches,
     so that the result is the same to the bit for any number of ranks. Raises torch.OutOfMemoryError, on all ranks,
-    where a batch did not fit into memory.
+    where a batch did not fit into memory. `stop` is asked before each batch: a rank that it gives a reason leaves out
+    the rest of its batches, and all ranks raise Stopped when the last one is done.
     """
     starts = range(0, data.count, sequences_per_batch)
-    sums_N = torch.zeros(len(starts), dtype=torch.float64, device=device)
+    # The last one counts the ranks that stopped.
+    sums_N = torch.zeros(len(starts) + 1, dtype=torch.float64, device=device)
 
     def own_batches() -> None:
         for number in range(world.rank, len(starts), world.size):
+            if stop() is not None:
+                sums_N[-1] = 1
+                return
             last = min(starts[number] + sequences_per_batch, data.count)
             indices = np.arange(starts[number], last, dtype=np.int64)
             inputs_BxT, targets_BxT = (tokens.to(device) for tokens in data.batch(indices))
@@ -60,8 +68,11 @@ def evaluate(
         fitted = fits(own_batches)
     finally:
         model.train(was_training)
+    *batch_sums, stopped = world.sum(sums_N, fitted=fitted).tolist()
+    if stopped:
+        raise Stopped(stop() or "another rank was asked to stop")
     total = 0.0
-    for batch_sum in world.sum(sums_N, fitted=fitted).tolist():
+    for batch_sum in batch_sums:
         total += batch_sum
     tokens = data.count * data.sequence_length_tokens
     return Evaluation(loss=total / tokens, tokens=tokens)

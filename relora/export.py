@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from relora import signals
 from relora.config import RunConfig
 from relora.errors import RunError, TrainingError
 from relora.evaluate import Evaluation, evaluate
@@ -92,7 +93,7 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
             f"{merged_loss:.5f}, before the merge it was {trained_loss:.5f}, and rounding explains {tolerance:g}; the "
             f"training state stands in {run.checkpoints}"
         )
-    test = evaluate(exported, corpus.sequences("test", length), device=device, **settings)
+    test = evaluate(exported, corpus.sequences("test", length), device=device, stop=signals.reason, **settings)
     check_finite("test", test, config)
     vocab_size = exported.config.vocab_size
     if test.loss > math.log(vocab_size) - 1e-3:

@@ -2,22 +2,19 @@
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from relora import compose, credentials, slurm
+from relora import compose, credentials, signals, slurm
 from relora.config import RunConfig
 from relora.console import Console
 from relora.distributed import PeerLost, World
-from relora.errors import ConfigError, DamagedFile, Interrupted, RunError, WarmStartTrained
+from relora.errors import ConfigError, DamagedFile, Interrupted, RunError, Stopped, WarmStartTrained
 from relora.files import set_aside
 from relora.metrics import Broadcast, MetricsLog, read_rows, row_metrics
 from relora.plan import plan, warning
@@ -33,8 +30,6 @@ EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 NODE_LOCK_SECONDS = 60.0
 """How long a requeued job waits for its killed predecessor's lock."""
-
-STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR2: "SIGUSR2"}
 
 
 def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
@@ -66,10 +61,9 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
     """
     run, world = RunDir(path), World.here()
     if not world.is_first:
-        signals = StopSignals(lambda message: None)
-        with signals.installed(), signals.asking():
-            return take_part(run, world, lambda: signals.reason, warm_start_only=warm_start_only)
-    with run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
+        with signals.held():
+            return take_part(run, world, warm_start_only=warm_start_only)
+    with signals.held(), run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
         config, previous = compose.thaw(run.config_file), _previous_status(run)
         if previous is not None and previous.state == "finished":
             print(_already_done(run, previous))
@@ -89,6 +83,7 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
         run.status = status
         for rank in run.rank_errors:
             run.error_file(rank).unlink()
+        run.remove_leftovers()
         _Attempt(run, config, status, world, on_node=on_node, warm_start_only=warm_start_only).run_to_end()
         return status
 
@@ -124,29 +119,34 @@ class _Attempt:
         self.attempt, self.earlier = status.attempts[-1], [a for a in status.attempts[:-1] if a.has_trained]
         self.on_node, self.warm_start_only = on_node, warm_start_only
         self.console = Console(config.tokens_per_step)
-        self.signals = StopSignals(self.console.say)
         self.began = time.perf_counter()
 
     def run_to_end(self) -> None:
+        """Called where signals are held: after training, nothing interrupts the recording of how it went."""
         self.console.say(f"run {self.run.path}")
-        with self.signals.installed():
-            mirror = self._start_mirror()
-            try:
+        mirror = None
+        try:
+            with signals.asked(self._say_stopping):
+                signals.check()
+                mirror = self._start_mirror()
                 with self.world.joined():
                     self.status.summary = self._train_and_export()
-                self.status.state = "finished"
-            except BaseException as error:  # the status must be true even for KeyboardInterrupt and SystemExit
-                self._record(error)
-            finally:
-                self.console.close()
-                self.attempt.ended_ms = self.status.ended_ms = time.time_ns() // 1_000_000
-                self._write_status()
-                if mirror is not None:
-                    mirror.close()
+            self.status.state = "finished"
+        except BaseException as error:  # the status must be true even for KeyboardInterrupt and SystemExit
+            self._record(error)
+        finally:
+            self.console.close()
+            self.attempt.ended_ms = self.status.ended_ms = time.time_ns() // 1_000_000
+            self._write_status()
+            if mirror is not None:
+                mirror.close()
         if self.status.state == "finished":
             print(summary_text(self.run, self.config, self.status))
         else:
             print(f"{self.status.state}: {self.status.message}\ngo on with: {relaunch_command(self.run)}", flush=True)
+
+    def _say_stopping(self, name: str) -> None:
+        self.console.say(f"{name}: stopping with a checkpoint, as soon as one can be written (once more: at once)")
 
     def _write_status(self) -> None:
         try:
@@ -163,7 +163,7 @@ class _Attempt:
 
     def _record(self, error: BaseException) -> None:
         self.console.close()
-        self.status.state, self.status.stopped_by = "failed", self.signals.reason or ""
+        self.status.state, self.status.stopped_by = "failed", signals.reason() or ""
         causes = self.run.rank_errors if isinstance(error, (PeerLost, KeyboardInterrupt)) else {}
         if causes:
             told = "; ".join(f"rank {rank} failed: {message}" for rank, message in causes.items())
@@ -173,27 +173,31 @@ class _Attempt:
         elif isinstance(error, Interrupted):
             self.status.state = "interrupted"
             self.status.message = f"{error}; a checkpoint is written"
-        elif isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, (KeyboardInterrupt, Stopped)) or signals.interrupted():
+            # A library may turn the interruption into an error of its own.
             self.status.state = "interrupted"
-            self.status.message = f"{self.signals.reason or 'Ctrl-C'}; the newest checkpoint stands"
+            self.status.message = f"{signals.reason() or str(error) or 'Ctrl-C'}; the newest checkpoint stands"
         else:
             self.status.message = in_words(error)
             if self.status.message != str(error):
                 traceback.print_exception(error)
 
     def _train_and_export(self) -> dict[str, Any]:
-        from relora import corpus as corpora
-        from relora import warmstart
-        from relora.export import check_finite, export
-        from relora.microsteps import share
-        from relora.model import loadable_tokenizer_config, peak_memory_bytes, reset_peak_memory
+        with signals.held():  # an interrupted import fails with whatever the library makes of it, or aborts
+            from relora import corpus as corpora
+            from relora import warmstart
+            from relora.export import check_finite, export
+            from relora.microsteps import share
+            from relora.model import loadable_tokenizer_config, peak_memory_bytes, reset_peak_memory
 
+        signals.check()
         config, say, world = self.config, self.console.say, self.world
         share(config, world)  # refused before hours go into the preparation of a text
         device = choose_device(config.trainer.device, world)
         describe_machine(self.attempt, device)
         self.status.device = self.attempt.device
         corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)
+        signals.check()
         self._check_corpus(corpus.identity)
         tokenizer_config, note = loadable_tokenizer_config(corpus.tokenizer_file)
         if note is not None:
@@ -214,7 +218,7 @@ class _Attempt:
                 Broadcast([log, self.console]),
                 world=world,
                 device=device,
-                stop=lambda: self.signals.reason,
+                stop=signals.reason,
                 on_warm_start=publish_warm_start,
                 attempt=self.attempt,
             )
@@ -231,9 +235,9 @@ class _Attempt:
             if above := warning(plan(config), config):
                 say(above)
             reset_peak_memory(device)
-            with self.signals.asking():
-                validation = trainer.train()
+            validation = trainer.train()
             self.console.close()
+            signals.check()
             check_finite("validation", validation, config)
             exported = export(trainer, corpus, self.run, tokenizer_config)
             self.status.spent = trainer.counters.spent
@@ -293,52 +297,6 @@ class _Attempt:
         """Tell a doubt, and keep it in the status of a run that is finished all the same."""
         self.console.say(f"warning: {doubt}")
         self.status.message = "; ".join(filter(None, (self.status.message, doubt)))
-
-
-class StopSignals:
-    """Ctrl-C, SIGTERM and SLURM's SIGUSR2: a wish while the trainer asks for it, an interruption elsewhere.
-
-    The same signal once more is an interruption too, but for SIGUSR2, which SLURM may send at any time.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.reason: str | None = None
-        self._asking = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = STOP_SIGNALS[signal.Signals(number)]
-        # What follows SLURM's warning is its end: no time is left then, and why it came stays the reason.
-        is_the_end = self.reason == "SIGUSR2" and number == signal.SIGTERM
-        again = is_the_end or (self.reason == name and number != signal.SIGUSR2)
-        self.reason = self.reason if again else name
-        if again or not self._asking:
-            raise KeyboardInterrupt
-        self.say(f"{self.reason}: stopping after this update, with a checkpoint (once more: at once, without)")
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle them inside."""
-        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Inside, the first signal only sets `reason`; so it does after an error, to leave its recording undisturbed.
-
-        For a launcher sends SIGTERM to all ranks as soon as one has died.
-        """
-        self._asking = True
-        try:
-            yield
-        except BaseException:
-            self.say = lambda message: None
-            raise
-        self._asking = False
 
 
 # ------------------------------------------------------------------------------------------------ small questions
@@ -445,7 +403,8 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(EXIT_CODES[job(Path(sys.argv[1])).state])
-    except (ConfigError, RunError) as problem:
-        sys.exit(f"relora: {problem}" if World.here().is_first else 1)
+    with signals.whole_process():
+        try:
+            sys.exit(EXIT_CODES[job(Path(sys.argv[1])).state])
+        except (ConfigError, RunError) as problem:
+            sys.exit(f"relora: {problem}" if World.here().is_first else 1)

@@ -1,7 +1,6 @@
 """Launching: a run, or a study's runs and their baselines, here or on SLURM."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from relora import signals
 from relora.baselines import launch_notes
 from relora.cluster import ClusterConfig, SlurmConfig
 from relora.compare import study_dir
@@ -99,6 +99,7 @@ def _one_after_the_other(pending: Sequence[Planned]) -> None:
     for item in pending:
         try:
             if _claim(item) and job(item.run.path).state == "interrupted":
+                signals.forget()  # it is answered
                 return
         except RunError as error:
             print(f"{item.config.name}: {error}", flush=True)
@@ -207,7 +208,7 @@ class _Processes:
         runs_dir = Path(self.planned[0].config.runs_dir)
         cancelled_before = cancellations(runs_dir, self.study)
         try:
-            with stoppable():
+            with signals.raising():
                 while self.waiting or self.running:
                     if cancellations(runs_dir, self.study) != cancelled_before:
                         self.waiting.clear()
@@ -217,6 +218,7 @@ class _Processes:
                     with suppress(RunError):  # SLURM, which has some of the runs, may be busy for a moment
                         show(False)
         except KeyboardInterrupt:
+            signals.forget()  # the next one ends the waiting
             print("stopping the runs, each with a checkpoint", flush=True)
             for _, process in self.running:
                 process.terminate()
@@ -239,9 +241,10 @@ class _Processes:
 def start_process(item: Planned, max_parallel: int) -> subprocess.Popen[bytes]:
     """Train a prepared run, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which tells it."""
     threads = max(1, (os.cpu_count() or 1) // max_parallel)
-    with (item.run.path / "log.txt").open("ab") as log:
+    # Signals wait until the process can answer them.
+    with (item.run.path / "log.txt").open("ab") as log, signals.blocked():
         return subprocess.Popen(
-            [sys.executable, "-m", "relora.job", str(item.run.path)],
+            [sys.executable, "-m", "relora.signals", "-m", "relora.job", str(item.run.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -256,13 +259,3 @@ def wait_for_stop(item: Planned, process: subprocess.Popen[bytes]) -> None:
         process.wait(WAIT_FOR_STOP_SECONDS)
     except subprocess.TimeoutExpired:
         print(f"{item.config.name} (process {process.pid}) has not stopped yet", flush=True)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM is a KeyboardInterrupt, as Ctrl-C is."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

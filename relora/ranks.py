@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora import compose
+from relora import compose, signals
 from relora.config import RunConfig
 from relora.distributed import PeerLost, World
 from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
@@ -29,18 +29,19 @@ MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """A full disk and its kin: nothing a traceback could explain."""
 
 
-def take_part(run: RunDir, world: World, stop: Callable[[], str | None], *, warm_start_only: bool = False) -> Status:
+def take_part(run: RunDir, world: World, *, warm_start_only: bool = False) -> Status:
     """What a rank other than the first does: it trains its share, and writes nothing but what ended it alone.
 
-    Returns how it went, after rank 0 has recorded it.
+    Returns how it went, after rank 0 has recorded it. Called where signals are held: one that came early reaches the
+    other ranks with the first update.
     """
     previous = run.known_status
     if previous is not None and previous.state == "finished":
         return previous
     status = Status(state="failed")
     try:
-        with world.joined():
-            _train_share(run, world, stop, warm_start_only)
+        with world.joined(), signals.asked(lambda name: None):
+            _train_share(run, world, warm_start_only)
         status.state = "finished"
     except BaseException as error:  # whatever it is, rank 0 must be able to tell
         status.message = in_words(error)
@@ -51,12 +52,17 @@ def take_part(run: RunDir, world: World, stop: Callable[[], str | None], *, warm
             run.error_file(world.rank).write_text(f"{status.message}\n\n{trace}")
     if status.state != "finished":
         _wait_until_recorded(run)
+        # An interrupted rank 0 leaves the others with a lost connection: for a launcher they are interrupted too.
+        recorded = run.status
+        if recorded is not None and recorded.state == "interrupted":
+            status.state = "interrupted"
     return status
 
 
-def _train_share(run: RunDir, world: World, stop: Callable[[], str | None], warm_start_only: bool) -> None:
+def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
     """Wait for rank 0 to prepare what there is to prepare, and train with it."""
-    from relora import corpus as corpora
+    with signals.held():
+        from relora import corpus as corpora
 
     folder, trains_warm_start = world.told_by_first(("", False))
     on_warm_start = (lambda: None) if trains_warm_start else None
@@ -70,7 +76,7 @@ def _train_share(run: RunDir, world: World, stop: Callable[[], str | None], warm
         Broadcast([]),
         world=world,
         device=choose_device(config.trainer.device, world),
-        stop=stop,
+        stop=signals.reason,
         on_warm_start=on_warm_start,
     )
     trainer.train()
@@ -108,8 +114,9 @@ def build_trainer(
     attempt: Attempt | None = None,
 ) -> "Trainer":
     """The same on every rank, but for `tracker`, `stop`, what `on_warm_start` does and the first's `attempt`."""
-    from relora.model import build
-    from relora.trainer import Trainer
+    with signals.held():
+        from relora.model import build
+        from relora.trainer import Trainer
 
     vocab_size = config.model.vocab_size or corpus.vocab_size
     if vocab_size < corpus.vocab_size:

@@ -1,9 +1,10 @@
 """What a run's folder holds, and the state that its status.json tells."""
 
 import os
+import shutil
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,9 @@ MENDED_BY_A_LAUNCH = "the run's launch command mends it"
 
 PROBE_SECONDS = 1.0
 """Longer than another process asks whether a run is locked, which takes the lock for a moment."""
+
+LEFTOVER_SECONDS = 60.0
+"""Longer than a write of a small file takes."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +95,7 @@ class Status:
     """Of the first attempt."""
     ended_ms: int | None = None
     stopped_by: str = ""
-    """The signal that interrupted it, as in STOP_SIGNALS."""
+    """The signal that interrupted it, as in relora.signals."""
     message: str = ""
     """Why a run failed or was interrupted."""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -187,6 +191,17 @@ class RunDir:
             return self.status
         except DamagedFile:
             return None
+
+    def remove_leftovers(self) -> None:
+        """Remove the *.tmp files of writes that a kill cut short. Called by the process that holds the run's lock.
+
+        The submission and MLflow's state are written without that lock, so their files go when they are old.
+        """
+        for file in self.path.rglob("*.tmp"):
+            others = file.name.startswith((self.submission_file.name, self.mirror_file.name))
+            with suppress(FileNotFoundError):
+                if not others or time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     @contextmanager
     def locked(self, wait_seconds: float = PROBE_SECONDS):

@@ -180,11 +180,11 @@ def check_script(text: str, folder: Path) -> None:
 
 
 def max_array_size() -> int:
-    """How many tasks an array may have."""
+    """How many tasks an array may have; 1 where the cluster takes no arrays."""
     for line in _lines("scontrol", "show", "config"):
         match = re.match(r"MaxArraySize\s*=\s*(\d+)", line)
         if match:
-            return int(match[1])
+            return max(1, int(match[1]))
     return DEFAULT_MAX_ARRAY_SIZE
 
 

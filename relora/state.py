@@ -45,10 +45,9 @@ def observe(runs: Sequence[RunDir]) -> list[State]:
     """
     submissions = [_submission(run) for run in runs]
     asked = [
-        job
+        submission["job"]
         for run, submission in zip(runs, submissions, strict=True)
         if submission and ((known := run.known_status) is None or known.state != "finished")
-        for job in (submission["job"], *submission["needs"])
     ]
     # SLURM first: what a job wrote before it ended is there when its files are read after this.
     answer = slurm.ask(asked if slurm.is_here() else [])
@@ -103,11 +102,6 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
         return _settled(run, status, "failed", message)
     if submission.get("cancelled") and job.state == "CANCELLED":
         return _settled(run, status, "cancelled", job.why_dead, job.requeues)
-    for number, what in submission["needs"].items():
-        needed, log = answer.of(number), log_of(Path(submission["log"]).parent, number)
-        if needed is not None and not needed.alive and needed.state != "COMPLETED":
-            why = f"{_why_dead(needed, log)}; see {log}"
-            return _settled(run, status, "failed", f"the {what} that it needs was not made (job {number}): {why}")
     name = "cancelled" if job.state == "CANCELLED" else "failed"
     return _settled(run, status, name, _why_dead(job, Path(submission["log"])), job.requeues)
 

@@ -2,9 +2,13 @@
 
 A job is given the path of what it works on and nothing else; its config stands frozen in the run's folder, and what it
 resumes from in its checkpoints. A job that SLURM stops early writes a checkpoint and puts itself back into the queue.
+
+A job waits for those that make its corpus and its warm start to end, however they end, and makes itself what is not
+there then. SLURM's signals are survived from the first line of the batch script on, and remembered from the first line
+of Python on.
 """
 
-import signal
+import shlex
 import sys
 import tempfile
 import time
@@ -14,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relora import compose, slurm, warmstart
+from relora import compose, signals, slurm, warmstart
 from relora.cluster import SlurmConfig
 from relora.errors import RunError, WarmStartTrained
 from relora.job import EXIT_CODES, job
@@ -28,6 +32,12 @@ BESIDE = "submissions.json"
 RECORDED_SECONDS = 30.0
 """How long a job waits to be written down as its run's."""
 
+SURVIVED = "trap : TERM USR2"
+"""Of the batch script: a signal to its shell would end the job before its processes have written their checkpoints."""
+
+SHIELDED = """sh -c 'trap "" INT TERM USR2; exec "$@"' sh"""
+"""Ignores signals until Python runs and holds them: what follows is started in its place."""
+
 # ------------------------------------------------------------------------------------------------- what a node runs
 
 
@@ -40,6 +50,7 @@ class RunTask:
 
     def __call__(self) -> None:
         """Ends with the exit code that makes SLURM's state true, or back in the queue."""
+        signals.hold()  # submitit has taken them
         from submitit.helpers import TorchDistributedEnvironment
 
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
@@ -108,7 +119,7 @@ class CorpusTask:
 
     def __call__(self) -> None:
         """Raises RunError for text that cannot be read."""
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # nothing to save: SLURM's end of it is its own
+        signals.hold()  # and nobody asks: there is nothing to save
         from relora.corpus import prepare
 
         config = compose.thaw(RunDir(self.path).config_file)
@@ -124,7 +135,7 @@ class ReportTask:
 
     def __call__(self) -> None:
         """MLflow gets it from here where it is a server, else from the next command on the submitting machine."""
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signals.hold()
         from relora.publish import publish_report
 
         publish_report(self.runs_dir, self.study, on_node=True)
@@ -203,7 +214,7 @@ def _submit_arrays(
     ]
     shares = _shares([len(items) for _, items in chunks], cluster.max_parallel)
     for number, (needed, items) in enumerate(chunks):
-        conditions = [("afterok", needed)]
+        conditions = [("afterany", needed)]
         if number >= cluster.max_parallel:  # arrays know no common limit: one waits for another instead
             conditions.append(("afterany", (submitted.arrays[number - cluster.max_parallel],)))
         names = _submit_all(
@@ -262,7 +273,7 @@ def _submit_warm_starts(
             found[key] = under_way
         elif len(items) > 1:
             needed = corpora.get(_data(items[0]))
-            executor = _executor(cluster, folder, f"warm-start-{key}", [("afterok", (needed,) if needed else ())])
+            executor = _executor(cluster, folder, f"warm-start-{key}", [("afterany", (needed,) if needed else ())])
             found[key] = _made_by(RunTask(items[0].run.path, warm_start_only=True), executor, place)
     return found
 
@@ -320,7 +331,7 @@ def _executor(
         "gpus_per_node": cluster.gpus_per_node,
         "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
         "signal_delay_s": cluster.signal_delay_seconds,
-        "setup": [threads, *cluster.setup],
+        "setup": [SURVIVED, threads, *cluster.setup],
         "dependency": dependency or None,
         "array_parallelism": array_parallelism,
         "stderr_to_stdout": True,
@@ -329,10 +340,12 @@ def _executor(
         "additional_parameters": extra,
     }
     try:
-        executor = SlurmExecutor(folder=folder, python=cluster.python)
+        python = cluster.python or shlex.quote(sys.executable)
+        executor = SlurmExecutor(folder=folder, python=f"{SHIELDED} {python} -u -m relora.signals")
     except RuntimeError:
         raise RunError("srun is not installed here: this machine is no SLURM submit node; take cluster=local") from None
-    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    # submitit sets a wckey of its own, and clusters that account by wckeys refuse one that they do not know.
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None}, wckey=None)
     return executor
 
 

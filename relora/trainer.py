@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from relora import checkpoint, spent
 from relora.config import RunConfig
 from relora.data import TokenSequences
 from relora.distributed import World, digest
-from relora.errors import Interrupted, TrainingError
+from relora.errors import Interrupted, Stopped, TrainingError
 from relora.evaluate import ALONE, Evaluation, evaluate
 from relora.inbackward import UpdateInBackward, step_where_finite
 from relora.methods import build_method, build_optimizer, learning_rate_factor
@@ -42,8 +42,8 @@ class Counters:
 class Trainer:
     """Trains `model` in place as `config` says.
 
-    `stop` is asked once a step and answers with a reason to stop, or None. `on_warm_start` is called when the warm
-    start is trained and its checkpoint written. Construction picks up the newest checkpoint
+    `stop` is asked before each update and each batch of a validation: a reason to stop, or None. `on_warm_start` is
+    called when the warm start is trained and its checkpoint written. Construction picks up the newest checkpoint
     of `checkpoint_folder`; on the CPU the continued run equals an uninterrupted one of as many ranks to the bit.
 
     Every rank of `world` makes a Trainer of its own with equal arguments, but for `tracker` and `stop`, and is equal to
@@ -110,13 +110,12 @@ class Trainer:
         settings = self.config.trainer
         self.model.train()
         for step in range(self.first_step, self.clock.total_steps):
+            if stopping := self.stopping():  # before a validation, which may take longer than there is time
+                self.stop_before(step, stopping)
             if step % settings.validation_interval_steps == 0:
                 self.validate(step)
-            stopping = self.stopping()
-            if stopping or (step > self.first_step and step % settings.checkpoint_interval_steps == 0):
+            if step > self.first_step and step % settings.checkpoint_interval_steps == 0:
                 self.save(step)
-            if stopping:
-                raise Interrupted(step, stopping)
 
             if self.on_warm_start is not None and self.clock.warm_start_ends_at(step):
                 self.save(step)
@@ -329,18 +328,22 @@ class Trainer:
             )
 
     def validate(self, step: int) -> Evaluation:
-        """Evaluate on the validation set after `step` updates."""
+        """Evaluate on the validation set after `step` updates; a run that is asked to stop here does so again later."""
         self.tell()
-        result = self.micro.within_memory(
-            lambda: evaluate(
-                self.model,
-                self.validation,
-                sequences_per_batch=self.micro.sequences_per_micro_step,
-                precision=self.config.trainer.precision,
-                device=self.device,
-                world=self.world,
+        try:
+            result = self.micro.within_memory(
+                lambda: evaluate(
+                    self.model,
+                    self.validation,
+                    sequences_per_batch=self.micro.sequences_per_micro_step,
+                    precision=self.config.trainer.precision,
+                    device=self.device,
+                    world=self.world,
+                    stop=self.stop,
+                )
             )
-        )
+        except Stopped as reason:
+            self.stop_before(step, str(reason))
         self.tracker.log(
             step,
             {
@@ -354,6 +357,11 @@ class Trainer:
         if step:
             self.tracker.say(f"step {step}: validation perplexity {result.perplexity:.2f} (loss {result.loss:.4f})")
         return result
+
+    def stop_before(self, step: int, reason: str) -> NoReturn:
+        """Save the state before the update of `step`, on all ranks, and raise Interrupted."""
+        self.save(step)
+        raise Interrupted(step, reason)
 
     def save(self, step: int) -> None:
         """Write the state before the update of `step`, metrics first; all ranks wait until it is written."""

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from relora import choices, compose, presets
+from relora import choices, compose, presets, signals
 from relora.compare import study_dir
 from relora.config import RunConfig
 from relora.errors import ConfigError, RunError
-from relora.launch import POLL_SECONDS, start_process, stoppable, wait_for_stop
+from relora.launch import POLL_SECONDS, start_process, wait_for_stop
 from relora.metrics import read_rows
 from relora.results import mean
 from relora.study import Planned, prepare, write_manifest
@@ -69,7 +69,7 @@ def tune(search: Search, overrides: Sequence[str]) -> bool:
         raise ConfigError("a search trains its trials on the machine it runs on; take cluster=local, inside a job")
     folder = study_dir(Path(first.runs_dir), search.study)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), stoppable():
+    with _alone(folder), signals.raising():
         study = _open(folder / "optuna.db", search, first)
         print(f"study {search.study}: {_judged(study)} of {search.trials} trials are judged already", flush=True)
         complete = _run_trials(study, search, overrides, first.cluster.max_parallel)
@@ -148,6 +148,7 @@ def _run_trials(study: "Study", search: Search, overrides: Sequence[str], max_pa
             running = [attempt for attempt in running if _goes_on(study, attempt, max_parallel)]
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
+        signals.forget()  # the next one ends the waiting
         print("stopping the trials, each with a checkpoint", flush=True)
         return False
     finally:

@@ -102,7 +102,6 @@ def serve(
         tell(f"whoever reaches {url} sees, changes and deletes the runs in it; --auth asks for a password")
     if host is not None and ipaddress.ip_address(address).is_loopback:
         tell(f"{host} is {address} here, which no other machine reaches; give --host an address of this machine")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = tempfile.TemporaryFile()  # noqa: SIM115 -- a pipe that nobody reads would block the server one day
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *command],

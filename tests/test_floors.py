@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "relora"
 
 FLOORS = [
-    ["errors", "cost", "memory", "schedule"],
+    ["errors", "signals", "cost", "memory", "schedule"],
     ["merged", "lowrank", "reset", "galore", "loss", "inbackward"],
     [
         *(

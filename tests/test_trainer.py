@@ -70,13 +70,34 @@ def trainer_of(config: RunConfig, folder: Path, **changes) -> Trainer:
         "device": torch.device("cpu"),
         **changes,
     }
-    return Trainer(config, **parts)
+    trainer = Trainer(config, **parts)
+    if isinstance(trainer.stop, stop_after):
+        trainer.stop.trainer = trainer
+    return trainer
 
 
-def stop_after(steps: int):
-    """A stop that says yes when `steps` updates are done."""
-    asked = iter(range(10_000))
-    return lambda: "test" if next(asked) == steps else None
+class stop_after:  # noqa: N801 -- used as a function
+    """A stop that says yes when a trainer has made `steps` updates (at most 20), for its next one."""
+
+    trainer: Trainer | None = None
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self) -> str | None:
+        return "test" if self.trainer is not None and len(self.trainer._durations) == self.steps else None
+
+
+def stop_in_validation(batches: int, monkeypatch: pytest.MonkeyPatch):
+    """A stop that says yes when `batches` batches have been evaluated."""
+    done: list[int] = []
+
+    def counted(model, inputs_BxT, targets_BxT, **settings):
+        done.append(len(inputs_BxT))
+        return summed_cross_entropy(model, inputs_BxT, targets_BxT, **settings)
+
+    monkeypatch.setattr("relora.evaluate.summed_cross_entropy", counted)
+    return lambda: "test" if len(done) >= batches else None, done
 
 
 def assert_equal_states(one: Trainer, other: Trainer) -> None:
@@ -499,6 +520,44 @@ def test_a_run_stopped_after_any_step_continues_to_the_bit(tmp_path: Path, step:
         for number, row in whole.tracker.rows.items()  # type: ignore[attr-defined]
         if "train/loss" in row
     }
+
+
+@pytest.mark.parametrize(("validation", "step"), [(0, 0), (1, 5), (3, 14)])
+def test_a_run_asked_to_stop_in_a_validation_leaves_the_rest_of_it_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validation: int, step: int
+) -> None:
+    config = config_of("trainer.checkpoint_interval_steps=100")
+    whole = trainer_of(config, tmp_path, checkpoint_folder=tmp_path / "whole")
+    whole.train()
+    batches_of_each = math.ceil(whole.validation.count / whole.micro.sequences_per_micro_step)
+    batches = validation * batches_of_each + 2
+    path = tmp_path / "metrics.jsonl"
+    with monkeypatch.context() as patch:
+        stop, done = stop_in_validation(batches, patch)
+        with MetricsLog.opened(path, exact=True) as log, pytest.raises(Interrupted, match=f"test after step {step}"):
+            trainer_of(config, tmp_path, tracker=log, stop=stop).train()
+        assert len(done) == batches
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == step
+    with MetricsLog.opened(path, exact=True) as log:
+        resumed = trainer_of(config, tmp_path, tracker=log)
+        assert resumed.first_step == step
+        resumed.train()
+    assert_equal_states(resumed, whole)
+    losses = {row["step"]: row["eval/loss"] for row in read_rows(path) if "eval/loss" in row}
+    rows = whole.tracker.rows.items()  # type: ignore[attr-defined]
+    assert losses == {number: row["eval/loss"] for number, row in rows if "eval/loss" in row}
+
+
+def test_a_run_asked_to_stop_before_a_validation_does_not_begin_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, done = stop_in_validation(10_000, monkeypatch)
+    trainer = trainer_of(config_of(), tmp_path, stop=stop_after(5))
+    per_validation = math.ceil(trainer.validation.count / trainer.micro.sequences_per_micro_step)
+    with pytest.raises(Interrupted, match="test after step 5"):
+        trainer.train()
+    assert len(done) == per_validation, "that before the first update"
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == 5
 
 
 @pytest.mark.parametrize(

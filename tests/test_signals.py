@@ -1,0 +1,234 @@
+"""Ctrl-C, SIGTERM and SIGUSR2 in the first and the last moments of real processes; in between, test_job.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small import REPOSITORY
+
+from relora import launch, signals
+from relora.checkpoint import latest_step
+from relora.compose import compose, freeze
+from relora.rundir import RunDir, Status, write_json
+from relora.study import Planned
+
+NUMBERS = list(signals.NAMES)
+ids = [number.name for number in NUMBERS]
+
+
+def prepared(overrides: list[str]) -> Planned:
+    config = compose(overrides)
+    run = RunDir(config.run_dir)
+    run.path.mkdir(parents=True)
+    freeze(config, run.config_file)
+    write_json(run.launch_file, {"overrides": overrides})
+    return Planned(config=config, role="arm")
+
+
+def status_of(run: RunDir) -> Status:
+    status = run.status
+    assert status is not None
+    return status
+
+
+def run_py(overrides: list[str], before: str) -> subprocess.CompletedProcess[str]:
+    """`python run.py` in a process that has done `before`, where `send()` sends it a signal."""
+    script = f"""
+import os, runpy, signal, sys
+def send(number=signal.SIGUSR2):
+    os.kill(os.getpid(), number)
+{before}
+sys.argv[0] = "run.py"
+runpy.run_path("run.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", script, *overrides]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY, env=env)
+
+
+# -------------------------------------------------------------------------------------------------- the first second
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=ids)
+def test_a_signal_right_after_the_start_is_answered(tiny: list[str], number: signal.Signals) -> None:
+    item = prepared(tiny)
+    process = launch.start_process(item, 1)
+    process.send_signal(number)  # long before the interpreter is there
+    assert process.wait(60) == 130
+    status = status_of(item.run)
+    assert (status.state, status.stopped_by) == ("interrupted", signals.NAMES[number])
+    shown = (item.run.path / "log.txt").read_text()
+    assert f"interrupted: {signals.NAMES[number]}; the newest checkpoint stands\ngo on with: " in shown
+    assert "Traceback" not in shown
+
+
+def test_a_signal_before_anything_has_begun_is_told_in_a_word(tiny: list[str]) -> None:
+    done = run_py(
+        tiny,
+        """
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == "relora.cli":
+            send()
+sys.meta_path.insert(0, AtImport())
+""",
+    )
+    assert (done.returncode, done.stderr) == (130, "relora: interrupted\n")
+    assert not compose(tiny).run_dir.exists()
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=ids)
+def test_signals_during_the_imports_break_none_of_them(tiny: list[str], number: signal.Signals) -> None:
+    done = run_py(
+        tiny,
+        f"""
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch.optim", "transformers.models.llama.modeling_llama", "relora.trainer"):
+            send({number.value})
+sys.meta_path.insert(0, AtImport())
+""",
+    )
+    assert done.returncode == 130, done.stdout + done.stderr
+    status = status_of(RunDir(compose(tiny).run_dir))
+    assert status.state == "interrupted"
+    assert status.message == f"{signals.NAMES[number]}; the newest checkpoint stands"
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interruption_that_a_library_swallows_is_still_one(tiny: list[str]) -> None:
+    done = run_py(
+        tiny,
+        """
+import relora.job
+def build_trainer(*args, **settings):
+    try:
+        send(signal.SIGTERM); send(signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise ModuleNotFoundError("Could not import module LlamaForCausalLM")
+relora.job.build_trainer = build_trainer
+""",
+    )
+    assert done.returncode == 130
+    assert status_of(RunDir(compose(tiny).run_dir)).message == "SIGTERM; the newest checkpoint stands"
+
+
+# --------------------------------------------------------------------------------------------------- the last second
+
+
+def test_signals_while_the_end_is_recorded_and_the_interpreter_shuts_down_change_nothing(tiny: list[str]) -> None:
+    """Python puts the default action, death, in the place of handlers before it takes its modules down."""
+    done = run_py(
+        tiny,
+        """
+import relora.job
+write = relora.job._Attempt._write_status
+def send_all(times=1, kill=os.kill, own=os.getpid(), numbers=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)):
+    for number in numbers * times:
+        kill(own, number)
+def write_status(self):
+    send_all(2)
+    write(self)
+relora.job._Attempt._write_status = write_status
+class Last:
+    def __del__(self, send_all=send_all, write=os.write):
+        write(1, b"going down")
+        send_all()
+        write(1, b" in peace")
+last = Last()
+""",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("going down in peace")
+    assert status_of(RunDir(compose(tiny).run_dir)).state == "finished"
+
+
+def test_a_signal_in_the_export_is_answered_before_the_evaluation_and_the_run_can_go_on(tiny: list[str]) -> None:
+    done = run_py(
+        tiny,
+        """
+import relora.model
+save = relora.model.save_pretrained
+def and_send(*args):
+    save(*args); send()
+relora.model.save_pretrained = and_send
+relora.model.sample = lambda *args, **settings: 1 / 0
+""",
+    )
+    assert done.returncode == 130, done.stdout + done.stderr
+    run = RunDir(compose(tiny).run_dir)
+    assert status_of(run).state == "interrupted"
+    assert latest_step(run.checkpoints) == 14
+    assert run_py(tiny, "").returncode == 0
+    assert status_of(run).state == "finished"
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+def test_what_killed_writes_left_behind_is_removed_and_what_others_write_stays(tiny: list[str]) -> None:
+    item = prepared(tiny)
+    run = item.run
+    (run.checkpoints / "step-00000005.tmp").mkdir(parents=True)
+    torn = [run.path / "status.json.7.tmp", run.checkpoints / "step-00000005.pt.tmp", run.path / "mlflow.json.7.tmp"]
+    for file in torn:
+        file.write_text("half")
+    long_ago = time.time() - 3600
+    os.utime(torn[-1], (long_ago, long_ago))
+    fresh = run.path / "submission.json.8.tmp"
+    fresh.write_text("half")
+    with run.locked():
+        run.remove_leftovers()
+    assert list(run.path.rglob("*.tmp")) == [fresh]
+
+
+# ------------------------------------------------------------------------------------------------------------ modes
+
+
+def test_the_first_signal_is_remembered_where_it_is_asked_for_and_the_second_interrupts() -> None:
+    said: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with signals.asked(said.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (signals.reason(), signals.interrupted(), said) == ("SIGTERM", False, ["SIGTERM"])
+        with signals.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # what records the first exception is not hit by another
+        assert signals.interrupted()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signals.reason() is None
+
+
+def test_slurms_warning_may_be_repeated_and_sigterm_after_it_is_the_end() -> None:
+    with signals.asked(lambda name: None):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.reason() == "SIGUSR2"
+
+
+def test_a_signal_that_came_before_a_wait_ends_it_and_an_answered_one_does_not() -> None:
+    with signals.held():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(KeyboardInterrupt), signals.raising():
+            raise AssertionError("not reached")
+        signals.forget()
+        with signals.raising():
+            pass
+
+
+def test_a_process_started_with_signals_blocked_gets_them_when_it_holds_them(tmp_path: Path) -> None:
+    script = "import json, time; from relora import signals; time.sleep(0.5); signals.hold(); "
+    script += "print(json.dumps(signals.reason()))"
+    with signals.blocked():
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)
+    process.send_signal(signal.SIGUSR2)
+    assert json.loads(process.communicate(timeout=30)[0]) == "SIGUSR2"
