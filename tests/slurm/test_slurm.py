@@ -41,6 +41,7 @@ from small import REPOSITORY
 from relora import cli
 from relora.compose import compose
 from relora.corpus import prepare
+from relora.rundir import read_json
 from relora.store import open_store
 
 
@@ -239,6 +240,50 @@ def test_a_run_longer_than_its_walltime_goes_on(slow: list[str], runs_dir: Path,
     assert states[-1] == "COMPLETED"
     assert steps_logged(run) == list(range(1, SLOW_STEPS + 1))
     assert weights(run) == undisturbed(slow, tmp_path)
+
+
+SIGNALLED = """
+import os, signal, sys
+def send():
+    os.kill(os.getpid(), signal.SIGUSR2)
+send()
+class Last:
+    def __del__(self, send=send, kill=os.kill, own=os.getpid(), number=signal.SIGUSR2):
+        kill(own, number)
+sys.last_of_all = Last()
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == "relora.submit" and "SLURM_RESTART_COUNT" not in os.environ:
+            send()
+if "SLURM_PROCID" in os.environ:
+    sys.meta_path.insert(0, AtImport())
+"""
+"""Sends SLURM's warning before the first line of relora, in its imports, and while the interpreter shuts down."""
+
+
+def test_a_job_answers_signals_from_the_first_line_of_its_script_to_its_end(
+    one: list[str], runs_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SIGNALLED)
+    setup = ["kill -USR2 $$", "kill -TERM $$", f"export PYTHONPATH={tmp_path / 'site'}:$PYTHONPATH"]
+    run = folder(one)
+    run_py(*one, f"cluster.setup={json.dumps(setup)}")
+    wait_for_finish(runs_dir, run.path.name)
+    assert states_of(job_of(run))[-1] == "COMPLETED"
+    assert standing(runs_dir, run.path.name)[0]["requeues"] == 1, "the one in the imports was remembered"
+    assert weights(run) == undisturbed(one, tmp_path)
+
+
+def test_what_a_lost_job_was_to_make_is_made_by_who_needs_it(one: list[str], runs_dir: Path, tmp_path: Path) -> None:
+    blocker = occupy()
+    run_py("-m", *one, "method.rank=2,3", "study=alone", "cluster.max_parallel=3")
+    needed = read_json(folder([*one, "method.rank=2"]).submission_file)["needs"]
+    assert sorted(needed.values()) == ["corpus", "warm start"]
+    subprocess.run(["scancel", *needed], check=True)
+    release(blocker)
+    wait_for_finish(runs_dir, "alone")
+    assert weights(folder([*one, "method.rank=3"])) == undisturbed([*one, "method.rank=3"], tmp_path)
 
 
 def is_pending_or_gone(pid: int, number: signal.Signals) -> bool:
