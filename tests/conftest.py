@@ -11,12 +11,25 @@ from damaged import Case, killed_case, settings_of
 from hypothesis import settings
 from small import TINY
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; more threads than cores are slower than one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 settings.register_profile("relora", derandomize=True, deadline=None)
 settings.load_profile("relora")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file on one worker, as they share what they make, and those of the one SLURM too.
+
+    SLURM's come first: they take the longest, and wait more than they compute.
+    """
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+    for item in items:
+        group = "slurm" if item.path.parent.name == "slurm" else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
