@@ -12,7 +12,7 @@ from relora.sweeps import Sweep
 from relora.tuned import Presets
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-"""Of full rank's rates, where these are not tuned for the setting."""
+"""Of full rank's learning rate, where it is not tuned for the setting."""
 NOT_ITS_OWN = ("method", "sweeps", "study", "runs_dir")
 """Keys without a dot that choose nothing of full rank's values."""
 OF_FULL_RANK = ("optimizer", "schedule")
@@ -54,7 +54,7 @@ class Baselines:
         return self._presets.noted(made, [*overrides, "method=full"])
 
     def ladder(self, base: RunConfig) -> list[RunConfig]:
-        """The full-rank run `base` at multiples of its rates, so that a bad rate is never the reference.
+        """The full-rank run `base` at multiples of its learning rate, so that a bad rate is never the reference.
 
         Rates that were tuned for the setting had their ladder when they were tuned: they stand alone.
         """
@@ -89,14 +89,14 @@ def in_words(baseline: RunConfig) -> str:
 
 
 def _at(base: RunConfig, factor: float) -> RunConfig:
-    """`base` with its rates times `factor`, in six digits so that the same rate is the same run."""
-    optimizer, embeddings = base.optimizer, base.optimizer.embedding_learning_rate
-    rates = replace(
-        optimizer,
-        learning_rate=float(f"{factor * optimizer.learning_rate:.6g}"),
-        embedding_learning_rate=None if embeddings is None else float(f"{factor * embeddings:.6g}"),
-    )
-    return replace(base, optimizer=rates, rates=replace(base.rates, basis="ladder"))
+    """`base` with its learning rate times `factor`, in six digits so that the same rate is the same run.
+
+    A rate of their own for embeddings, head and norms stays: lowered with the other one it is soon too low, and the
+    lower steps would then look worse than they are.
+    """
+    rate = float(f"{factor * base.optimizer.learning_rate:.6g}")
+    optimizer = replace(base.optimizer, learning_rate=rate)
+    return replace(base, optimizer=optimizer, rates=replace(base.rates, basis="ladder"))
 
 
 def launch_notes(baselines: Sequence[RunConfig], everything: Sequence[RunConfig]) -> list[str]:

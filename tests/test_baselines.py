@@ -106,10 +106,10 @@ def planned(*overrides: str) -> list[tuple[str, float, float | None]]:
 
 
 LADDER = [
-    ("baseline", 6.25e-4, 5e-3),
-    ("baseline", 1.25e-3, 0.01),
+    ("baseline", 6.25e-4, 0.02),
+    ("baseline", 1.25e-3, 0.02),
     ("baseline", 2.5e-3, 0.02),
-    ("baseline", 5e-3, 0.04),
+    ("baseline", 5e-3, 0.02),
 ]
 
 
