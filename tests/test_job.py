@@ -4,6 +4,7 @@ import math
 import os
 import pty
 import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -388,7 +389,7 @@ def test_the_summary_gives_commands_that_work(finished, capsys) -> None:
         line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if line.startswith(("base", "MLf"))
     }
     assert commands["MLflow UI"] == f"relora ui {overrides[-1]}"
-    baseline = commands["baseline"].removeprefix("python run.py ").split()
+    baseline = shlex.split(commands["baseline"].removeprefix("python run.py "))
     config = compose(baseline)
     assert config.method.name == "full"
     assert config.comparison_key == compose(overrides).comparison_key
@@ -628,7 +629,7 @@ def test_ctrl_c_and_sigterm_write_a_checkpoint_and_say_how_to_go_on(tiny: list[s
     run_id = json.loads(run.mirror_file.read_text())["run_id"]
     assert client.get_run(run_id).info.status == "KILLED"
 
-    resumed = told[0].removeprefix("go on with: python run.py ").split()
+    resumed = shlex.split(told[0].removeprefix("go on with: python run.py "))
     assert launch(compose(resumed), resumed).state == "finished"
     recorded = client.get_run(run_id)
     assert recorded.info.status == "FINISHED"
@@ -698,7 +699,9 @@ def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]
 def test_a_study_on_a_terminal_is_a_live_table(tiny: list[str]) -> None:
     overrides = [*tiny, "method.rank=2,4", "study=ranks", "trainer.total_steps=203"]
     text = on_a_terminal(["-m", *overrides, "method.reset_interval_steps=50"], columns=220)
-    drawn, _, last = text.rpartition("gap to full")
+    table, note, below = text.rpartition("gap to full: at equal tokens")
+    assert note
+    drawn, _, last = table.rpartition("gap to full")
     assert drawn.count("gap to full") > 3, "the table was drawn again and again"
     for part in ("running", "missing", "/203", "baseline", "finished"):
         assert part in drawn, part
@@ -706,4 +709,4 @@ def test_a_study_on_a_terminal_is_a_live_table(tiny: list[str]) -> None:
     rows = [line for line in last.splitlines() if "llama_tiny-" in line and "finished" in line]
     assert len(rows) == 3
     assert all("203/203" in row and "MiB" in row for row in rows)
-    assert "report.html" in last
+    assert "report.html" in below
