@@ -3,8 +3,8 @@ import json
 import math
 import os
 import pty
-import shutil
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
