@@ -148,7 +148,7 @@ def test_without_accounting_states_are_true_and_nothing_waits_for_ever(
     run_py(*one)
     (row,) = ended(runs_dir, run.path.name)
     assert row["state"] == "failed"
-    assert "Error" in row["message"]
+    assert f"could not be written to {run.checkpoints}" in row["message"]
     (run.path / "checkpoints").unlink()
     run_py(*one)
     wait_for_finish(runs_dir, run.path.name)
