@@ -10,6 +10,8 @@ import pytest
 from damaged import Case, killed_case, settings_of
 from hypothesis import settings
 from small import TINY
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; more threads than cores are slower than one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,14 +24,24 @@ settings.load_profile("relora")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, as they share what they make, and those of the one SLURM too.
-
-    SLURM's come first: they take the longest, and wait more than they compute.
-    """
+    """SLURM's tests first: they take the longest, and wait more than they compute."""
     items.sort(key=lambda item: item.path.parent.name != "slurm")
-    for item in items:
-        group = "slurm" if item.path.parent.name == "slurm" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+class OneWorkerPerFile(LoadFileScheduling):
+    """The tests of a file stay on one worker, as they share what they make, and those of the one SLURM too.
+
+    The marks of `--dist loadgroup` say nothing to xdist 3.8 under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneWorkerPerFile:
+    """Which worker takes which test."""
+    return OneWorkerPerFile(config, log)
 
 
 @pytest.fixture(scope="session")
