@@ -220,7 +220,7 @@ def _train(argv: Sequence[str]) -> int:
         raise ConfigError(f"{sweep} is a sweep and this is a single run; write python run.py -m {' '.join(argv)}")
     config = compose.compose(argv)
     config = Presets().noted(config, argv)
-    for remark in (*sweeps.without_preset(argv, config), *tuned.remarks([config])):
+    for remark in (*sweeps.without_preset(argv, config), *tuned.remarks([config]), *config.remarks):
         print(f"note: {remark}")
     if config.cluster.name == "slurm":
         if World.here().size > 1:

@@ -204,6 +204,26 @@ class RunConfig:
         return self.trainer.total_steps
 
     @property
+    def validation_interval_steps(self) -> int:
+        """Updates between validations; a tenth of the run where the setting exceeds it, else no curve could be drawn.
+
+        The start and the end of a run are validated in any case.
+        """
+        given, total = self.trainer.validation_interval_steps, self.total_steps
+        return given if given <= total else max(1, total // 10)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a launch says of values that the run adapts."""
+        given, total = self.trainer.validation_interval_steps, self.total_steps
+        if given <= total:
+            return []
+        return [
+            f"trainer.validation_interval_steps={given} exceeds the run's {total} updates; it validates every "
+            f"{self.validation_interval_steps} instead (set {total} to validate at the start and at the end alone)"
+        ]
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens trained on by one update."""
         return self.trainer.sequences_per_step * self.data.sequence_length_tokens

@@ -63,14 +63,14 @@ def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
     if best is None:
         return told
     told += _at_the_edge(best.label, best.config, _tried(study, best))
-    for arm in study.arms:
-        gap = arm.gap("tokens") if arm.method != "full" else None
-        if gap is not None and gap.relative < FAR_AHEAD:
-            told.append(
-                f"Not plausible: {arm.label} is {-gap.relative:.1%} ahead of full rank at equal tokens. More than "
-                f"{-FAR_AHEAD:.0%} is a sign of a full-rank run at a bad rate; try others: method=full "
-                "optimizer.learning_rate=..."
-            )
+    gaps = [(arm.label, arm.gap("tokens")) for arm in study.arms if arm.method != "full"]
+    ahead = [f"{label} ({-gap.relative:.1%})" for label, gap in gaps if gap is not None and gap.relative < FAR_AHEAD]
+    if ahead:
+        told.append(
+            f"Not plausible: ahead of full rank at equal tokens by more than {-FAR_AHEAD:.0%}: {', '.join(ahead)}. "
+            "That is a sign of a full-rank run at bad rates; try others: method=full optimizer.learning_rate=... "
+            "optimizer.embedding_learning_rate=..."
+        )
     told += _within_seeds(best.label, best.gap("tokens"))
     return told
 

@@ -21,6 +21,8 @@ from relora.rundir import RunDir
 from relora.spent import differences
 
 OTHER_RATE = "baseline, other rate"
+FEWEST_EVALUATIONS = 4
+"""After the start: a run with fewer cannot tell when it reached a loss."""
 SAME_BUDGET = 0.01
 """Budgets within this share of each other count as equal."""
 
@@ -64,7 +66,9 @@ class Compared:
     memory_note: str = ""
     """The same of its peak memory."""
     tokens_to_baseline: int | None = None
-    """Tokens at the first evaluation that reached the baseline's last validation loss; None: never."""
+    """Tokens at the first evaluation that reached the baseline's last validation loss; None: never, or not known."""
+    evaluated_too_rarely: bool = False
+    """Whether it reached that loss and its evaluations are too few to tell when."""
 
     @property
     def role(self) -> str:
@@ -125,9 +129,12 @@ def _between(low: tuple[float, float], high: tuple[float, float], x: float) -> f
     return low[1] + share * (high[1] - low[1])
 
 
-def _tokens_to_reach(run: Run, baseline: Run) -> int | None:
-    goal = baseline.summary["eval_loss"]
-    return next((int(tokens) for tokens, loss in run.curve("tokens") if loss <= goal), None)
+def _tokens_to_reach(run: Run, baseline: Run) -> tuple[int | None, bool]:
+    """Tokens at the first evaluation that reached the baseline's loss; and whether it did with too few to tell."""
+    goal, curve = baseline.summary["eval_loss"], run.curve("tokens")
+    reached = next((int(tokens) for tokens, loss in curve if loss <= goal), None)
+    too_few = reached is not None and sum(tokens > 0 for tokens, _ in curve) < FEWEST_EVALUATIONS
+    return None if too_few else reached, too_few
 
 
 # ------------------------------------------------------------------------------------------------------- baselines
@@ -310,7 +317,7 @@ def compared(run: Run, label: str, full: FullRank) -> Compared:
     found.flops = _gap_at_equal("flops", run, baseline, ended, missing)
     found.seconds = _gap_at_equal("seconds", run, baseline, ended, missing)
     if baseline is not None:
-        found.tokens_to_baseline = _tokens_to_reach(run, baseline)
+        found.tokens_to_baseline, found.evaluated_too_rarely = _tokens_to_reach(run, baseline)
         if speed := differences(run.spent, baseline.spent):
             found.speed_note = f"tokens/s: {speed}, than {baseline.name}"
         if memory := differences(run.spent, baseline.spent, memory=True):

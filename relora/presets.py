@@ -29,11 +29,13 @@ def _read(text: str) -> Any:
 def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
     """Put `values` (by dotted key) into a preset, beside what it holds already, comments included.
 
-    What was said of a value that is replaced stays behind the new one, with the old one. The file is whole at any time.
+    What was said of a value that is replaced stays behind the new one, with the old one. A mark that the rates were not
+    tuned (`rates`) goes: a search has tuned them. The file is whole at any time.
     """
     old = file.read_text() if file.is_file() else ""
     wanted = _read(old) or {}
-    lines = old.splitlines()
+    wanted.pop("rates", None)
+    lines = _without(old.splitlines(), "rates")
     for key, value in values.items():
         *groups, last = key.split(".")
         node = wanted
@@ -60,6 +62,15 @@ def _says(text: str, wanted: dict[str, Any]) -> bool:
         return _read(text) == wanted
     except yaml.YAMLError:
         return False
+
+
+def _without(lines: list[str], key: str) -> list[str]:
+    """Lines of YAML in blocks, without a key of the top level and what stands under it."""
+    first = next((n for n, line in enumerate(lines) if line.startswith(f"{key}:")), None)
+    if first is None:
+        return lines
+    after = (n for n in range(first + 1, len(lines)) if lines[n].strip() and not lines[n].startswith((" ", "#")))
+    return lines[:first] + lines[next(after, len(lines)) :]
 
 
 def _with_value(lines: list[str], key: str, value: str) -> list[str]:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from relora.compare import Arm, Estimate, Study, as_row, study_dir
 from relora.doubts import doubts, rates_of, untuned, untuned_words
-from relora.gaps import SAME_BUDGET, Compared, Gap
+from relora.gaps import FEWEST_EVALUATIONS, SAME_BUDGET, Compared, Gap
 from relora.page import Page
 from relora.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map
 from relora.results import deviation, mean
@@ -186,6 +186,9 @@ FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
 )
 
 
+TOO_FEW = f"the loss was reached, but fewer than {FEWEST_EVALUATIONS} evaluations after the start cannot tell when"
+
+
 def _rates_cell(study: Study, arm: Arm) -> str:
     """How an arm's rates were chosen, after what a baseline is to the study."""
     roles = {member.role for member in arm.members} - {"arm"}
@@ -205,12 +208,14 @@ def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
             told = [] if gap is not None and gap.seeds == len(arm.finished) else [t for t in told if "no finished" in t]
         marks = ", ".join(notes.mark(text) for text in told)
         cells.append(percent(gap, len(arm.finished)) + (f" ({marks})" if marks else ""))
-    measured = [member.tokens_to_baseline for member in arm.finished if member.baseline is not None]
-    reached = [tokens for tokens in measured if tokens is not None]
+    measured = [m for m in arm.finished if m.baseline is not None and not m.evaluated_too_rarely]
+    reached = [m.tokens_to_baseline for m in measured if m.tokens_to_baseline is not None]
     never = len(measured) - len(reached)
     parts = [f"{mean(reached):,.0f}"] if reached else []
     if never:
         parts.append("never" if len(measured) == 1 else f"{never} of {len(measured)} never")
+    if any(m.evaluated_too_rarely for m in arm.finished):
+        parts.append(f"? ({notes.mark(TOO_FEW)})")
     cells.append(", ".join(parts) or "-")
     cells.append(_figure(arm.values("trainable_parameters"), lambda value: f"{value / 1e6:.2f}M"))
     memory, speed = ([getattr(m, name) for m in arm.finished] for name in ("memory_note", "speed_note"))
@@ -262,9 +267,17 @@ def _run_gap(member: Compared, axis: str, notes: Notes) -> str:
     return ("-" if gap.relative is None else f"{gap.relative:+.1%}") + mark
 
 
+def _tokens_cell(member: Compared, notes: Notes) -> str:
+    """Tokens to full rank's loss."""
+    if member.baseline is None:
+        return "-"
+    if member.evaluated_too_rarely:
+        return f"? ({notes.mark(TOO_FEW)})"
+    return "never" if member.tokens_to_baseline is None else f"{member.tokens_to_baseline:,}"
+
+
 def _run_row(member: Compared, notes: Notes) -> list[str]:
     run, finished = member.run, member.run.finished
-    reached = member.tokens_to_baseline
     return [
         run.name,
         member.label,
@@ -274,7 +287,7 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
         *(_spread([run.summary[name]] if finished else []) for name in ("eval_perplexity", "test_perplexity")),
         *(_run_gap(member, axis, notes) for axis in ("tokens", "flops", "seconds")),
         "-" if member.baseline is None else "itself" if member.baseline is run else member.baseline.name,
-        "-" if member.baseline is None else "never" if reached is None else f"{reached:,}",
+        _tokens_cell(member, notes),
         f"{run.summary['trainable_parameters'] / 1e6:.2f}M" if finished else "-",
         _memory(run.summary["peak_memory_bytes"]) + _marks([member.memory_note], notes) if finished else "-",
         str(run.summary["skipped_updates"]) if finished else "-",

@@ -98,7 +98,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
     if cells > len(runs):
         remarks.append(f"{cells} choices are {len(runs)} runs: the others would be the same again in this setting")
     for key, config in runs.items():
-        remarks += without_preset(led_to[key], config)
+        remarks += [*without_preset(led_to[key], config), *config.remarks]
     remarks += tuned.remarks(runs.values())
     return Sweep(
         study=study,

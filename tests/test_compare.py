@@ -185,6 +185,20 @@ def test_tokens_to_the_baselines_loss_are_those_of_the_first_evaluation_that_rea
     assert worse.tokens_to_baseline is None
 
 
+def test_too_few_evaluations_cannot_tell_when_the_baselines_loss_was_reached(lab: Lab) -> None:
+    ends: dict[str, Any] = {"validation_interval_steps": 40}
+    configs = [lab.run(*FULL, loss=3.5), lab.run(*RELORA, loss=2.5, **ends)]
+    configs.append(lab.run(*RELORA, "method.rank=8", loss=3.6, **ends))
+    study = lab.study(*configs)
+    better, worse = (arm.members[0] for arm in study.arms if arm.method == "relora")
+    assert (better.tokens_to_baseline, better.evaluated_too_rarely) == (None, True)
+    assert (worse.tokens_to_baseline, worse.evaluated_too_rarely) == (None, False)
+    text = (write_report(study, lab.runs_dir) / "report.md").read_text()
+    assert "fewer than 4 evaluations after the start cannot tell when" in text
+    rows = [line for line in text[text.index("## Runs\n") :].splitlines() if "| relora" in line]
+    assert ["never" in row for row in rows] == ["rank=8" in row for row in rows]
+
+
 # --------------------------------------------------------------------------------------------------- uneven studies
 
 

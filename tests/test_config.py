@@ -400,3 +400,24 @@ def test_a_wrong_value_has_the_same_message_however_it_is_composed(wrong: str) -
         compose([wrong])
     with pytest.raises(ConfigError, match=re.escape(str(alone.value))):
         Composer().compose([wrong])
+
+
+# ------------------------------------------------------------------------------------------------------- validations
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "given", "interval"), [(600, 100, 100), (100, 100, 100), (99, 100, 9), (80, 100, 8), (7, 100, 1)]
+)
+def test_a_validation_interval_above_the_runs_length_is_adapted_and_said(
+    total_steps: int, given: int, interval: int
+) -> None:
+    overrides = ["method=full", "schedule.warmup_steps=1", f"trainer.total_steps={total_steps}"]
+    config = compose([*overrides, f"trainer.validation_interval_steps={given}"])
+    assert config.validation_interval_steps == interval
+    told = [
+        f"trainer.validation_interval_steps={given}",
+        f"the run's {total_steps} updates",
+        f"every {interval} instead",
+    ]
+    assert len(config.remarks) == (interval != given)
+    assert all(text in remark for remark in config.remarks for text in told)

@@ -82,8 +82,19 @@ def test_an_arm_far_ahead_of_full_rank_is_doubted(lab: Lab) -> None:
         lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=2.95), lab.run(*RELORA, "method.rank=8", loss=2.99)
     )
     told = line(study, "ahead of full rank")
-    assert "relora rank=32 is 4.9% ahead" in told
+    assert "by more than 2%: relora rank=32 (4.9%). " in told
     assert "optimizer.learning_rate" in told
+    assert "optimizer.embedding_learning_rate" in told
+
+
+def test_arms_ahead_of_full_rank_are_doubted_in_one_sentence(lab: Lab) -> None:
+    study = lab.study(
+        lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=2.95), lab.run(*RELORA, "method.rank=8", loss=2.9)
+    )
+    told = [sentence for sentence in answer(study) if "ahead of full rank" in sentence]
+    assert len(told) == 1
+    assert "rank=32 (4.9%)" in told[0]
+    assert "rank=8 (9.5%)" in told[0]
 
 
 def test_a_best_rate_at_the_edge_is_told_and_one_inside_is_not(lab: Lab) -> None:

@@ -188,7 +188,9 @@ def test_a_full_rank_run_with_a_warm_start_is_no_baseline() -> None:
 
 
 def test_each_setting_of_a_sweep_gets_the_baseline_of_its_own_preset() -> None:
-    planned = plan(expand(["experiments=laptop/small,laptop/crossing", "method=relora", "study=both"]))
+    planned = plan(
+        expand(["experiments=laptop/small,laptop/crossing", "method=relora", "study=both", "baseline_rates=[1]"])
+    )
     rates = [item.config.optimizer.embedding_learning_rate for item in planned if item.role == "baseline"]
     tuned = [compose(["method=full", f"experiments=laptop/{name}"]) for name in ("small", "crossing")]
     assert rates == [config.optimizer.embedding_learning_rate for config in tuned]

@@ -11,6 +11,7 @@ from mlflow.entities import Run
 from relora.compose import at_home
 from relora.config import RunConfig
 from relora.publish import publish_report
+from relora.rates import NOT_TUNED
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_a_run_has_its_gap_in_each_of_its_studies_whatever_baseline_they_measure
         }
         assert (found.tags["baseline.one_seed"], found.tags["baseline.two_seeds"]) == (at_seed_0.name, steady.name)
     assert recorded(steady).data.metrics["summary/gap_to_full_percent.two_seeds"] == 0
+
+
+def test_the_note_of_a_study_says_that_rates_were_not_tuned(lab: Lab) -> None:
+    lab.noted = True
+    lab.study(lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=3.2))
+    publish_report(lab.runs_dir, "mine")
+    client = MlflowClient(lab.config(*FULL).mlflow_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    notes = [run.data.tags.get("mlflow.note.content", "") for run in client.search_runs(experiments)]
+    (told,) = [note for note in notes if NOT_TUNED in note]
+    assert f"{NOT_TUNED}: full rank (full), relora" in told
 
 
 def test_a_run_deleted_in_mlflow_costs_the_others_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,11 @@ from relora import cli, tracking
 from relora.compose import at_home, compose, freeze, thaw
 from relora.config import RunConfig
 from relora.metrics import MetricsLog, read_rows, row_metrics
+from relora.rates import NOT_TUNED
 from relora.rundir import RunDir, Status
 from relora.store import experiment_id, open_store
 from relora.tracking import Mirror, MirrorThread, mirror_all
+from relora.tuned import Presets
 from relora.view import view
 
 STARTED_MS = 1_700_000_000_000
@@ -362,6 +364,16 @@ def test_tags_tell_what_is_no_parameter(runs_dir: Path) -> None:
     }
     assert expected.items() <= tags.items()
     assert config.variant != config.name, "the seed is no part of the variant"
+
+
+def test_a_tag_tells_that_the_rates_were_not_tuned_for_the_setting(runs_dir: Path) -> None:
+    overrides = ["trainer.total_steps=500"]
+    run, config = new_run(runs_dir, *overrides, status=status_of("running"))
+    config = Presets().noted(config, overrides)
+    Mirror(run, config).sync()
+    told = the_run(config).data.tags["rates"]
+    assert told.startswith(NOT_TUNED)
+    assert "tuned at 600" in told
 
 
 def test_a_run_may_belong_to_several_studies(runs_dir: Path) -> None:

@@ -121,6 +121,7 @@ def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypa
     )
     assert "learning_rate: 0.002 # before the search: 5.0e-3, LoRA's\n" in text
     assert "warm_start_steps: 400 # a tenth of the run\n" in text
+    assert "\nrates:" not in text  # the search has tuned them
     assert compose.compose(["experiments=laptop/crossing", "method=relora"]).optimizer.learning_rate == 2e-3
 
 

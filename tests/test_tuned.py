@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from relora import cli
+from relora.baselines import FACTORS
 from relora.compose import compose, freeze, thaw
 from relora.rates import NOT_TUNED, RatesConfig
+from relora.study import plan
 from relora.sweeps import expand
 from relora.tuned import Presets, remarks
 
@@ -58,6 +60,27 @@ def test_outside_its_setting_a_preset_is_not_and_says_what_differs(overrides: tu
 def test_another_text_is_another_setting_and_an_experiment_may_leave_the_text_open(text: Path) -> None:
     assert noted("data=text", f"data.path={text}").differs == ["data.name=text, tuned at stdlib"]
     assert noted("experiments=paper/relora_60m", f"data.path={text}").basis == "tuned"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "method"),
+    [
+        ("laptop/crossing", "full"),
+        ("laptop/crossing", "relora"),
+        ("paper/galore_60m", "full"),
+        ("paper/relora_1b", "lora"),
+    ],
+)
+def test_a_preset_that_nobody_tuned_says_so_in_its_own_setting(experiment: str, method: str) -> None:
+    found = noted(f"experiments={experiment}", f"method={method}", *(["data.path=."] if "paper" in experiment else []))
+    assert found.basis == "untuned"
+    assert found.differs == [f"conf/presets/{experiment}/{method}.yaml says that its values were not tuned"]
+
+
+def test_a_baseline_whose_preset_nobody_tuned_has_its_ladder() -> None:
+    planned = plan(expand(["experiments=laptop/crossing", "method.rank=4,8"]))
+    rates = [item.config.optimizer.learning_rate for item in planned if item.role == "baseline"]
+    assert sorted(rates) == [2.5e-3 * factor for factor in FACTORS]
 
 
 def test_a_rate_that_was_given_counts_as_what_it_is() -> None:
