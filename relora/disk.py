@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from relora import compose
 from relora.compare import manifest_of
 from relora.config import RunConfig
-from relora.errors import ConfigError, DamagedFile, RunError
+from relora.errors import ConfigError, DamagedFile, RunError, first_line
 from relora.files import check_weights
 from relora.rundir import RunDir
 
@@ -146,7 +146,7 @@ def _read(run: RunDir) -> _Run:
     try:
         config = compose.thaw(run.config_file)
     except Exception as error:  # a file that is no config can break anywhere
-        problems.append(f"its config.yaml cannot be read ({_first_line(error)})")
+        problems.append(f"its config.yaml cannot be read ({first_line(error)})")
     try:
         state = state_of_idle(run)
         # A lock that does not exist is not asked: that would make it.
@@ -157,10 +157,6 @@ def _read(run: RunDir) -> _Run:
     except DamagedFile as error:
         problems.append(f"its status.json cannot be read ({error.why})")
     return _Run(run=run, state=state, config=config, problem=" and ".join(problems))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def state_of_idle(run: RunDir) -> str:

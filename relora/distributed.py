@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from relora import signals
-from relora.errors import RunError, Stopped
+from relora.errors import RunError, Stopped, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,9 +88,7 @@ class World:
             store = self._met()
             distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise RunError(
-                f"rank {self.rank} of {self.size} could not join the others: {_first_line(error)}"
-            ) from error
+            raise RunError(f"rank {self.rank} of {self.size} could not join the others: {first_line(error)}") from error
         try:
             yield
             self.barrier()
@@ -250,12 +248,8 @@ def _collective() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise PeerLost(
-            f"another rank ended without a word (killed, or its machine is gone): {_first_line(error)}"
+            f"another rank ended without a word (killed, or its machine is gone): {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _answers(address: str, port: int) -> bool:

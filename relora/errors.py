@@ -27,6 +27,12 @@ def printable(text: str) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what was raised that is not blank; the class of an error without words."""
+    lines = (printable(line.strip()) for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 class ConfigError(ValueError):
     """A config that cannot be run; the one line of its message says which value breaks which rule and what to do."""
 

@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from relora.errors import DamagedFile
+from relora.errors import DamagedFile, first_line
 
 READ_BYTES = 1 << 20
 
@@ -64,8 +65,8 @@ def publishing(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise naming(error, folder) from error
+        if (found := system_error(error)) is not None:
+            raise naming(found, folder) from error
         raise
 
 
@@ -73,6 +74,21 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file that holds its old text or the new one at any time. Raises OSError that names it."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write into a file that is there, which a full disk still takes where the text is no longer than a block.
+
+    Cut short it is damaged: for a file that is worth less as it is. Raises OSError that names it.
+    """
+    try:
+        with path.open("r+b") as file:
+            file.write(text.encode())
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise naming(error, path) from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -182,9 +198,21 @@ def naming(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror, os.fspath(path))
 
 
+RUST_ERROR = re.compile(r"\bos error (\d+)\b|\bOs \{ code: (\d+)")
+"""How a library that is written in Rust (safetensors, tokenizers) tells an error of the system."""
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the system that `error` is, or that its text tells; None where it is none."""
+    if isinstance(error, OSError):
+        return error
+    told = RUST_ERROR.search(str(error)) if isinstance(error, Exception) else None
+    if told is None:
+        return None
+    number = int(told[1] or told[2])
+    return OSError(number, os.strerror(number))
+
+
 def reason(error: BaseException) -> str:
-    """Why a file cannot be read, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Why a file cannot be read or written, in one line, for a message that names the file."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

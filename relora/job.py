@@ -15,7 +15,7 @@ from relora.config import RunConfig
 from relora.console import Console
 from relora.distributed import PeerLost, World
 from relora.errors import ConfigError, DamagedFile, Interrupted, RunError, Stopped, WarmStartTrained
-from relora.files import set_aside
+from relora.files import reason, set_aside
 from relora.metrics import Broadcast, MetricsLog, read_rows, row_metrics
 from relora.plan import plan, warning
 from relora.ranks import build_trainer, choose_device, describe_machine, in_words, take_part, then_stop
@@ -123,9 +123,9 @@ class _Attempt:
 
     def run_to_end(self) -> None:
         """Called where signals are held: after training, nothing interrupts the recording of how it went."""
-        self.console.say(f"run {self.run.path}")
         mirror = None
         try:
+            self.console.say(f"run {self.run.path}")
             with signals.asked(self._say_stopping):
                 signals.check()
                 mirror = self._start_mirror()
@@ -135,9 +135,9 @@ class _Attempt:
         except BaseException as error:  # the status must be true even for KeyboardInterrupt and SystemExit
             self._record(error)
         finally:
-            self.console.close()
             self.attempt.ended_ms = self.status.ended_ms = time.time_ns() // 1_000_000
-            self._write_status()
+            self._write_status()  # first: what prints may fail, as its log may be on a full disk
+            self.console.close()
             if mirror is not None:
                 mirror.close()
         if self.status.state == "finished":
@@ -149,10 +149,13 @@ class _Attempt:
         self.console.say(f"{name}: stopping with a checkpoint, as soon as one can be written (once more: at once)")
 
     def _write_status(self) -> None:
+        """Where that fails, the attempt has failed: a run is finished only if its status says so."""
         try:
-            self.run.status = self.status
+            self.run.end_with(self.status)
         except OSError as error:
-            print(f"{self.run.path} still says that the run is running: {error}", flush=True)
+            if self.status.state == "finished":
+                self.status.state, self.status.message = "failed", "the model is trained and exported"
+            self.status.message += f"; {self.run.status_file} cannot be written: {reason(error)}"
 
     def _start_mirror(self) -> "MirrorThread | None":
         if not _is_mirrored(self.config, on_node=self.on_node):
@@ -406,5 +409,5 @@ if __name__ == "__main__":
     with signals.whole_process():
         try:
             sys.exit(EXIT_CODES[job(Path(sys.argv[1])).state])
-        except (ConfigError, RunError) as problem:
+        except (ConfigError, RunError, OSError) as problem:
             sys.exit(f"relora: {problem}" if World.here().is_first else 1)

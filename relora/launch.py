@@ -15,7 +15,7 @@ from relora.baselines import launch_notes
 from relora.cluster import ClusterConfig, SlurmConfig
 from relora.compare import study_dir
 from relora.config import RunConfig
-from relora.errors import RunError
+from relora.errors import RunError, printable
 from relora.job import job
 from relora.publish import join_study, publish_report
 from relora.rundir import read_json
@@ -101,7 +101,7 @@ def _one_after_the_other(pending: Sequence[Planned]) -> None:
             if _claim(item) and job(item.run.path).state == "interrupted":
                 signals.forget()  # it is answered
                 return
-        except RunError as error:
+        except (RunError, OSError) as error:
             print(f"{item.config.name}: {error}", flush=True)
 
 
@@ -214,7 +214,10 @@ class _Processes:
                         self.waiting.clear()
                     self._start()
                     time.sleep(POLL_SECONDS)
-                    self.running = [(item, process) for item, process in self.running if process.poll() is None]
+                    for item, process in self.running:
+                        if process.poll() and (told := silent_end(item, process)):
+                            print(told, flush=True)
+                    self.running = [(item, process) for item, process in self.running if process.returncode is None]
                     with suppress(RunError):  # SLURM, which has some of the runs, may be busy for a moment
                         show(False)
         except KeyboardInterrupt:
@@ -234,7 +237,7 @@ class _Processes:
             try:
                 if _claim(item):
                     self.running.append((item, start_process(item, self.max_parallel)))
-            except RunError as error:
+            except (RunError, OSError) as error:
                 print(f"{item.config.name}: {error}", flush=True)
 
 
@@ -251,6 +254,17 @@ def start_process(item: Planned, max_parallel: int) -> subprocess.Popen[bytes]:
             start_new_session=True,
             env={"OMP_NUM_THREADS": str(threads), **os.environ},
         )
+
+
+def silent_end(item: Planned, process: subprocess.Popen[bytes]) -> str:
+    """How a process ended that could not write it into its run's status, in a line; empty where it could."""
+    status = item.run.known_status
+    if status is not None and status.pid == process.pid and status.state != "running":
+        return ""
+    log = item.run.path / "log.txt"
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    last = next((printable(line) for line in reversed(lines) if line.strip()), "it printed nothing")
+    return f"{item.config.name}: its process ended with exit code {process.returncode}; {log} ends with: {last}"
 
 
 def wait_for_stop(item: Planned, process: subprocess.Popen[bytes]) -> None:

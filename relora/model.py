@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from relora.cost import LlamaShape
-from relora.errors import RunError
+from relora.errors import RunError, first_line
 from relora.files import publishing
 from relora.groups import ModelConfig
 from relora.loss import summed_linear_cross_entropy
@@ -199,9 +199,8 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RunError(
-            f"the {what} in {folder} cannot be loaded: {reason.strip()} (code that a folder brings along is never run)"
+            f"the {what} in {folder} cannot be loaded: {first_line(error)} (a folder's own code is never run)"
         ) from error
 
 
@@ -280,7 +279,7 @@ def _tokenizer_problem(tokenizer_file: Path, settings: dict[str, Any]) -> str | 
         try:
             tokens = AutoTokenizer.from_pretrained(folder, **LOCAL)(TOKENIZER_PROBE, add_special_tokens=False)
         except Exception as error:  # a class that does not fit raises whatever it comes upon
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".replace(f"{folder}/", "")
+            return f"{type(error).__name__}: {first_line(error)}".replace(f"{folder}/", "")
     plain = PreTrainedTokenizerFast(tokenizer_file=os.fspath(tokenizer_file))
     if tokens["input_ids"] != plain(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]:
         return "it makes other tokens than the tokenizer.json"

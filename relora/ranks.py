@@ -3,6 +3,7 @@
 import errno
 import platform
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from relora import compose, signals
 from relora.config import RunConfig
 from relora.distributed import PeerLost, World
 from relora.errors import ConfigError, Interrupted, RunError, WarmStartTrained
+from relora.files import write_whole
 from relora.metrics import Broadcast, Tracker
 from relora.rundir import PROBE_SECONDS, Attempt, RunDir, Status
 
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 RECORDED_SECONDS = 10.0
 """How long a rank that fails waits for rank 0 to record it; launchers give rank 0 some 30 s more then."""
 
-MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-"""A full disk and its kin: nothing a traceback could explain."""
+MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+"""A full, forbidden or broken disk: nothing a traceback could explain."""
 
 
 def take_part(run: RunDir, world: World, *, warm_start_only: bool = False) -> Status:
@@ -49,14 +51,22 @@ def take_part(run: RunDir, world: World, *, warm_start_only: bool = False) -> St
             status.state = "interrupted"
         elif not isinstance(error, (PeerLost, KeyboardInterrupt)):
             trace = "".join(traceback.format_exception(error))
-            run.error_file(world.rank).write_text(f"{status.message}\n\n{trace}")
+            _leave_error(run, world.rank, f"{status.message}\n\n{trace}")
     if status.state != "finished":
         _wait_until_recorded(run)
         # An interrupted rank 0 leaves the others with a lost connection: for a launcher they are interrupted too.
-        recorded = run.status
+        recorded = run.known_status
         if recorded is not None and recorded.state == "interrupted":
             status.state = "interrupted"
     return status
+
+
+def _leave_error(run: RunDir, rank: int, text: str) -> None:
+    """For rank 0 to tell; where the disk takes no more, this rank tells it."""
+    try:
+        write_whole(run.error_file(rank), text)
+    except OSError:
+        print(f"rank {rank} failed: {text}", file=sys.stderr, flush=True)
 
 
 def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:

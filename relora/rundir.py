@@ -1,5 +1,6 @@
 """What a run's folder holds, and the state that its status.json tells."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from relora.errors import DamagedFile, RunError
-from relora.files import read_json, reason, write_json
+from relora.files import overwrite, read_json, reason, write_json
 
 STATES = ("running", "finished", "failed", "interrupted", "cancelled")
 KINDS = {
@@ -178,6 +179,13 @@ class RunDir:
     @status.setter
     def status(self, status: Status) -> None:
         write_json(self.status_file, asdict(status))
+
+    def end_with(self, status: Status) -> None:
+        """Write the last state of an attempt, on a full disk over the one that says running. Raises OSError."""
+        try:
+            self.status = status
+        except OSError:
+            overwrite(self.status_file, json.dumps(asdict(status)))
 
     @property
     def status_file(self) -> Path:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from relora import credentials
 from relora.config import RunConfig
-from relora.errors import RunError
+from relora.errors import RunError, first_line
 from relora.files import sync_folder
 
 if TYPE_CHECKING:
@@ -181,13 +181,13 @@ def _refuse_damaged(file: Path, error: Exception) -> None:
 # ------------------------------------------------------------------------------------------------------------- calls
 
 
-def brief(error: BaseException | None) -> str:
+def brief(error: BaseException) -> str:
     """What was raised, in one line, without passwords; with its class where it is a library's."""
     if isinstance(error, RunError):
         return credentials.redacted(str(error))
-    text = credentials.redacted(str(error).strip()).splitlines()
-    remedy = f"; {SIGN_IN}" if "error code 401" in "".join(text[:1]) else ""
-    return f"{type(error).__name__}: {text[0][:200]}{remedy}" if text else type(error).__name__
+    kind, line = type(error).__name__, credentials.redacted(first_line(error))
+    remedy = f"; {SIGN_IN}" if "error code 401" in line else ""
+    return kind if line == kind else f"{kind}: {line[:200]}{remedy}"
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class RunTask:
         before = _progress(run)
         try:
             status = job(self.path, on_node=True, warm_start_only=self.warm_start_only)
-        except RunError as error:
+        except (RunError, OSError) as error:
             sys.exit(f"relora: {error}")
         if status.state == "finished" or status.message == str(WarmStartTrained()):
             return

@@ -2,6 +2,7 @@
 
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,22 @@ def finished(finished_run: Case, tmp_path: Path) -> Case:
 def killed(killed_run: Case, tmp_path: Path) -> Case:
     """A killed run of one's own."""
     return killed_run.copied(tmp_path / "damaged")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB. Where none can be mounted the test is skipped, or fails if disks are required."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        reason = f"mounting a small file system needs root: {mounted.stderr.strip()}"
+        if "disk" in os.environ.get("RELORA_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(autouse=True)

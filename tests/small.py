@@ -1,5 +1,6 @@
-"""What the tests share: where the project is, overrides of a run of seconds, and patience."""
+"""What the tests share: where the project is, overrides of a run of seconds, full disks, and patience."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,13 @@ TINY = (
     "baseline_rates=[1]",
 )
 """Restarts at 7 and 11 of 14 steps, re-warm-ups of 2 steps, an evaluation and a checkpoint every 5."""
+
+
+def fill(disk: Path, free_bytes: int) -> Path:
+    """Leave so much of a file system free; returns the file that fills the rest."""
+    filler, found = disk / "filler", os.statvfs(disk)
+    filler.write_bytes(bytes(found.f_bavail * found.f_frsize - free_bytes))
+    return filler
 
 
 def eventually(question: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:

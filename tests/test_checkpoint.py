@@ -2,13 +2,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from damaged import flip
+from small import fill
 
 from relora.checkpoint import KEPT, CheckpointError, load, load_latest, save
 from relora.compose import compose, freeze
@@ -247,27 +247,13 @@ def test_loading_runs_no_code_of_the_file(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("size", [10_000, 300_000, 2_000_000])
 def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(small_disk: Path, size: int) -> None:
     checkpoints = small_disk / "checkpoints"
     for step in (5, 10):
         save(checkpoints, step, state(step, size=10_000))
     before = {name: (checkpoints / name).read_bytes() for name in names(checkpoints)}
-    filler = small_disk / "filler"
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    filler.write_bytes(bytes(max(0, min(free - 20_000, free - size))))
+    filler = fill(small_disk, max(20_000, size))
 
     with pytest.raises(CheckpointError, match=rf"step 15 could not be written to {checkpoints}: .*No space left"):
         save(checkpoints, 15, state(15, size=size))

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -434,38 +433,6 @@ def test_a_runs_dir_that_cannot_be_made_is_one_message(tiny: list[str], tmp_path
     shown = capsys.readouterr().err
     assert shown.startswith("relora: ")
     assert len(shown.splitlines()) == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4000k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_full_disk_ends_the_run_with_a_message_and_costs_no_checkpoint(
-    tiny: list[str], small_disk: Path, undisturbed: str, capsys
-) -> None:
-    overrides = elsewhere([*tiny, "trainer.checkpoint_interval_steps=4"], small_disk)
-    run = run_of(overrides)
-    run.path.mkdir(parents=True)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 200_000))
-    assert cli.run(overrides) == 1
-    shown = capsys.readouterr()
-    assert "No space left on device" in shown.out
-    assert "Traceback" not in shown.out + shown.err
-    assert "go on with: python run.py" in shown.out
-    assert run.status is not None
-    assert run.status.state == "failed"
-    filler.unlink()
-    assert cli.run(overrides) == 0
-    assert digest(run.model) == undisturbed
 
 
 def test_a_gpu_that_is_not_there_is_one_message(tiny: list[str], capsys) -> None:

@@ -1,0 +1,145 @@
+"""Full and read-only disks: one clear line, a true status, and the same weights once there is space again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from damaged import Case
+from small import fill
+
+from relora import cli
+from relora.console import Console
+from relora.files import publishing
+from relora.launch import plan
+from relora.metrics import Progress
+from relora.sweeps import expand
+
+KB = 1024
+FREE = {
+    "status": 12 * KB,
+    "tokenizer": 40 * KB,
+    "checkpoint": 200 * KB,
+    "warm start": 600 * KB,
+    "later": 1300 * KB,
+}
+"""How much of the disk is free where the run breaks off."""
+
+
+Told = pytest.CaptureFixture[str]
+
+
+def line_told(capsys: Told, word: str) -> str:
+    """The one line that tells the reason."""
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.out + shown.err
+    (line,) = [line for line in (shown.out + shown.err).splitlines() if word in line]
+    return line
+
+
+def on(disk: Path, case: Case) -> Case:
+    return Case(overrides=[*case.overrides, f"runs_dir={disk / 'runs'}"])
+
+
+@pytest.mark.parametrize("where", FREE)
+def test_a_full_disk_is_one_line_and_costs_nothing_but_time(
+    small_disk: Path, finished_run: Case, where: str, capsys: Told
+) -> None:
+    case = on(small_disk, finished_run)
+    filler = fill(small_disk, FREE[where])
+    assert cli.run(case.overrides) == 1
+    line = line_told(capsys, "No space left on device")
+    assert str(small_disk) in line
+    assert case.run.status is not None
+    assert case.run.status.state == "failed"
+    filler.unlink()
+    assert cli.run(case.overrides) == 0
+    assert case.weights == finished_run.weights
+
+
+def test_the_errors_of_libraries_on_a_full_disk_are_those_of_the_system(small_disk: Path) -> None:
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+
+    fill(small_disk, 16 * KB)
+    vocabulary = {f"word {number}": number for number in range(10_000)}
+    writers = {
+        "model": lambda folder: save_file({"x": torch.zeros(100_000)}, folder / "model.safetensors"),
+        "tokenizer": lambda folder: Tokenizer(models.WordLevel(vocabulary)).save(str(folder / "tokenizer.json")),
+    }
+    for name, write in writers.items():
+        with pytest.raises(OSError, match=f"No space left on device.*{name}"), publishing(small_disk / name) as folder:
+            write(folder)
+        assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_a_full_disk_with_mlflow(small_disk: Path, finished_run: Case, capsys: Told) -> None:
+    from mlflow import MlflowClient
+
+    case = on(small_disk, finished_run)
+    case.overrides.append("tracker=mlflow")
+    filler = fill(small_disk, FREE["checkpoint"])
+    assert cli.run(case.overrides) == 1
+    assert "No space left on device" in line_told(capsys, "failed: ")
+    assert case.run.status is not None
+    assert case.run.status.state == "failed"
+    filler.unlink()
+    assert cli.run(case.overrides) == 0
+    assert case.weights == finished_run.weights
+    client = MlflowClient(f"sqlite:///{case.runs_dir / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name != "Default"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+
+
+def test_a_run_whose_status_cannot_be_written_is_not_finished(
+    finished: Case, tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The status is what the next launch goes by. The tests may run as root, whom no mode stops; a folder does."""
+    case = Case(overrides=[*finished.overrides, f"runs_dir={tmp_path / 'runs'}"])
+    progress, file = Console.progress, case.run.status_file
+
+    def block(self: Console, reached: Progress) -> None:
+        progress(self, reached)
+        if reached.step == reached.total_steps:
+            file.unlink()
+            file.mkdir()
+
+    monkeypatch.setattr(Console, "progress", block)
+    assert cli.run(case.overrides) == 1
+    line = line_told(capsys, "cannot be written")
+    assert line.startswith("failed: ")
+    assert str(file) in line
+
+
+@pytest.mark.parametrize("options", [[], ["-m", "trainer.seed=0,1"]], ids=["run", "study"])
+def test_a_read_only_disk_is_one_line(small_disk: Path, finished_run: Case, options: list[str], capsys: Told) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert cli.run([*options, *on(small_disk, finished_run).overrides]) == 1
+    line = line_told(capsys, "Read-only file system")
+    assert line.startswith("relora: ")
+    assert str(small_disk) in line
+
+
+def test_a_job_on_a_read_only_disk_is_one_line(small_disk: Path, finished_run: Case) -> None:
+    case = finished_run.copied(small_disk / "runs")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    command = [sys.executable, "-m", "relora.job", str(case.run.path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "Read-only file system" in line
+    assert line.startswith("relora: ")
+    assert str(case.run.path) in line
+
+
+def test_a_run_that_cannot_be_started_does_not_stop_the_others_of_its_study(tiny: list[str], capsys: Told) -> None:
+    sweep = [*tiny, "study=two"]
+    first, second = (item.run for item in plan(expand(sweep)))
+    (first.path / "log.txt").mkdir(parents=True)
+    assert cli.run(["-m", *sweep]) == 1
+    assert line_told(capsys, "log.txt").startswith(first.path.name)
+    assert first.known_status is None
+    assert second.known_status is not None
+    assert second.known_status.state == "finished"
