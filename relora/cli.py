@@ -339,22 +339,27 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _sync(arguments: argparse.Namespace) -> int:
     from relora.state import observe
-    from relora.store import failures_told
+    from relora.store import failures_told, tell
     from relora.tracking import Mirror
 
-    results = {}
+    results, code = {}, 0
     for path in arguments.runs:
         run = RunDir(path.absolute())
-        config = compose.at_home(run.config_file)
-        observe([run])
-        with failures_told(config):
-            sent = Mirror(run, config).sync()
+        try:
+            config = compose.at_home(run.config_file)
+            observe([run])
+            with failures_told(config):
+                sent = Mirror(run, config).sync()
+        except (ConfigError, RunError) as error:  # the other runs are sent all the same
+            tell(credentials.redacted(str(error)))
+            code = max(code, 2 if isinstance(error, ConfigError) else 1)
+            continue
         results[str(path)] = {"rows": sent.rows, "status": sent.status}
         if not arguments.json:
             print(f"{path}: {sent.rows} rows sent, status {sent.status}")
     if arguments.json:
         print(json.dumps(results))
-    return 0
+    return code
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,25 +44,29 @@ def find_run(runs_dir: Path, name: str) -> Planned:
             "digits, '_', '.' and '-'"
         )
     if study:
-        candidates = of_manifest(runs_dir, study)
+        roles = {run: entry["role"] for run, entry in manifest_of(runs_dir, study)["runs"].items()}
     elif part in studies(runs_dir):
-        runs = [f"{part}/{item.config.name}" for item in of_manifest(runs_dir, part)]
-        raise ConfigError(f"{part} is a study, and one run is wanted: {_listed(runs)}")
+        made = _made(runs_dir, manifest_of(runs_dir, part)["runs"])
+        raise ConfigError(f"{part} is a study, and one run is wanted: {_listed([f'{part}/{run}' for run in made])}")
     else:
-        files = sorted(runs_dir.glob(f"*{part}*/config.yaml"))
-        candidates = [Planned(config=at_home(file), role="arm") for file in files]
-    found = [item for item in candidates if item.config.name == part] or [
-        item for item in candidates if part in item.config.name
-    ]
+        roles = dict.fromkeys((file.parent.name for file in sorted(runs_dir.glob(f"*{part}*/config.yaml"))), "arm")
+    # By the names of the folders: the config of a run that is not asked for may be damaged.
+    made = _made(runs_dir, roles)
+    found = [part] if part in made else [run for run in made if part in run]
     if len(found) == 1:
-        return found[0]
+        return Planned(config=at_home(runs_dir / found[0] / "config.yaml"), role=roles[found[0]])
     if found:
-        raise ConfigError(f"{name} may be {_listed([item.config.name for item in found])}; write more of the name")
+        raise ConfigError(f"{name} may be {_listed(found)}; write more of the name")
     if study:
-        raise ConfigError(f"study {study} has no run {part}; it has {_listed([run.config.name for run in candidates])}")
+        raise ConfigError(f"study {study} has no run {part}; it has {_listed(made)}")
     names = [*studies(runs_dir), *sorted(file.parent.name for file in runs_dir.glob("*/config.yaml"))]
     known = f"there are {_listed(names)}" if names else "it holds none; runs_dir=... names another folder"
     raise ConfigError(f"there is no study or run {name} in {runs_dir}; {known}")
+
+
+def _made(runs_dir: Path, names: Iterable[str]) -> list[str]:
+    """Those whose folders are there."""
+    return [name for name in names if (runs_dir / name / "config.yaml").is_file()]
 
 
 def _listed(names: Sequence[str]) -> str:

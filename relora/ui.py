@@ -40,7 +40,7 @@ def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
     """
     uri, runs_dir = config.mlflow_uri, Path(config.runs_dir)
     store = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and not store.exists() and not create and not _submitted(runs_dir):
+    if uri.startswith("sqlite:") and not store.exists() and not create and not _submissions(runs_dir):
         raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
 
     from relora.store import experiment_id, failures_told, open_store
@@ -60,11 +60,26 @@ def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
     return found
 
 
-def _submitted(runs_dir: Path) -> list[Planned]:
-    """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone."""
-    files = sorted(runs_dir.glob("*/submission.json"))
-    configs = [file.with_name("config.yaml") for file in files]
-    return [Planned(config=compose.at_home(file), role="arm") for file in configs if file.is_file()]
+def _submissions(runs_dir: Path) -> list[Path]:
+    """The configs of the runs that were submitted to SLURM."""
+    configs = [file.with_name("config.yaml") for file in sorted(runs_dir.glob("*/submission.json"))]
+    return [file for file in configs if file.is_file()]
+
+
+def submitted_runs(runs_dir: Path, told: set[Path]) -> list[Planned]:
+    """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone.
+
+    A config that cannot be read is told of, unless it is among those `told` already, and its run is left out.
+    """
+    planned: list[Planned] = []
+    for file in _submissions(runs_dir):
+        try:
+            planned.append(Planned(config=compose.at_home(file), role="arm"))
+        except ConfigError as error:
+            if file not in told:
+                tell(f"{error}; MLflow gets nothing of this run")
+            told.add(file)
+    return planned
 
 
 def serve(
@@ -119,8 +134,9 @@ def serve(
                 raise RunError(f"the MLflow server did not start on port {port}: {detail.strip()[-500:]}")
             time.sleep(0.2)
         ready(url, store)
+        damaged: set[Path] = set()
         while server.poll() is None:
-            mirror_runs(_submitted(Path(config.runs_dir)))
+            mirror_runs(submitted_runs(runs_dir, damaged))
             try:
                 server.wait(MIRROR_SECONDS)
             except subprocess.TimeoutExpired:

@@ -18,6 +18,7 @@ from relora.config import RunConfig
 from relora.errors import ConfigError
 from relora.metrics import read_rows, recorded
 from relora.state import observe
+from relora.ui import submitted_runs
 from relora.warmstart import folder_of
 
 
@@ -196,6 +197,37 @@ def test_a_damaged_file_of_one_run_does_not_stop_report_and_status_of_the_study(
     assert ("unreadable" in row) == stops_the_run
     if not stops_the_run:
         assert "finished" in row
+
+
+def test_a_damaged_config_stops_no_verb_about_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lab, configs = broken_study(tmp_path)
+    sound, broken = configs[1].run_dir, lab.runs_dir / configs[2].name / "config.yaml"
+    (sound / "log.txt").write_text("it went well\n")
+    broken.write_text("\t{")
+    where = f"runs_dir={lab.runs_dir}"
+    for name in (configs[1].name, f"mine/{configs[1].name}"):
+        assert cli.main(["logs", name, where]) == 0
+        assert "it went well" in capsys.readouterr().out
+    assert cli.main(["status", configs[1].name, where]) == 0
+    assert cli.main(["cancel", configs[1].name, where]) == 0
+    capsys.readouterr()
+    assert cli.main(["logs", configs[2].name, where]) == 2
+    assert "cannot be read as a config" in told(capsys, broken)
+
+
+def test_relora_ui_leaves_a_damaged_run_out_and_names_it_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, configs = broken_study(tmp_path)
+    for config in configs:
+        (config.run_dir / "submission.json").write_text('{"job": "1"}')
+    broken = lab.runs_dir / configs[2].name / "config.yaml"
+    broken.write_text("\t{")
+    named: set[Path] = set()
+    for _ in range(2):
+        runs = submitted_runs(lab.runs_dir, named)
+        assert {item.config.name for item in runs} == {config.name for config in configs[:2]}
+    assert "MLflow gets nothing of this run" in told(capsys, broken)
 
 
 def test_lost_rows_of_a_run_stand_in_the_report(tmp_path: Path) -> None:

@@ -755,6 +755,18 @@ def test_sync_takes_several_runs(runs_dir: Path, capsys: pytest.CaptureFixture[s
     assert len(recorded(runs[0][1])) == 3
 
 
+def test_sync_goes_on_past_a_run_that_cannot_be_read(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = status_of("finished", ended_ms=STARTED_MS + 1)
+    (first, _), (second, config) = (new_run(runs_dir, f"trainer.seed={seed}", status=ended) for seed in range(2))
+    first.config_file.write_text("\t{")
+    assert cli.main(["sync", str(first.path), str(second.path)]) == 2
+    shown = capsys.readouterr()
+    assert str(first.config_file) in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == f"{second.path}: 8 rows sent, status FINISHED\n"
+    assert len(recorded(config)) == 1
+
+
 def test_sync_knows_a_run_by_any_spelling_of_its_path(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 1))
     link = runs_dir.parent / "link"
