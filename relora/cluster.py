@@ -49,6 +49,9 @@ class ClusterConfig:
         at_least("cluster.max_parallel", self.max_parallel, 1)
         at_most("cluster.max_parallel", self.max_parallel, 10**6, "no cluster takes as many jobs")
 
+    def check_folder(self, runs_dir: str) -> None:
+        """Raise ConfigError where runs cannot stand in `runs_dir`: asked at a launch, not when an old run is read."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(ClusterConfig):
@@ -131,6 +134,14 @@ class SlurmConfig(ClusterConfig):
                 raise ConfigError(
                     f"cluster.options.{name} has a setting of its own: cluster.{HAS_A_SETTING[name.replace('_', '-')]}"
                 )
+
+    def check_folder(self, runs_dir: str) -> None:
+        """SLURM replaces %j and its like in the path of a job's log."""
+        if "%" in runs_dir:
+            raise ConfigError(
+                f"runs_dir={shown(runs_dir)} holds %, which SLURM replaces in the paths of logs; with cluster=slurm "
+                "name a folder without it"
+            )
 
     @property
     def processes(self) -> int:

@@ -359,6 +359,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     """Typed, completed and checked, with paths made absolute. Raises ConfigError."""
     config = _checked(_structured(_resolved(composed)))
     check_architecture(config.model.name)
+    config.cluster.check_folder(config.runs_dir)
     check_files(config.data)
     return config
 
@@ -448,6 +449,7 @@ class Composer:
             return compose(overrides)
         config = self._with_values(base, [text for text in overrides if _is_plain(text)], overrides)
         check_architecture(config.model.name)
+        config.cluster.check_folder(config.runs_dir)
         files = (config.data.path, config.data.tokenizer)
         if files not in self._files_checked:
             check_files(config.data)

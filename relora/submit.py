@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,9 @@ class Submission:
     arrays: list[str]
     """SLURM's job numbers of the runs."""
     preparations: list[str]
-    """Of jobs that the runs wait for: the corpus, shared warm starts."""
+    """Of jobs of this launch that the runs wait for: the corpus, shared warm starts."""
+    awaited: set[str] = field(default_factory=set)
+    """Of all jobs, those that the runs wait for."""
     report: str | None = None
 
     def describe(self) -> str:
@@ -171,25 +173,28 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
     """Submit prepared runs, with what they need before them and the study's report behind them; returns at once.
 
     `after`: jobs of the study that are under way already, which the report waits for too. Raises RunError where SLURM
-    does not take them; `check` tells why before anything is written.
+    does not take them; `check` tells why before anything is written. No job is left in the queue that no run waits for.
     """
     cluster = pending[0].config.cluster
     assert isinstance(cluster, SlurmConfig)
-    corpora = _submit_corpora(pending, cluster, folder)
-    warm_starts = _submit_warm_starts(pending, cluster, folder, corpora)
-    made_by = {**dict.fromkeys(corpora.values(), "corpus"), **dict.fromkeys(warm_starts.values(), "warm start")}
-    groups: dict[tuple[str, ...], list[Planned]] = defaultdict(list)
-    for item in pending:
-        needed = (corpora.get(_data(item)), warm_starts.get(warmstart.key(item.config)))
-        groups[tuple(number for number in needed if number)].append(item)
-    submitted = Submission(arrays=[], preparations=sorted(made_by))
+    submitted = Submission(arrays=[], preparations=[])
     try:
+        corpora = _submit_corpora(pending, cluster, folder, submitted)
+        warm_starts = _submit_warm_starts(pending, cluster, folder, corpora, submitted)
+        made_by = {**dict.fromkeys(corpora.values(), "corpus"), **dict.fromkeys(warm_starts.values(), "warm start")}
+        groups: dict[tuple[str, ...], list[Planned]] = defaultdict(list)
+        for item in pending:
+            needed = (corpora.get(_data(item)), warm_starts.get(warmstart.key(item.config)))
+            groups[tuple(number for number in needed if number)].append(item)
         _submit_arrays(groups, made_by, submitted, cluster, folder, study)
         if study is not None:
             dependency = [("afterany", (*submitted.arrays, *after))]
             executor = _executor(_alone(cluster), folder, f"{study}-report", dependency)
             task = ReportTask(Path(pending[0].config.runs_dir), study)
             (submitted.report,) = _submit_all([task], executor)
+    except RunError:
+        slurm.cancel(job for job in submitted.preparations if job not in submitted.awaited)
+        raise
     finally:  # whatever went wrong, what is queued can be cancelled
         file = folder.parent / BESIDE
         beside = [*read_json(file).get("jobs", []), *submitted.preparations]
@@ -222,6 +227,7 @@ def _submit_arrays(
             _executor(cluster, folder, study or items[0].config.name, conditions, array_parallelism=shares[number]),
         )
         submitted.arrays.append(names[0].partition("_")[0])
+        submitted.awaited |= set(needed)
         for item, name in zip(items, names, strict=True):
             _record(item.run, name, folder, {job: made_by[job] for job in needed})
 
@@ -239,7 +245,9 @@ def _data(item: Planned) -> str:
     return repr(item.config.data)
 
 
-def _submit_corpora(pending: Sequence[Planned], cluster: SlurmConfig, folder: Path) -> dict[str, str]:
+def _submit_corpora(
+    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, submitted: Submission
+) -> dict[str, str]:
     """A job for every text that is not prepared yet, by the `_data` of its runs."""
     from relora.corpus import folder_of
 
@@ -251,13 +259,13 @@ def _submit_corpora(pending: Sequence[Planned], cluster: SlurmConfig, folder: Pa
             continue
         if place not in made:
             executor = _executor(_alone(cluster), folder, "corpus", [])
-            made[place] = _under_way(place) or _made_by(CorpusTask(item.run.path), executor, place)
+            made[place] = _under_way(place) or _made_by(CorpusTask(item.run.path), executor, place, submitted)
         found[data] = made[place]
     return found
 
 
 def _submit_warm_starts(
-    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, corpora: dict[str, str]
+    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, corpora: dict[str, str], submitted: Submission
 ) -> dict[str | None, str]:
     """A job for every warm start that several runs share and that is not trained yet; one of the runs trains it."""
     sharing: dict[str, list[Planned]] = defaultdict(list)
@@ -274,13 +282,15 @@ def _submit_warm_starts(
         elif len(items) > 1:
             needed = corpora.get(_data(items[0]))
             executor = _executor(cluster, folder, f"warm-start-{key}", [("afterany", (needed,) if needed else ())])
-            found[key] = _made_by(RunTask(items[0].run.path, warm_start_only=True), executor, place)
+            task = RunTask(items[0].run.path, warm_start_only=True)
+            found[key] = _made_by(task, executor, place, submitted)
     return found
 
 
-def _made_by(task: Callable[[], None], executor: Any, place: Path) -> str:
+def _made_by(task: Callable[[], None], executor: Any, place: Path, submitted: Submission) -> str:
     """Submit the job that makes `place`, and write down which it is."""
     (name,) = _submit_all([task], executor)
+    submitted.preparations.append(name)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_json(place.with_name(f"{place.name}.job"), {"job": name})
     return name
@@ -359,4 +369,4 @@ def _submit_all(tasks: Sequence[Callable[[], None]], executor: Any) -> list[str]
             submitted = [executor.submit(task) for task in tasks]
         return [entry.job_id for entry in submitted]
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise RunError(f"SLURM did not take the jobs: {str(error).strip()}") from error
+        raise RunError(f"SLURM did not take the jobs: {' '.join(str(error).split())}") from error

@@ -114,6 +114,7 @@ WRONG = [
     (["model.layers=1000000000000"], "model.layers=1000000000000 must be at most 1,000"),
     (["trainer.sequences_per_step=1000000000000000000000"], "must be at most 1,048,576"),
     (["trainer.total_tokens=1e30"], "trainer.total_tokens=1e+30 must be at most"),
+    (["cluster=slurm", "runs_dir=100%j"], "holds %, which SLURM replaces in the paths of logs"),
     (["cluster=slurm", "cluster.mem_gb=0.00001"], "SLURM reads --mem=0 as the whole node"),
     (
         ["cluster=slurm", 'cluster.partition="a\n#SBATCH --uid=0"'],

@@ -1,6 +1,7 @@
 """Launched twice, cancelled, and on a cluster without accounting: most of it while a study waits in the queue."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,75 @@ def test_a_launcher_here_leaves_alone_what_slurm_has_taken(tiny: list[str], runs
     shown, _ = here.communicate(timeout=60)
     assert f"{second.path.name} is queued already, by another launch" in shown
     assert [row["state"] for row in standing(runs_dir, "halves")] == ["interrupted", "queued"]
+
+
+# ------------------------------------------------------------------------------------------------ clusters that refuse
+
+
+def shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, text: str) -> Path:
+    """Put `text` before a command of SLURM; `$real` is the command itself."""
+    folder, real = tmp_path / "bin", shutil.which(command)
+    folder.mkdir(exist_ok=True)
+    file = folder / command
+    file.write_text(f"#!/bin/sh\nreal={real}\n{text}\n")
+    file.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setitem(ONE_THREAD, "PATH", path)
+    return file
+
+
+REFUSES = 'echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1'
+IS_ARRAY = 'eval "script=\\${$#}"; grep -q -e "--array" "$script"'
+IS_JUDGED = 'case "$*" in *--test-only*) exec $real "$@" ;; esac'
+
+
+def test_a_refused_array_leaves_nothing_in_the_queue(
+    one: list[str], occupied: str, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = [*one, "method.rank=2,3", "study=refused", "baseline_rates=[1]"]
+    refusing = shim(monkeypatch, tmp_path, "sbatch", f'{IS_JUDGED}\nif {IS_ARRAY}; then {REFUSES}; fi\nexec $real "$@"')
+    shown = run_py("-m", *study, code=1)
+    assert "SLURM did not take the jobs" in shown
+    assert "accounting/QOS policy" in shown
+    assert "Traceback" not in shown
+    # The baseline alone is a job of its own: it was taken, and waits for the corpus.
+    eventually(lambda: not any(name.startswith("warm-start") for name in queued_names()), "the warm start has left")
+    assert sorted(queued_names()) == ["corpus", "refused", "wrap"]
+    refusing.unlink()
+    assert "submitted 2 runs" in run_py("-m", *study)
+    assert queued_names().count("refused") == 3
+    relora("cancel", "refused", f"runs_dir={runs_dir}")
+    eventually(lambda: queued_names() == ["wrap"], "the corpus and the warm start have left the queue")
+
+
+def test_cancel_finds_what_stands_beside_the_runs_where_a_later_array_was_refused(
+    one: list[str], occupied: str, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = [*one, "method.rank=2,3", "trainer.seed=0,1", "study=refused", "baseline_rates=[1]"]
+    taken = tmp_path / "taken"
+    second = f"if {IS_ARRAY}; then if [ -e {taken} ]; then {REFUSES}; fi; touch {taken}; fi"
+    shim(monkeypatch, tmp_path, "sbatch", f'{IS_JUDGED}\n{second}\nexec $real "$@"')
+    run_py("-m", *study, code=1)
+    assert {"corpus", "refused"} < set(queued_names())
+    relora("cancel", "refused", f"runs_dir={runs_dir}")
+    eventually(lambda: queued_names() == ["wrap"], "an empty queue but for the blocker")
+
+
+def test_a_cluster_without_arrays_takes_each_run_as_a_job(
+    one: list[str], runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim(monkeypatch, tmp_path, "scontrol", '$real "$@" | sed "s/^MaxArraySize .*/MaxArraySize            = 0/"')
+    shim(monkeypatch, tmp_path, "sbatch", f'{IS_JUDGED}\nif {IS_ARRAY}; then {REFUSES}; fi\nexec $real "$@"')
+    run_py("-m", *one, "method.rank=2,3", "study=single", "cluster.max_parallel=3", "baseline_rates=[1]")
+    wait_for_finish(runs_dir, "single")
+
+
+def test_no_wckey_is_sent_unless_it_was_asked_for(one: list[str], occupied: str, runs_dir: Path) -> None:
+    run_py(*one)
+    scripts = list(folder(one).path.glob("jobs/*submission*.sh"))
+    assert scripts
+    assert not any("--wckey" in script.read_text() for script in scripts)
 
 
 # -------------------------------------------------------------------------------------------------- no accounting
