@@ -27,7 +27,7 @@ from filelock import FileLock
 from relora import signals
 from relora.data import TokenSequences
 from relora.errors import DamagedFile, RunError
-from relora.files import publishing, read_json, reason
+from relora.files import check_crc32, crc32_of, publishing, read_json, reason
 from relora.groups import RECORD_SUFFIXES, DataConfig, text_files, tokenizer_file
 
 FORMAT = 2
@@ -42,6 +42,8 @@ TOKENIZER_TRAINING_BYTES = 200_000_000
 BATCH_PIECES = 512
 TOLD = 3
 """Exit code of a process that says on stderr what a person can mend."""
+MADE_AGAIN = "remove its folder, and the next launch prepares the corpus anew"
+"""What mends a corpus that its run cannot mend by itself."""
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -87,16 +89,23 @@ def prepare(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Co
     """
     files = _source_files(config)
     folder = _folder(config, files, corpora)
-    if not _stands(folder, lambda message: None):
+    corpus = _standing(folder, lambda message: None)
+    if corpus is None:
         corpora.mkdir(parents=True, exist_ok=True)
         with FileLock(corpora / f"{folder.name}.lock"):
-            if not _stands(folder, say):
+            corpus = _standing(folder, say)
+            if corpus is None:
                 _build(config, files, folder, say)
-    return load(folder)
+                corpus = load(folder)
+    return corpus
 
 
 def load(folder: Path) -> Corpus:
-    """A corpus that stands already. Raises DamagedFile where a file of it has not the size that meta.json tells."""
+    """A corpus that stands already. Raises DamagedFile where a file of it is not what meta.json tells of it.
+
+    Every byte is read, so a start pays about a second for each GB of tokens that memory holds, and the disk's time for
+    the rest: little beside training on a flipped token. A corpus of before there were checksums has its sizes checked.
+    """
     meta = read_json(folder / "meta.json")
     names = ("corpus_digest", "tokenizer_digest", "vocab_size", "end_of_text_id", "dtype", "splits")
     try:
@@ -105,24 +114,25 @@ def load(folder: Path) -> Corpus:
             wanted = corpus.splits[split]["tokens"] * np.dtype(corpus.dtype).itemsize
             file = folder / f"{split}.bin"
             if (found := file.stat().st_size) != wanted:
-                raise DamagedFile(file, f"it has {found} bytes and should have {wanted}")
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(folder / "meta.json", f"it lacks or garbles {error}") from error
+                raise DamagedFile(file, f"it has {found} bytes and should have {wanted}", MADE_AGAIN)
+        for name, wanted in meta.get("crc32", {}).items():
+            check_crc32(folder / name, wanted, MADE_AGAIN)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(folder / "meta.json", f"it lacks or garbles {error}", MADE_AGAIN) from error
     except OSError as error:
-        raise DamagedFile(Path(error.filename or folder), reason(error)) from error
+        raise DamagedFile(Path(error.filename or folder), reason(error), MADE_AGAIN) from error
     return corpus
 
 
-def _stands(folder: Path, say: Callable[[str], None]) -> bool:
-    """Whether an undamaged corpus stands there; a damaged one is told of, and is to be built anew."""
+def _standing(folder: Path, say: Callable[[str], None]) -> Corpus | None:
+    """The undamaged corpus that stands there; a damaged one is told of, and is to be built anew."""
     if not (folder / "meta.json").exists():
-        return False
+        return None
     try:
-        load(folder)
+        return load(folder)
     except DamagedFile as error:
-        say(f"{error}; the corpus is prepared anew")
-        return False
-    return True
+        say(f"{error.path} cannot be read: {error.why}; the corpus is prepared anew")
+        return None
 
 
 def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Corpus:
@@ -131,7 +141,8 @@ def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None])
     What a process has once held, its allocator does not give back whole, and the peak memory of the run that happens
     to build the corpus would be measured on top of it.
     """
-    if not _stands(folder_of(config, corpora), lambda message: None):
+    corpus = _standing(folder_of(config, corpora), lambda message: None)
+    if corpus is None:
         command = [sys.executable, "-m", "relora.corpus", json.dumps(asdict(config)), str(corpora)]
         with tempfile.TemporaryFile("w+") as errors:
             # Ctrl-C and SLURM's warning come to all processes of a group: this one answers for both, by SIGTERM.
@@ -154,7 +165,8 @@ def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None])
             raise CorpusError(problem.strip())
         if child.returncode:
             raise RuntimeError(f"preparing the corpus ended with {child.returncode}:\n{problem}")
-    return prepare(config, corpora, say)
+        corpus = prepare(config, corpora, say)
+    return corpus
 
 
 def folder_of(config: DataConfig, corpora: Path) -> Path:
@@ -325,6 +337,7 @@ def _build(config: DataConfig, files: list[Path], folder: Path, say: Callable[[s
             else _copy_tokenizer(config.tokenizer, temporary)
         )
         meta = _write_tokens(config, files, plan, temporary, end_of_text)
+        meta["crc32"] = {path.name: crc32_of(path) for path in sorted(temporary.iterdir())}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     counts = ", ".join(f"{name} {meta['splits'][name]['tokens']:,}" for name in SPLITS)
     say(f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}")

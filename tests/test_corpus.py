@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from damaged import flip
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from relora.config import DataConfig
-from relora.corpus import SPLITS, Corpus, CorpusError, _source_files, prepare, prepare_apart
+from relora.corpus import SPLITS, Corpus, CorpusError, _source_files, load, prepare, prepare_apart
+from relora.errors import DamagedFile
 
 WORDS = ["alpha", "naïve", "straße", "日本語", "über", "тест", "🙂", "the", "of", "and", "run", "x1", "=", "foo(bar)"]
 
@@ -630,3 +632,34 @@ def test_a_corpus_that_is_cut_short_is_named_and_prepared_anew(tmp_path: Path, c
     assert said[0].startswith(f"{folder / name} cannot be read: ")
     assert said[0].endswith("the corpus is prepared anew")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
+FILES = ["train.bin", "validation.bin", "test.bin", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_of_a_corpus_is_named_and_the_corpus_prepared_anew(
+    tmp_path: Path, corpora: Path, name: str
+) -> None:
+    config = settings(write_documents(tmp_path / "texts", DOCUMENTS))
+    folder = prepare(config, corpora, silent).folder
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    flip(folder / name, 0.5)
+    with pytest.raises(DamagedFile, match=f"{folder / name} .*checksum.*remove its folder"):
+        load(folder)
+    said: list[str] = []
+    prepare(config, corpora, said.append)
+    assert said[0].startswith(f"{folder / name} cannot be read: its checksum")
+    assert said[0].endswith("the corpus is prepared anew")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
+def test_a_corpus_without_checksums_serves_as_before(tmp_path: Path, corpora: Path) -> None:
+    config = settings(write_documents(tmp_path / "texts", DOCUMENTS))
+    made = prepare(config, corpora, silent)
+    meta = json.loads((made.folder / "meta.json").read_text())
+    assert sorted(meta.pop("crc32")) == sorted(FILES)
+    (made.folder / "meta.json").write_text(json.dumps(meta))
+    said: list[str] = []
+    assert prepare(config, corpora, said.append) == made
+    assert said == []

@@ -64,6 +64,14 @@ def test_a_damaged_warm_start_is_trained_anew(killed: Case, finished_run: Case, 
     assert killed.weights == finished_run.weights
 
 
+def test_a_run_with_a_damaged_corpus_prepares_it_anew(killed: Case, finished_run: Case, capsys) -> None:
+    (file,) = killed.runs_dir.glob("corpora/*/train.bin")
+    flip(file, 0.5)
+    assert cli.run(killed.overrides) == 0
+    assert told(capsys, file).endswith("the corpus is prepared anew")
+    assert killed.weights == finished_run.weights
+
+
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
