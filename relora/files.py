@@ -144,11 +144,26 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16"
 """Of the element types of a safetensors file."""
 
 
+def check_weight_sums(folder: Path) -> None:
+    """Compare a model's weights with the checksums that its export left in relora.json; a folder may have none.
+
+    Raises DamagedFile.
+    """
+    sums = read_json(folder / "relora.json").get("crc32", {})
+    if not isinstance(sums, dict):
+        raise DamagedFile(folder / "relora.json", "its crc32 holds no checksums")
+    for name, wanted in sums.items():
+        check_crc32(folder / name, wanted, "take a copy of the model, or train it again")
+
+
 def check_weights(folder: Path) -> None:
     """Read the safetensors files of a model's folder, every byte. Raises DamagedFile where one is not whole.
 
+    Each is to have the checksum of its export, where the folder tells it.
+
     The format: the length of a header in 8 bytes, the header (JSON: name, shape and place of each tensor), the tensors.
     """
+    check_weight_sums(folder)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb") as file:

@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from relora.cost import LlamaShape
 from relora.errors import RunError, first_line
-from relora.files import publishing
+from relora.files import check_weight_sums, crc32_of, publishing
 from relora.groups import ModelConfig
 from relora.loss import summed_linear_cross_entropy
 
@@ -190,7 +190,8 @@ def save_pretrained(
         model.save_pretrained(temporary)  # type: ignore[operator]
         shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
         (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-        (temporary / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+        sums = {path.name: crc32_of(path) for path in sorted(temporary.glob("*.safetensors"))}
+        (temporary / RUN_FILE).write_text(json.dumps({**run, "crc32": sums}, indent=2) + "\n")
 
 
 @contextmanager
@@ -207,10 +208,25 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
 def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The model of a local Hugging Face folder, in its stored precision, in evaluation mode.
 
-    Code in the folder is never run. Raises RunError where it cannot be loaded.
+    Code in the folder is never run. Raises RunError where it cannot be loaded, where the weights are not those that
+    were exported, and where they are not the ones that its config.json describes.
     """
+    check_weight_sums(folder)
     with _loading(folder, "model"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **LOCAL).eval()
+        settings: dict[str, Any] = {**LOCAL, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)
+    model, info = loaded
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise RunError(
+            f"the model in {folder} cannot be loaded: {name} has the shape {tuple(found)}, and by its config.json "
+            f"{tuple(wanted)}; restore the file that was changed"
+        )
+    if info["missing_keys"]:
+        raise RunError(
+            f"the model in {folder} cannot be loaded: its config.json asks for {min(info['missing_keys'])}, which the "
+            "weights do not hold; restore the file that was changed"
+        )
+    model = model.eval()
     nn.Module.to(model, device)
     return model
 

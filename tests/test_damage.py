@@ -15,8 +15,10 @@ from lab import RELORA, Lab
 from relora import cli
 from relora.compose import compose, thaw
 from relora.config import RunConfig
-from relora.errors import ConfigError
+from relora.errors import ConfigError, RunError
+from relora.files import check_weights
 from relora.metrics import read_rows, recorded
+from relora.model import load_pretrained
 from relora.state import observe
 from relora.ui import submitted_runs
 from relora.warmstart import folder_of
@@ -70,6 +72,45 @@ def test_a_run_with_a_damaged_corpus_prepares_it_anew(killed: Case, finished_run
     assert cli.run(killed.overrides) == 0
     assert told(capsys, file).endswith("the corpus is prepared anew")
     assert killed.weights == finished_run.weights
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def test_a_flipped_bit_of_exported_weights_is_named_and_keeps_the_checkpoints(
+    finished: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, kept = finished.run.model / "model.safetensors", sorted(finished.run.checkpoints.iterdir())
+    flip(file, 0.5)
+    for verb in ("evaluate", "sample"):
+        assert cli.main([verb, str(finished.run.model)]) == 1
+        assert "checksum" in told(capsys, file)
+    assert cli.main(["clean", "--delete", f"runs_dir={finished.runs_dir}"]) == 0
+    assert "checksum" in told(capsys, file)
+    assert kept
+    assert sorted(finished.run.checkpoints.iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "told_of"),
+    [({"intermediate_size": 64}, r"\(32, 48\).*\(32, 64\)"), ({"num_hidden_layers": 3}, "layers.2")],
+)
+def test_weights_that_are_not_those_of_the_config_are_not_taken(
+    finished: Case, change: dict[str, int], told_of: str
+) -> None:
+    file = finished.run.model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(RunError, match=told_of):
+        load_pretrained(finished.run.model)
+
+
+def test_a_model_without_checksums_serves_as_before(finished: Case) -> None:
+    file = finished.run.model / "relora.json"
+    about = json.loads(file.read_text())
+    assert list(about.pop("crc32")) == ["model.safetensors"]
+    file.write_text(json.dumps(about))
+    load_pretrained(finished.run.model)
+    check_weights(finished.run.model)
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
