@@ -16,6 +16,7 @@ from relora.cluster import ClusterConfig, SlurmConfig
 from relora.compare import study_dir
 from relora.config import RunConfig
 from relora.errors import RunError, printable
+from relora.gpus import gpu_for, take
 from relora.job import job
 from relora.publish import join_study, publish_report
 from relora.rundir import read_json
@@ -244,16 +245,20 @@ class _Processes:
 def start_process(item: Planned, max_parallel: int) -> subprocess.Popen[bytes]:
     """Train a prepared run, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which tells it."""
     threads = max(1, (os.cpu_count() or 1) // max_parallel)
+    gpu = gpu_for(item.config.trainer.device, max_parallel)
+    chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     # Signals wait until the process can answer them.
     with (item.run.path / "log.txt").open("ab") as log, signals.blocked():
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "relora.signals", "-m", "relora.job", str(item.run.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            env={"OMP_NUM_THREADS": str(threads), **os.environ, **chosen},
         )
+    take(process, gpu)
+    return process
 
 
 def silent_end(item: Planned, process: subprocess.Popen[bytes]) -> str:

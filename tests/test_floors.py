@@ -52,7 +52,7 @@ FLOORS = [
         ),
         *("corpus", "console", "status", "page", "pictures", "doubts", "report", "disk"),
     ],
-    ["ranks", "export", "job", "publish", "submit", "launch", "control", "ui", "tune", "clean", "cli"],
+    ["ranks", "export", "job", "publish", "submit", "gpus", "launch", "control", "ui", "tune", "clean", "cli"],
 ]
 """From the ground up; a module imports from floors below its own, or from one that stands before it on its own."""
 

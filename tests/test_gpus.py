@@ -1,0 +1,59 @@
+import time
+from pathlib import Path
+
+import pytest
+
+from relora import gpus
+from relora.compose import compose
+from relora.launch import start_process
+from relora.study import Planned
+
+LISTED = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}{i}{i})\n" for i in range(2))
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ncat <<'END'\n{LISTED}END\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "_taken", [])
+    monkeypatch.setattr(gpus, "_told", set())
+
+
+def seen(tmp_path: Path, device: str, count: int, max_parallel: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES as child processes that run at once have it."""
+    processes, found = [], []
+    try:
+        for seed in range(count):
+            item = Planned(config=compose([f"runs_dir={tmp_path}", f"trainer.seed={seed}"]), role="arm")
+            item.config.trainer.device = device
+            item.run.path.mkdir(parents=True)
+            processes.append(start_process(item, max_parallel))
+            environment = Path(f"/proc/{processes[-1].pid}/environ")
+            deadline = time.monotonic() + 10
+            while not (pairs := environment.read_text().split("\0"))[0] and time.monotonic() < deadline:
+                time.sleep(0.01)  # it is empty for a moment while the process starts
+            found.append(dict(pair.split("=", 1) for pair in pairs if "=" in pair).get("CUDA_VISIBLE_DEVICES"))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return found
+
+
+def test_local_runs_get_a_gpu_each_and_share_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert seen(tmp_path, "auto", 3, 3) == ["GPU-000", "GPU-111", "GPU-000"]
+    assert capsys.readouterr().out.count("cluster.max_parallel=3 is more than 2 GPUs") == 1
+
+
+def test_gpus_that_the_user_names_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,5")
+    assert seen(tmp_path, "auto", 2, 2) == ["GPU-abc", "5"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_a_run_that_needs_no_choice_keeps_its_environment(tmp_path: Path, device: str) -> None:
+    assert seen(tmp_path, device, 1, 2) == [None]
