@@ -1,3 +1,4 @@
+import signal
 import time
 from pathlib import Path
 
@@ -26,12 +27,14 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def seen(tmp_path: Path, device: str, count: int, max_parallel: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES as child processes that run at once have it."""
     processes, found = [], []
+    configs = [compose([f"runs_dir={tmp_path}", f"trainer.seed={seed}"]) for seed in range(count)]
     try:
-        for seed in range(count):
-            item = Planned(config=compose([f"runs_dir={tmp_path}", f"trainer.seed={seed}"]), role="arm")
-            item.config.trainer.device = device
+        for config in configs:
+            config.trainer.device = device
+            item = Planned(config=config, role="arm")
             item.run.path.mkdir(parents=True)
             processes.append(start_process(item, max_parallel))
+            processes[-1].send_signal(signal.SIGSTOP)  # a process that has ended, as this one soon would, frees its GPU
             environment = Path(f"/proc/{processes[-1].pid}/environ")
             deadline = time.monotonic() + 10
             while not (pairs := environment.read_text().split("\0"))[0] and time.monotonic() < deadline:
