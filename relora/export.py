@@ -10,7 +10,7 @@ import torch
 
 from relora import signals
 from relora.config import RunConfig
-from relora.errors import RunError, TrainingError
+from relora.errors import DamagedFile, RunError, TrainingError
 from relora.evaluate import Evaluation, evaluate
 from relora.model import (
     check_same_weights,
@@ -77,12 +77,13 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
     trainer.method.finish(model)
     told = {"run": config.name, "sequence_length_tokens": length, **settings, **corpus.identity}
     save_pretrained(model, corpus.tokenizer_file, run.model, told, tokenizer_config)
-    exported = load_pretrained(run.model, device)
     try:
+        exported = load_pretrained(run.model, device)
         check_same_weights(model, exported)
-    except ValueError as error:
+    except (ValueError, DamagedFile) as error:
+        why = f"{error.path}: {error.why}" if isinstance(error, DamagedFile) else error
         raise RunError(
-            f"the exported model is not the one that was trained: {error}; look at the disk, and run the same command "
+            f"the exported model is not the one that was trained: {why}; look at the disk, and run the same command "
             f"again: the training state stands in {run.checkpoints}"
         ) from error
     doubts: list[str] = []

@@ -75,7 +75,16 @@ def test_every_precision_ends_with_a_model_of_the_logged_perplexity(
     assert told["perplexity"] == pytest.approx(status.summary["test_perplexity"], rel=1e-9)
 
 
-def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(tiny: list[str], monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("has_checksum", "told"),
+    [
+        (True, "model.safetensors: its checksum is"),
+        (False, "model.layers.0.mlp.up_proj.weight differs in 1 of 1,536 values"),
+    ],
+)
+def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(
+    tiny: list[str], monkeypatch, capsys, has_checksum: bool, told: str
+) -> None:
     save = models.save_pretrained
 
     def corrupt(model, tokenizer_file: Path, folder: Path, *others: dict[str, Any]) -> None:
@@ -83,11 +92,16 @@ def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(tiny: l
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] *= 1.0000002  # its last bit
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        about = json.loads((folder / "relora.json").read_text())
+        if not has_checksum:
+            (folder / "relora.json").write_text(json.dumps({k: v for k, v in about.items() if k != "crc32"}))
 
     monkeypatch.setattr("relora.export.save_pretrained", corrupt)
     status = launch(compose(tiny), tiny)
     assert status.state == "failed"
-    assert "model.layers.0.mlp.up_proj.weight differs in 1 of 1,536 values" in status.message
+    assert status.message.startswith("the exported model is not the one that was trained: ")
+    assert told in status.message
+    assert "run the same command again" in status.message
     assert latest_step(run_of(tiny).checkpoints) == 14
     assert "the model writes" not in capsys.readouterr().out
     monkeypatch.undo()
