@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from functools import cache
 
 LIST_SECONDS = 10.0
 """`nvidia-smi -L` can hang where a driver is broken."""
@@ -20,6 +21,12 @@ def visible_gpus() -> list[str]:
         # CUDA ignores what follows the first name that is no device.
         end = next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))
         return names[:end]
+    return _listed()
+
+
+@cache
+def _listed() -> list[str]:
+    """Asked once: the GPUs of a machine do not change, and a driver that hangs would delay each start."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=LIST_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

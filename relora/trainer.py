@@ -107,12 +107,12 @@ class Trainer:
                 self.in_backward.remove()
 
     def _train(self) -> Evaluation:
-        settings = self.config.trainer
+        settings, validation_interval_steps = self.config.trainer, self.config.validation_interval_steps
         self.model.train()
         for step in range(self.first_step, self.clock.total_steps):
             if stopping := self.stopping():  # before a validation, which may take longer than there is time
                 self.stop_before(step, stopping)
-            if step % self.config.validation_interval_steps == 0:
+            if step % validation_interval_steps == 0:
                 self.validate(step)
             if step > self.first_step and step % settings.checkpoint_interval_steps == 0:
                 self.save(step)

@@ -1,5 +1,6 @@
 import signal
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "_listed", cache(gpus._listed.__wrapped__))  # nothing is kept from or for other tests
     monkeypatch.setattr(gpus, "_taken", [])
     monkeypatch.setattr(gpus, "_told", set())
 
