@@ -635,7 +635,7 @@ def test_an_unreachable_mlflow_is_told_once_and_sync_sends_all_later(
     tried = len(syncs)
     began = time.monotonic()
     add_rows(run, 0, 50)
-    assert time.monotonic() - began < 2, "training waits for no MLflow"
+    assert time.monotonic() - began < 6, "training waits for no MLflow"
     wait_for(lambda: len(syncs) >= tried + 3)
     assert len(said) == 1
     assert f"MLflow at http://127.0.0.1:{closed_port} fails" in said[0]
@@ -674,7 +674,7 @@ def test_an_mlflow_that_never_answers_holds_up_nothing(
     time.sleep(0.1)
     add_rows(run, 0, 50)
     assert thread.close() is False
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 8
     assert "no answer in" in said[-1]
     assert "relora sync" in said[-1]
     thread._thread.join(20)

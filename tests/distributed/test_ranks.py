@@ -283,7 +283,7 @@ def test_a_killed_rank_ends_all_at_once(few: list[str], size: int, rank: int) ->
     ranks.send(rank, signal.SIGKILL)
     began = time.monotonic()
     codes = ranks.ended()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert codes == [-signal.SIGKILL if number == rank else 1 for number in range(size)]
     assert not ranks.run.is_locked
     if rank:

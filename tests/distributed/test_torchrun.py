@@ -74,7 +74,7 @@ def test_torchrun_stops_with_a_checkpoint_and_ends_when_a_rank_dies(tiny: list[s
     os.kill(rank_1(process.pid), signal.SIGKILL)
     began = time.monotonic()
     shown, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert process.returncode == 1
     status = run.status
     assert status is not None
