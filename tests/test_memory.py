@@ -78,10 +78,11 @@ def most_allocated_bytes(action: Callable[[], object]) -> int:
 
 
 def kept_bytes(trainer: Trainer) -> int:
-    """Weights, merged weights, optimizer state."""
+    """Weights, merged weights, optimizer state, and what several ranks send."""
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     merged = [layer._merged for _, layer in low_rank_layers(trainer.model) if layer._merged is not None]
-    return sum(each.numel() * each.element_size() for each in [*trainer.model.parameters(), *state, *merged])
+    sent = [] if trainer.micro._buffer is None else [trainer.micro._buffer]
+    return sum(each.numel() * each.element_size() for each in [*trainer.model.parameters(), *state, *merged, *sent])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
