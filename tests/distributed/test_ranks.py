@@ -163,10 +163,10 @@ def no_room_on_rank_1(rank: int) -> None:
 
 
 def impatient(rank: int) -> None:
-    """The ranks wait for each other for 2 seconds in an update."""
+    """The ranks wait for each other for 5 seconds in an update."""
     import relora.distributed
 
-    relora.distributed.WATCHED_SECONDS, relora.distributed.TIMEOUT = 2.0, timedelta(seconds=4)
+    relora.distributed.WATCHED_SECONDS, relora.distributed.TIMEOUT = 5.0, timedelta(seconds=8)
 
 
 def one_hangs(rank: int) -> None:
@@ -176,18 +176,33 @@ def one_hangs(rank: int) -> None:
 
 
 def one_is_slow_to_fail(rank: int) -> None:
-    """Rank 1 fails while rank 0 waits in an update, and goes much later: nothing but its word can tell rank 0."""
+    """Rank 1 fails while rank 0 waits in an update, and goes much later: nothing but its word can tell rank 0.
+
+    gloo cannot be told to end its wait, as NCCL can: rank 0 then leaves at TIMEOUT.
+    """
     from torch import distributed
 
-    destroy = distributed.destroy_process_group
+    import relora.distributed
+
+    relora.distributed.TIMEOUT = timedelta(seconds=8)
+    destroy, check = distributed.destroy_process_group, relora.distributed.World._check_others
 
     def late() -> None:
-        time.sleep(30)
+        time.sleep(120)
         destroy()
+
+    def heard(world: relora.distributed.World) -> None:
+        try:
+            check(world)
+        except relora.distributed.PeerLost as lost:
+            print(f"rank {rank} has heard: {lost}", flush=True)
+            raise
 
     one_fails(rank)
     if rank == 1:
         distributed.destroy_process_group = late
+    else:
+        relora.distributed.World._check_others = heard  # type: ignore[method-assign]
 
 
 def first_takes_long(rank: int) -> None:
@@ -198,7 +213,7 @@ def first_takes_long(rank: int) -> None:
 
     impatient(rank)
     for module, name in ((relora.corpus, "prepare_apart"), (relora.checkpoint, "save"), (relora.export, "export")):
-        setattr(module, name, after_seconds(5, getattr(module, name)))
+        setattr(module, name, after_seconds(7, getattr(module, name)))
 
 
 def after_seconds(seconds: float, function):
@@ -368,7 +383,7 @@ def test_a_killed_rank_ends_all_at_once(few: list[str], size: int, rank: int) ->
     ranks.send(rank, signal.SIGKILL)
     began = time.monotonic()
     codes = ranks.ended()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60, "much less than TIMEOUT"
     assert codes == [-signal.SIGKILL if number == rank else 1 for number in range(size)]
     assert not ranks.run.is_locked
     if rank:
@@ -385,7 +400,7 @@ def test_a_rank_that_hangs_is_waited_for_not_longer_than_the_limit(few: list[str
     ranks = Ranks(2, few, one_hangs)
     ranks.processes[0].join(40)
     assert ranks.processes[0].exitcode == 1, ranks.shown
-    assert "another rank has not come for 2 s" in message(ranks.run)
+    assert "another rank has not come for 5 s" in message(ranks.run)
     ranks.send(1, signal.SIGKILL)
 
 
@@ -393,8 +408,9 @@ def test_a_rank_that_fails_says_so_before_its_connections_close(few: list[str]) 
     ranks = Ranks(2, few, one_is_slow_to_fail)
     began = time.monotonic()
     while (status := ranks.run.status) is None or status.state == "running":
-        assert time.monotonic() - began < 25
+        assert time.monotonic() - began < 100
         time.sleep(0.1)
+    assert "rank 0 has heard: rank 1 failed" in ranks.shown
     assert message(ranks.run).startswith("rank 1 failed: ZeroDivisionError: division by zero")
     for rank in (0, 1):
         ranks.send(rank, signal.SIGKILL)
@@ -406,7 +422,7 @@ def test_the_others_wait_for_as_long_as_rank_0_takes(few: list[str], undisturbed
 
 def test_what_rank_0_cannot_prepare_ends_all_at_once(few: list[str]) -> None:
     ranks = Ranks(2, few, first_cannot_prepare)
-    assert ranks.ended(20) == [1, 1]
+    assert ranks.ended() == [1, 1]
     assert message(ranks.run) == "the text is gone"
     assert ranks.shown.count("the text is gone") == 1
 
