@@ -191,14 +191,14 @@ class World:
         self._joined.told += 1
         with _collective():
             if self.is_first:
-                store.set(key, pickle.dumps(value))
+                store.set(key, pickle.dumps(value).hex())
                 return value
             seconds = POLL_SECONDS
             while not store.check([key]):
                 self._check_others()
                 time.sleep(seconds)
                 seconds = min(1.5 * seconds, LONG_POLL_SECONDS)
-            return pickle.loads(store.get(key))
+            return pickle.loads(bytes.fromhex(store.get(key).decode()))
 
     def _check_others(self) -> None:
         """Raise PeerLost where a rank has said that it fails."""
