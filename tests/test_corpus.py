@@ -563,7 +563,7 @@ def test_processes_that_prepare_at_once_build_once(tmp_path: Path, corpora: Path
     results = tmp_path / "results"
     results.mkdir()
     command = [sys.executable, "-c", PREPARE_AT_ONCE, arguments(folder), str(corpora), str(results)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = [json.loads(path.read_text()) for path in results.iterdir()]
     assert sorted(len(one["said"]) for one in told) == [0, 0, 0, 0, 0, 2]
@@ -610,7 +610,7 @@ print(json.dumps({"said": len(said), "folder": str(corpus.folder)}))
 def test_a_build_that_was_killed_is_never_picked_up(tmp_path: Path, corpora: Path) -> None:
     folder = write_documents(tmp_path / "texts", [lines(12_000)])
     command = [sys.executable, "-c", KILL_AND_PREPARE, arguments(folder), str(corpora)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["said"] == 2
