@@ -112,7 +112,7 @@ def kept_bytes(trainer: Trainer) -> int:
         ("lora", ["method.rank=16", "method.dropout=0.1", "method.trainable_scaling=true"]),
         ("lora", ["method.rank=16", "method.merged_weight=rebuilt", "trainer.sequences_per_micro_step=1"]),
         ("lora", ["method.rank=16", "trainer.sequences_per_step=1", "data.sequence_length_tokens=96"]),
-        ("full", ["model.vocab_size=140000", "trainer.sequences_per_step=4"]),
+        ("full", ["model.vocab_size=140000", "trainer.sequences_per_step=1"]),
         ("control", ["method.rank=16"]),
         ("galore", ["method.rank=16"]),
         ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2"]),

@@ -412,8 +412,8 @@ def test_a_rank_that_fails_says_so_before_its_connections_close(few: list[str]) 
         time.sleep(0.1)
     assert "rank 0 has heard: rank 1 failed" in ranks.shown
     assert message(ranks.run).startswith("rank 1 failed: ZeroDivisionError: division by zero")
-    for rank in (0, 1):
-        ranks.send(rank, signal.SIGKILL)
+    for process in ranks.processes:
+        process.kill()
 
 
 def test_the_others_wait_for_as_long_as_rank_0_takes(few: list[str], undisturbed: dict[int, RunDir]) -> None:
