@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -117,11 +118,19 @@ def load(folder: Path) -> Corpus:
                 raise DamagedFile(file, f"it has {found} bytes and should have {wanted}", MADE_AGAIN)
         for name, wanted in meta.get("crc32", {}).items():
             check_crc32(folder / name, wanted, MADE_AGAIN)
+        own = meta.pop("own_crc32", None)
+        if own not in (None, _crc32_of_values(meta)):
+            raise DamagedFile(folder / "meta.json", "its values are not those that were written", MADE_AGAIN)
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(folder / "meta.json", f"it lacks or garbles {error}", MADE_AGAIN) from error
     except OSError as error:
         raise DamagedFile(Path(error.filename or folder), reason(error), MADE_AGAIN) from error
     return corpus
+
+
+def _crc32_of_values(meta: dict[str, Any]) -> str:
+    """The checksum of a meta.json without its own."""
+    return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
 def _standing(folder: Path, say: Callable[[str], None]) -> Corpus | None:
@@ -338,6 +347,7 @@ def _build(config: DataConfig, files: list[Path], folder: Path, say: Callable[[s
         )
         meta = _write_tokens(config, files, plan, temporary, end_of_text)
         meta["crc32"] = {path.name: crc32_of(path) for path in sorted(temporary.iterdir())}
+        meta["own_crc32"] = _crc32_of_values(meta)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     counts = ", ".join(f"{name} {meta['splits'][name]['tokens']:,}" for name in SPLITS)
     say(f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}")

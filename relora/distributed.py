@@ -7,11 +7,12 @@ did not resume to the bit.) Loads torch only where there is more than one proces
 
 import hashlib
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,23 +20,45 @@ from relora import signals
 from relora.errors import RunError, Stopped, first_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
-    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed import Store, Work  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=24)
-"""The others wait so long for a rank 0 that prepares a corpus; a rank that dies is noticed at once, not by this."""
+TIMEOUT = timedelta(minutes=15)
+"""How long the ranks wait for each other in an update. What rank 0 does alone may take longer: see `wait_for_first`."""
 
+WATCHED_SECONDS = TIMEOUT.total_seconds() - 120
+"""How long `_watched` waits: less than TIMEOUT, at which NCCL ends the process without a word to the user."""
 
 MEETING = timedelta(minutes=30)
 """How long the ranks wait for the last one to start."""
 
-POLL_SECONDS = 0.02
+POLL_SECONDS, LONG_POLL_SECONDS = 0.02, 0.2
+"""How often the store is asked for what another rank puts there: at first, and later."""
+
+SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 2e-5, 1e-3
+"""How often a collective is asked whether it is done: the first times, and later."""
+
+LOST_POLL_SECONDS = 1.0
+"""How often a rank that waits asks whether another one has failed."""
+
+LOST = "lost"
+"""The key that a failing rank sets in the store."""
 
 
 class PeerLost(RunError):  # noqa: N818 -- what happened, seen from here
     """Another rank is gone; what became of it is not known here."""
+
+
+@dataclass
+class _Joined:
+    """What a rank holds while the ranks are connected."""
+
+    store: "Store | None" = None
+    told: int = 0
+    """How often rank 0 has told the others something; each time has a key of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +69,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Among the processes on this machine."""
+    _joined: "_Joined" = field(default_factory=lambda: _Joined(), compare=False, repr=False)
 
     @classmethod
     def here(cls) -> "World":
@@ -89,15 +113,20 @@ class World:
             distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise RunError(f"rank {self.rank} of {self.size} could not join the others: {first_line(error)}") from error
+        self._joined.store = store
         try:
             yield
-            self.barrier()
+            self.wait_for_first()
         except BaseException:
-            # Closed connections wake the others. NCCL would wait for them here: the end of the process closes it.
-            if backend == "gloo":
-                distributed.destroy_process_group()
+            # NCCL's ranks notice nothing else; its own wait for them is ended. Closed connections wake those of gloo.
+            with suppress(RuntimeError):
+                store.set(LOST, str(self.rank))
+            with suppress(RuntimeError):
+                distributed.group.WORLD.abort()  # pyright: ignore[reportOptionalMemberAccess]
             raise
-        distributed.destroy_process_group()
+        finally:
+            self._joined.store = None
+            distributed.destroy_process_group()
 
     def _met(self) -> "Store":
         """The store through which the ranks find each other, when all of them are there.
@@ -144,17 +173,38 @@ class World:
 
             self._all_reduce(torch.zeros(1))
 
+    def wait_for_first(self) -> None:
+        """Wait until all ranks are here, for rank 0 however long: it writes checkpoints and exports the model."""
+        self.told_by_first(None)
+        self.barrier()
+
     def told_by_first(self, value: T) -> T:
-        """Rank 0's `value`, on every rank; the others wait for it."""
+        """Rank 0's `value`, on every rank; the others wait for it, for however long.
+
+        They wait in Python, so that a signal ends it. Raises PeerLost where another rank fails meanwhile.
+        """
         if self.size == 1:
             return value
-        import torch
-        from torch import distributed
-
-        told = [value]
+        store = self._joined.store
+        assert store is not None, "the ranks are connected"
+        key = f"told-{self._joined.told}"
+        self._joined.told += 1
         with _collective():
-            distributed.broadcast_object_list(told, src=0, device=torch.device("cpu"))
-        return told[0]
+            if self.is_first:
+                store.set(key, pickle.dumps(value).hex())
+                return value
+            seconds = POLL_SECONDS
+            while not store.check([key]):
+                self._check_others()
+                time.sleep(seconds)
+                seconds = min(1.5 * seconds, LONG_POLL_SECONDS)
+            return pickle.loads(bytes.fromhex(store.get(key).decode()))
+
+    def _check_others(self) -> None:
+        """Raise PeerLost where a rank has said that it fails."""
+        store = self._joined.store
+        if store is not None and store.check([LOST]):
+            raise PeerLost(f"rank {store.get(LOST).decode()} failed")
 
     def gathered(self, values: list[int]) -> list[list[int]]:
         """The integers of every rank, by rank; all give as many."""
@@ -177,47 +227,79 @@ class World:
 
             told = torch.cat([values_N, values_N.new_tensor([not fitted])])
             self._all_reduce(told)
-            values_N, fitted = told[:-1], not told[-1].item()
-        _raise_unless(fitted)
+            values_N, fitted = told[:-1], not self._item(told[-1])
+        raise_unless(fitted)
         return values_N
 
     def sum_gradients(
         self,
         parameters: "Sequence[nn.Parameter]",
         numbers_K: "Tensor",
+        buffer: "Tensor",
         *,
         fitted: bool,
-        wide: "Mapping[nn.Parameter, Tensor] | None" = None,
+        wide: "Mapping[nn.Parameter, Tensor]",
     ) -> "Tensor":
         """Add up the gradients of `parameters` over the ranks, in place, and `numbers_K`, returned, in one all-reduce.
 
-        In fp32, in the order given, which must be the same on all ranks. `wide` holds the gradients, in fp32, of the
-        parameters that have theirs there and not in `.grad`. Raises as `sum` does. A process that is alone does not
-        wait for its device here.
+        In fp32, in the order given, which must be the same on all ranks. `buffer` is the `gradient_buffer` of them and
+        of K numbers; nothing of its size is allocated here. `wide` holds the gradients, in fp32, of the parameters that
+        have theirs there and not in `.grad`. Raises as `sum` does.
         """
-        if self.size > 1:
-            import torch
-
-            # A gradient that is missing (memory ran out before it came) has its place all the same.
-            held = [(wide or {}).get(parameter, parameter.grad) for parameter in parameters]
-            gradients = [
-                torch.zeros_like(p) if found is None else found for p, found in zip(parameters, held, strict=True)
-            ]
-            rest = torch.cat([numbers_K.float(), numbers_K.new_tensor([not fitted], dtype=torch.float32)])
-            flat = torch.cat([*(gradient.flatten().float() for gradient in gradients), rest])
-            self._all_reduce(flat)
-            *summed, rest = flat.split([*(gradient.numel() for gradient in gradients), len(rest)])
-            for gradient, values in zip(gradients, summed, strict=True):
+        held = [wide.get(parameter, parameter.grad) for parameter in parameters]
+        *slices, rest = buffer.split([*(parameter.numel() for parameter in parameters), len(numbers_K) + 1])
+        for gradient, values in zip(held, slices, strict=True):
+            if gradient is None:  # memory ran out before it came; it has its place all the same
+                values.zero_()
+            else:
+                values.view_as(gradient).copy_(gradient)
+        rest[:-1] = numbers_K
+        rest[-1] = float(not fitted)
+        self._all_reduce(buffer)
+        raise_unless(not self._item(rest[-1]))
+        for gradient, values in zip(held, slices, strict=True):
+            if gradient is not None:
                 gradient.copy_(values.view_as(gradient))
-            numbers_K, fitted = rest[:-1], not rest[-1].item()
-        _raise_unless(fitted)
-        return numbers_K
+        return rest[:-1].clone()
 
     def _all_reduce(self, tensor: "Tensor") -> None:
         from torch import distributed
 
         with _collective():
-            distributed.all_reduce(tensor)
+            work = distributed.all_reduce(tensor, async_op=True)
+            assert work is not None
+            self._watched(work)
+
+    def _watched(self, work: "Work") -> None:
+        """Wait until a collective is done. Raises PeerLost where another rank fails meanwhile, or does not come.
+
+        The wait is in Python: a wait inside CUDA runs no signal handler, and does not see that a rank is gone.
+        """
+        began = asked = time.monotonic()
+        seconds = SHORTEST_POLL_SECONDS
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - asked > LOST_POLL_SECONDS:
+                asked = now
+                self._check_others()
+            if now - began > WATCHED_SECONDS:
+                raise PeerLost(f"another rank has not come for {WATCHED_SECONDS:.0f} s (it hangs, or its machine does)")
+            time.sleep(seconds)
+            seconds = min(1.2 * seconds, LONGEST_POLL_SECONDS)
+        work.wait()
+
+    def _item(self, value: "Tensor") -> float:
+        """The number in `value`. What a collective on a GPU did wrong is raised at the first look at a result."""
+        with _collective():
+            return value.item()
+
+
+def gradient_buffer(parameters: "Iterable[nn.Parameter]", numbers: int, device: "torch.device") -> "Tensor":
+    """A flat fp32 tensor for the gradients of `parameters`, for `numbers` numbers, and for whether memory held out."""
+    import torch
+
+    numel = sum(parameter.numel() for parameter in parameters)
+    return torch.empty(numel + numbers + 1, dtype=torch.float32, device=device)
 
 
 def digest(tensors: "Iterable[Tensor]") -> int:
@@ -230,7 +312,8 @@ def digest(tensors: "Iterable[Tensor]") -> int:
     return int.from_bytes(hashed) >> 1
 
 
-def _raise_unless(fitted: bool) -> None:
+def raise_unless(fitted: bool) -> None:
+    """Raise torch.OutOfMemoryError where something did not fit, here or on another rank."""
     if not fitted:
         import torch
 
@@ -244,7 +327,7 @@ def _collective() -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, PeerLost):
         raise
     except RuntimeError as error:
         raise PeerLost(

@@ -18,7 +18,7 @@ from relora.errors import ConfigError, DamagedFile, Interrupted, RunError, Stopp
 from relora.files import reason, set_aside
 from relora.metrics import Broadcast, MetricsLog, read_rows, row_metrics
 from relora.plan import plan, warning
-from relora.ranks import build_trainer, choose_device, describe_machine, in_words, take_part, then_stop
+from relora.ranks import build_trainer, check_devices, choose_device, describe_machine, in_words, take_part, then_stop
 from relora.results import RESULTS
 from relora.rundir import PROBE_SECONDS, Attempt, RunDir, Status, read_json, write_json
 from relora.state import observe
@@ -167,10 +167,9 @@ class _Attempt:
     def _record(self, error: BaseException) -> None:
         self.console.close()
         self.status.state, self.status.stopped_by = "failed", signals.reason() or ""
-        causes = self.run.rank_errors if isinstance(error, (PeerLost, KeyboardInterrupt)) else {}
+        causes = self.run.told_by_ranks if isinstance(error, (PeerLost, KeyboardInterrupt)) else []
         if causes:
-            told = "; ".join(f"rank {rank} failed: {message}" for rank, message in causes.items())
-            self.status.message = f"{told} (in full: {self.run.path}/rank-*.error)"
+            self.status.message = f"{'; '.join(causes)} (in full: {self.run.path}/rank-*.error)"
         elif isinstance(error, WarmStartTrained):
             self.status.state, self.status.message = "interrupted", str(error)
         elif isinstance(error, Interrupted):
@@ -197,6 +196,7 @@ class _Attempt:
         config, say, world = self.config, self.console.say, self.world
         share(config, world)  # refused before hours go into the preparation of a text
         device = choose_device(config.trainer.device, world)
+        check_devices(device, world)
         describe_machine(self.attempt, device)
         self.status.device = self.attempt.device
         corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)

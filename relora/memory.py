@@ -47,7 +47,7 @@ def peak_bytes(
     update_in_backward: bool,
     ranks: int,
 ) -> int:
-    """The most that one update holds at a time, weights, resident merged weights and optimizer state included.
+    """The most that one update holds at a time: with weights, optimizer state, and what stays between updates.
 
     Beyond those, either at the loss, when all activations are there, or at the beginning of the backward pass, or at
     its end, when all gradients are (with those of the micro-steps before it, from the second on). An update in backward
@@ -93,6 +93,8 @@ def peak_bytes(
     kept_bytes = own.weight_bytes + own.optimizer_bytes
     if merged_weight == "resident":
         kept_bytes += own.merged_weight_bytes(tokens_per_micro_step=tokens, micro_steps=micro_steps)
+    if ranks > 1:  # the fp32 buffer in which they add their gradients up
+        kept_bytes += WIDE_BYTES * own.trainable_parameters
     if update_in_backward:
         one = own.largest_gradient_bytes
         at_the_head = at_the_beginning - in_layer + own.optimizer_step_bytes
@@ -108,13 +110,9 @@ def peak_bytes(
         at_the_loss += summed_bytes
         at_the_beginning += summed_bytes + max(0, copied - in_layer)
         at_the_end += summed_bytes - own.gradient_bytes + of_head + copied
-    # Several ranks add their gradients up in one fp32 buffer, gathered from fp32 copies where they are narrower.
-    buffer = WIDE_BYTES * own.trainable_parameters if ranks > 1 else 0
-    copies = buffer if stored < WIDE_BYTES and not is_wide else 0
-    at_the_sum = summed_bytes + buffer + copies
     at_the_rounding = summed_bytes + own.largest_gradient_bytes if is_wide else 0
     at_the_step = own.gradient_bytes + own.optimizer_step_bytes
-    return kept_bytes + max(at_the_loss, at_the_beginning, at_the_end, at_the_sum, at_the_rounding, at_the_step)
+    return kept_bytes + max(at_the_loss, at_the_beginning, at_the_end, at_the_rounding, at_the_step)
 
 
 def summed_gradient_bytes(own: Cost, *, precision: str, micro_steps: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from relora.config import RunConfig, fitting
 from relora.data import TokenSequences
-from relora.distributed import World
+from relora.distributed import World, gradient_buffer, raise_unless
 from relora.errors import RunError, TrainingError
 from relora.groups import LoRAConfig
 from relora.lowrank import keyed_generator
@@ -80,6 +80,7 @@ class MicroSteps:
         self.config, self.model, self.training = config, model, training
         self.device, self.world, self.say, self.on_smaller = device, world, say, on_smaller
         self.share = share(config, world)
+        self._buffer: Tensor | None = None
         self.sequences_per_micro_step = fitting(self.share, config.trainer.sequences_per_micro_step)
 
     @property
@@ -96,6 +97,26 @@ class MicroSteps:
             )
         self.sequences_per_micro_step = fitting(self.share, min(sequences, self.sequences_per_micro_step))
 
+    def make_room(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Allocate what several ranks send of the gradients of `parameters`, in place of what they sent before.
+
+        Raises TrainingError on all ranks where one of them has no memory for it.
+        """
+        if self.world.size == 1:
+            return
+        self._buffer = None
+        fitted = fits(lambda: self._allocate(list(parameters)))
+        try:
+            self.world.sum(torch.zeros(1), fitted=fitted)
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"out of memory on {self.device}, here or on another rank, for the buffer in which the ranks add up "
+                f"their gradients; take {', '.join([*self._smaller(), 'a smaller model'])} or a larger GPU"
+            ) from None
+
+    def _allocate(self, parameters: list[nn.Parameter]) -> None:
+        self._buffer = gradient_buffer(parameters, numbers=2, device=self.device)
+
     def gradient(self, step: int, parameters: list[nn.Parameter], *, wish: bool) -> tuple[Tensor, bool]:
         """Accumulate the gradient of the mean loss over the batch of `step`, of all ranks.
 
@@ -105,12 +126,12 @@ class MicroSteps:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with added_up_in_fp32(parameters if self.count > 1 else ()) as wide:
             fitted = fits(lambda: self._accumulate(step, total))
-        own = total / self.config.tokens_per_step
-        if self.world.size == 1:
-            loss = self.world.sum_gradients(parameters, own, fitted=fitted)
+        loss = total / self.config.tokens_per_step
+        if self._buffer is None:
+            raise_unless(fitted)
         else:
-            told_2 = torch.stack([own, own.new_tensor(float(wish))])
-            told_2 = self.world.sum_gradients(parameters, told_2, fitted=fitted, wide=wide)
+            told_2 = torch.stack([loss, loss.new_tensor(float(wish))])
+            told_2 = self.world.sum_gradients(parameters, told_2, self._buffer, fitted=fitted, wide=wide)
             loss, wish = told_2[0], bool(told_2[1].item())
         for parameter in list(wide):
             parameter.grad = wide.pop(parameter).to(parameter.dtype)

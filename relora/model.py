@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from relora.cost import LlamaShape
 from relora.errors import RunError, first_line
@@ -39,7 +39,7 @@ from relora.files import check_weight_sums, crc32_of, publishing
 from relora.groups import ModelConfig
 from relora.loss import summed_linear_cross_entropy
 
-disable_progress_bar()
+logging.disable_progress_bar()
 
 COMPILER = "inductor"
 """The backend of torch.compile; one that generates no code traces the same graphs in less time."""
@@ -196,13 +196,17 @@ def save_pretrained(
 
 @contextmanager
 def _loading(folder: Path, what: str) -> Iterator[None]:
-    """Inside, what transformers raises for a folder that it cannot load is one line."""
+    """Inside, what transformers raises for a folder that it cannot load is one line, and it writes no report of it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
         raise RunError(
             f"the {what} in {folder} cannot be loaded: {first_line(error)} (a folder's own code is never run)"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:

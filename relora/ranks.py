@@ -1,12 +1,14 @@
 """A run's part on each rank: its device, its trainer, and all that the ranks other than the first do."""
 
 import errno
+import hashlib
 import platform
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,16 +44,13 @@ def take_part(run: RunDir, world: World, *, warm_start_only: bool = False) -> St
         return previous
     status = Status(state="failed")
     try:
-        with world.joined(), signals.asked(lambda name: None):
+        with world.joined(), signals.asked(lambda name: None), _left_for_first(run, world.rank):
             _train_share(run, world, warm_start_only)
         status.state = "finished"
     except BaseException as error:  # whatever it is, rank 0 must be able to tell
         status.message = in_words(error)
         if isinstance(error, (Interrupted, WarmStartTrained)):
             status.state = "interrupted"
-        elif not isinstance(error, (PeerLost, KeyboardInterrupt)):
-            trace = "".join(traceback.format_exception(error))
-            _leave_error(run, world.rank, f"{status.message}\n\n{trace}")
     if status.state != "finished":
         _wait_until_recorded(run)
         # An interrupted rank 0 leaves the others with a lost connection: for a launcher they are interrupted too.
@@ -61,12 +60,23 @@ def take_part(run: RunDir, world: World, *, warm_start_only: bool = False) -> St
     return status
 
 
-def _leave_error(run: RunDir, rank: int, text: str) -> None:
-    """For rank 0 to tell; where the disk takes no more, this rank tells it."""
+@contextmanager
+def _left_for_first(run: RunDir, rank: int) -> Iterator[None]:
+    """Write down what ends this rank alone, before the others learn that it is gone: rank 0 then tells it.
+
+    Where the disk takes no more, this rank tells it.
+    """
     try:
-        write_whole(run.error_file(rank), text)
-    except OSError:
-        print(f"rank {rank} failed: {text}", file=sys.stderr, flush=True)
+        yield
+    except (Interrupted, WarmStartTrained, PeerLost, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        text = f"{in_words(error)}\n\n{''.join(traceback.format_exception(error))}"
+        try:
+            write_whole(run.error_file(rank), text)
+        except OSError:
+            print(f"rank {rank} failed: {text}", file=sys.stderr, flush=True)
+        raise
 
 
 def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
@@ -74,18 +84,20 @@ def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
     with signals.held():
         from relora import corpus as corpora
 
+    config = compose.thaw(run.config_file)
+    device = choose_device(config.trainer.device, world)
+    check_devices(device, world)
     folder, trains_warm_start = world.told_by_first(("", False))
     on_warm_start = (lambda: None) if trains_warm_start else None
     if warm_start_only:
         on_warm_start = then_stop(on_warm_start)
-    config = compose.thaw(run.config_file)
     trainer = build_trainer(
         run,
         config,
         corpora.load(Path(folder)),
         Broadcast([]),
         world=world,
-        device=choose_device(config.trainer.device, world),
+        device=device,
         stop=signals.reason,
         on_warm_start=on_warm_start,
     )
@@ -176,6 +188,37 @@ def choose_device(name: str, world: World) -> "torch.device":
         )
     torch.cuda.set_device(own)
     return torch.device("cuda", own)
+
+
+def check_devices(device: "torch.device", world: World) -> None:
+    """Raise RunError, on all ranks, where two have the same GPU, or some have a GPU and others have none."""
+    if world.size == 1:
+        return
+    owners: dict[int, list[int]] = {}
+    for rank, (owned,) in enumerate(world.gathered([identity(device)])):
+        owners.setdefault(owned, []).append(rank)
+    with_cpu = owners.pop(0, [])
+    if with_cpu and owners:
+        raise RunError(
+            f"rank {', '.join(map(str, with_cpu))} of {world.size} has no GPU and the others have one; start a rank "
+            "for each GPU, or take trainer.device=cpu"
+        )
+    for ranks in owners.values():
+        if len(ranks) > 1:
+            raise RunError(
+                f"ranks {', '.join(map(str, ranks))} have the same GPU, and NCCL connects one rank a GPU; start a rank "
+                "for each GPU (torchrun --nproc-per-node, cluster.gpus_per_node), or take trainer.device=cpu"
+            )
+
+
+def identity(device: "torch.device") -> int:
+    """0 for a CPU; for a GPU an integer of 63 bits that no other GPU of any machine has."""
+    if device.type == "cpu":
+        return 0
+    import torch
+
+    named = f"{platform.node()}/{torch.cuda.get_device_properties(device).uuid}"
+    return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest()) >> 1
 
 
 def describe_machine(attempt: Attempt, device: "torch.device") -> None:

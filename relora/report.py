@@ -3,9 +3,7 @@
 import csv
 import json
 import math
-import os
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from filelock import FileLock
 
 from relora.compare import Arm, Estimate, Study, as_row, study_dir
 from relora.doubts import doubts, rates_of, untuned, untuned_words
+from relora.files import publishing
 from relora.gaps import FEWEST_EVALUATIONS, SAME_BUDGET, Compared, Gap
 from relora.page import Page
 from relora.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map
@@ -295,11 +294,17 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
 
 
 def write_report(study: Study, runs_dir: Path) -> Path:
-    """Write report.md, report.html, results.csv and the pictures; returns their folder, always whole."""
+    """Write report.md, report.html, results.csv and the pictures; returns their folder, always whole.
+
+    Raises OSError that names the folder.
+    """
     target = study_dir(runs_dir, study.name) / "report"
-    folder = target.with_name(f"report.tmp.{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with FileLock(target.with_name(".lock")), publishing(target) as folder:
+        _write(study, folder)
+    return target
+
+
+def _write(study: Study, folder: Path) -> None:
     page, notes = Page(f"Study {study.name}"), Notes()
     if study.question:
         page.paragraph(study.question)
@@ -349,10 +354,6 @@ def write_report(study: Study, runs_dir: Path) -> Path:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    with FileLock(target.with_name(".lock")):
-        shutil.rmtree(target, ignore_errors=True)
-        folder.replace(target)
-    return target
 
 
 def as_json(study: Study) -> str:

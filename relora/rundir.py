@@ -160,7 +160,12 @@ class RunDir:
     def rank_errors(self) -> dict[int, str]:
         """The line for people of every rank that left one."""
         files = sorted((int(file.stem.removeprefix("rank-")), file) for file in self.path.glob("rank-*.error"))
-        return {rank: file.read_text().partition("\n")[0] for rank, file in files}
+        return {rank: file.read_text(errors="replace").partition("\n")[0] for rank, file in files}
+
+    @property
+    def told_by_ranks(self) -> list[str]:
+        """What ended the ranks other than the first, in words."""
+        return [f"rank {rank} failed: {message}" for rank, message in self.rank_errors.items()]
 
     @property
     def model(self) -> Path:

@@ -103,7 +103,8 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
     if submission.get("cancelled") and job.state == "CANCELLED":
         return _settled(run, status, "cancelled", job.why_dead, job.requeues)
     name = "cancelled" if job.state == "CANCELLED" else "failed"
-    return _settled(run, status, name, _why_dead(job, Path(submission["log"])), job.requeues)
+    message = _with_ranks(run, _why_dead(job, Path(submission["log"])))
+    return _settled(run, status, name, message, job.requeues)
 
 
 def log_of(folder: Path, job: str) -> Path:
@@ -124,8 +125,14 @@ def _of_local(run: RunDir, status: Status | None) -> State:
     if status is None:
         return State(name="missing")
     if status.state == "running" and not run.is_locked:
-        return _settled(run, status, "interrupted", "its process died; the newest checkpoint stands")
+        message = _with_ranks(run, "its process died; the newest checkpoint stands")
+        return _settled(run, status, "interrupted", message)
     return State(name=status.state, message=status.message)
+
+
+def _with_ranks(run: RunDir, message: str) -> str:
+    """With what the other ranks left: rank 0 could not tell it."""
+    return "; ".join([*run.told_by_ranks, message])
 
 
 def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues: int = 0) -> State:

@@ -214,10 +214,11 @@ class Trainer:
         if self.in_backward is not None:
             self.in_backward.remove()
         self.optimizer = optimizer
+        self.micro.make_room(self._parameters)
         self.in_backward = UpdateInBackward(optimizer) if self.config.trainer.update_in_backward else None
 
     def _refresh(self) -> None:
-        """The weights are others now."""
+        """Form the merged weights again, after the weights or the size of a micro-step changed."""
         size, count = self.micro.sequences_per_micro_step, self.micro.count
         if not fits(lambda: self.method.refresh(self.model, size, count)):
             raise TrainingError(
@@ -369,7 +370,7 @@ class Trainer:
         self.check_ranks(step)
         if self.world.is_first:
             self._write(step)
-        self.world.barrier()
+        self.world.wait_for_first()
 
     def _write(self, step: int) -> None:
         self.tracker.flush()

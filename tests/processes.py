@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(
     ["relora.job", "relora.trainer", "relora.warmstart", "relora.corpus", "hydra", "torch.distributed"]
 )
 
-WITHIN_SECONDS = 60.0
+WITHIN_SECONDS = 180.0
 
 Sabotage = Callable[[int], None]
 """Done in every rank's process, which is told its rank, before it starts."""

@@ -43,7 +43,7 @@ def fill(disk: Path, free_bytes: int) -> Path:
     return filler
 
 
-def eventually(question: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
+def eventually(question: Callable[[], T | None], what: str, seconds: float = 600.0) -> T:
     """The first answer that is true."""
     deadline = time.monotonic() + seconds
     while True:

@@ -563,7 +563,7 @@ def test_processes_that_prepare_at_once_build_once(tmp_path: Path, corpora: Path
     results = tmp_path / "results"
     results.mkdir()
     command = [sys.executable, "-c", PREPARE_AT_ONCE, arguments(folder), str(corpora), str(results)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = [json.loads(path.read_text()) for path in results.iterdir()]
     assert sorted(len(one["said"]) for one in told) == [0, 0, 0, 0, 0, 2]
@@ -610,7 +610,7 @@ print(json.dumps({"said": len(said), "folder": str(corpus.folder)}))
 def test_a_build_that_was_killed_is_never_picked_up(tmp_path: Path, corpora: Path) -> None:
     folder = write_documents(tmp_path / "texts", [lines(12_000)])
     command = [sys.executable, "-c", KILL_AND_PREPARE, arguments(folder), str(corpora)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["said"] == 2
@@ -654,11 +654,29 @@ def test_a_flipped_bit_of_a_corpus_is_named_and_the_corpus_prepared_anew(
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
+@pytest.mark.parametrize("name", ["vocab_size", "end_of_text_id", "python", "crc32"])
+def test_a_changed_value_in_meta_json_is_named_and_the_corpus_prepared_anew(
+    tmp_path: Path, corpora: Path, name: str
+) -> None:
+    config = settings(write_documents(tmp_path / "texts", DOCUMENTS))
+    folder = prepare(config, corpora, silent).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    changed = {"vocab_size": 301, "end_of_text_id": 1, "python": "2.7", "crc32": {}}[name]
+    (folder / "meta.json").write_text(json.dumps({**meta, name: changed}))
+    with pytest.raises(DamagedFile, match=f"{folder / 'meta.json'} .*not those that were written.*remove its folder"):
+        load(folder)
+    said: list[str] = []
+    prepare(config, corpora, said.append)
+    assert said[0].startswith(f"{folder / 'meta.json'} cannot be read: ")
+    assert json.loads((folder / "meta.json").read_text()) == meta
+
+
 def test_a_corpus_without_checksums_serves_as_before(tmp_path: Path, corpora: Path) -> None:
     config = settings(write_documents(tmp_path / "texts", DOCUMENTS))
     made = prepare(config, corpora, silent)
     meta = json.loads((made.folder / "meta.json").read_text())
     assert sorted(meta.pop("crc32")) == sorted(FILES)
+    del meta["own_crc32"]
     (made.folder / "meta.json").write_text(json.dumps(meta))
     said: list[str] = []
     assert prepare(config, corpora, said.append) == made

@@ -3,12 +3,15 @@
 The runs are real ones, made once and copied.
 """
 
+import io
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from damaged import Case, flip
 from lab import RELORA, Lab
 
@@ -100,8 +103,13 @@ def test_weights_that_are_not_those_of_the_config_are_not_taken(
 ) -> None:
     file = finished.run.model / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    transformers.logging.add_handler(handler)
     with pytest.raises(RunError, match=told_of):
         load_pretrained(finished.run.model)
+    transformers.logging.remove_handler(handler)
+    assert written.getvalue() == "", "the error is all there is to read"
 
 
 def test_a_model_without_checksums_serves_as_before(finished: Case) -> None:

@@ -143,3 +143,20 @@ def test_a_run_that_cannot_be_started_does_not_stop_the_others_of_its_study(tiny
     assert first.known_status is None
     assert second.known_status is not None
     assert second.known_status.state == "finished"
+
+
+def test_a_report_that_finds_no_space_leaves_the_one_before(small_disk: Path, tiny: list[str], capsys: Told) -> None:
+    runs_dir = small_disk / "runs"
+    plain = [item for item in tiny if not item.startswith("method.")]
+    sweep = [*plain, f"runs_dir={runs_dir}", "method=full", "trainer.total_steps=4", "study=one", "cluster=debug"]
+    assert cli.run(["-m", *sweep]) == 0
+    capsys.readouterr()
+    folder = runs_dir / "studies" / "one" / "report"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    filler = fill(small_disk, 8 * KB)
+    assert cli.main(["report", "one", f"runs_dir={runs_dir}"]) == 1
+    assert str(folder) in line_told(capsys, "No space left on device")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.glob("report*")] == ["report"]
+    filler.unlink()
+    assert cli.main(["report", "one", f"runs_dir={runs_dir}"]) == 0

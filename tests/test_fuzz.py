@@ -28,7 +28,7 @@ from relora.sweeps import expand, search
 T = TypeVar("T")
 
 LONGEST_MESSAGE = 300
-LONGEST_SECONDS = 30
+LONGEST_SECONDS = 120
 """Of one composition, on a machine with other work; it takes 0.1."""
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 

@@ -38,7 +38,7 @@ def seen(tmp_path: Path, device: str, count: int, max_parallel: int) -> list[str
             processes.append(start_process(item, max_parallel))
             processes[-1].send_signal(signal.SIGSTOP)  # a process that has ended, as this one soon would, frees its GPU
             environment = Path(f"/proc/{processes[-1].pid}/environ")
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 120
             while not (pairs := environment.read_text().split("\0"))[0] and time.monotonic() < deadline:
                 time.sleep(0.01)  # it is empty for a moment while the process starts
             found.append(dict(pair.split("=", 1) for pair in pairs if "=" in pair).get("CUDA_VISIBLE_DEVICES"))

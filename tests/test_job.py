@@ -136,7 +136,10 @@ def test_a_deep_healthy_bf16_model_is_exported_without_a_doubt(tiny: list[str], 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_compiled_by_the_real_inductor_is_exported(tiny: list[str], precision: str) -> None:
     if shutil.which("g++") is None:
-        pytest.skip("torch.compile's own backend needs a C++ compiler")
+        reason = "torch.compile's own backend needs a C++ compiler"
+        if "compiler" in os.environ.get("RELORA_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
     torch.compiler.reset()
     overrides = [*tiny, f"trainer.precision={precision}", "trainer.compile=true", "model.layers=1"]
     overrides += ["method.warm_start_steps=0", "method.reset_interval_steps=null", "trainer.total_steps=4"]
@@ -596,7 +599,7 @@ def test_ctrl_c_and_sigterm_write_a_checkpoint_and_say_how_to_go_on(tiny: list[s
     overrides = [*tiny, *LONG, "tracker=mlflow", "trainer.validation_interval_steps=1000"]
     process = started(overrides)
     process.send_signal(number)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in shown
     run = run_of(overrides)

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from small import REPOSITORY
 
-KILLS = 10
+KILLS = 6
 
 
 @pytest.fixture(scope="module")

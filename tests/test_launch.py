@@ -156,7 +156,8 @@ def test_the_papers_ablation_has_the_ten_cells_that_have_a_meaning() -> None:
 
 def test_every_cell_of_the_papers_ablation_trains(tiny: list[str]) -> None:
     own = [item for item in tiny if not item.startswith(("method.", "schedule.", "trainer.total_steps"))]
-    overrides = [*own, "sweeps=paper_ablation", "trainer.total_steps=220", "trainer.checkpoint_interval_steps=500"]
+    overrides = [*own, "sweeps=paper_ablation", "trainer.total_steps=220"]
+    overrides += [f"trainer.{name}_interval_steps=500" for name in ("checkpoint", "validation")]
     sweep = expand([*overrides, "cluster=debug"])
     assert len(sweep.runs) == 10
     assert launch.launch_study(sweep, overrides)
@@ -343,7 +344,7 @@ def test_stopping_a_study_stops_its_runs_with_a_checkpoint(tiny: list[str], numb
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    shown, _ = process.communicate(timeout=90)
+    shown, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "Traceback" not in shown
     assert "3 runs are not finished; the same command goes on with them" in shown

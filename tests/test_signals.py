@@ -231,4 +231,4 @@ def test_a_process_started_with_signals_blocked_gets_them_when_it_holds_them(tmp
     with signals.blocked():
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)
     process.send_signal(signal.SIGUSR2)
-    assert json.loads(process.communicate(timeout=30)[0]) == "SIGUSR2"
+    assert json.loads(process.communicate(timeout=300)[0]) == "SIGUSR2"

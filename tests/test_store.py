@@ -48,7 +48,7 @@ for value in sys.argv[3:]:
 
 def opened_by_children(folder: Path, what: str, *values: object) -> list[str]:
     command = [sys.executable, "-c", CHILDREN, str(folder), what, *map(str, values)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

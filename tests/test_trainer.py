@@ -354,6 +354,7 @@ def test_bf16_gradients_of_micro_steps_are_added_up_in_fp32_and_rounded_once(tmp
 
     if ranks == 2:
         alone.micro.world = Twice(rank=0, size=2)
+        alone.micro.make_room(alone._parameters)
         # This rank takes the whole batch, as does its twin.
         alone.training.training_batch = lambda *_, **__: (inputs, targets)  # type: ignore[method-assign]
     alone.forward_backward(0)

@@ -184,7 +184,7 @@ def test_a_search_has_one_launcher(tmp_path: Path) -> None:
 
 def launched(overrides: list[str]) -> str:
     command = [sys.executable, "run.py", "-m", *overrides]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=240).stdout
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 def test_a_search_goes_on_where_it_stood_and_finds_the_best(tiny: list[str]) -> None:

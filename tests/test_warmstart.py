@@ -115,7 +115,7 @@ def test_runs_that_start_at_once_train_it_once(tiny: list[str]) -> None:
         )
         for overrides in launches
     ]
-    told = [process.communicate(timeout=180)[0] for process in processes]
+    told = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sum("forked the warm start" in text for text in told) == 2
 

@@ -14,8 +14,8 @@ from typing import Any, Self
 import pytest
 from small import eventually
 
-START_SECONDS = 60.0
-PAGE_SECONDS = 30.0
+START_SECONDS = 180.0
+PAGE_SECONDS = 120.0
 
 
 SCREEN = (1600, 1400)

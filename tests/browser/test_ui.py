@@ -92,7 +92,7 @@ def answer(url: str, user: str = "", password: str = "") -> int:
     if user:
         request.add_header("Authorization", f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as found:
+        with urllib.request.urlopen(request, timeout=300) as found:
             return found.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -139,7 +139,7 @@ def test_a_host_that_is_no_address_of_this_machine_is_refused(run: RunDir, host:
 def test_ui_of_a_server_prints_the_link_and_serves_nothing(run: RunDir, link: str) -> None:
     server = link.partition("/#")[0]
     command = [Path(sys.executable).with_name("relora"), "ui", f"tracker.uri={server}", f"runs_dir={run.path.parent}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout.strip()) == (0, f"MLflow UI: {link}")
 
 

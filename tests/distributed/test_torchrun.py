@@ -43,7 +43,7 @@ def test_a_run_under_torchrun_ends_as_one_run(tiny: list[str]) -> None:
 
     overrides = [*tiny, "tracker=mlflow"]
     process = torchrun(overrides)
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     assert shown.count("the model writes:") == 1
     config = compose(overrides)
@@ -61,7 +61,7 @@ def test_torchrun_stops_with_a_checkpoint_and_ends_when_a_rank_dies(tiny: list[s
     process = torchrun(overrides)
     until_step(process, run, 20)
     process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=600)
     status = run.status
     assert status is not None
     stopped = latest_step(run.checkpoints)
@@ -73,8 +73,8 @@ def test_torchrun_stops_with_a_checkpoint_and_ends_when_a_rank_dies(tiny: list[s
     until_step(process, run, stopped + 20)
     os.kill(rank_1(process.pid), signal.SIGKILL)
     began = time.monotonic()
-    shown, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 30
+    shown, _ = process.communicate(timeout=600)
+    assert time.monotonic() - began < 120, "much less than the time-out"
     assert process.returncode == 1
     status = run.status
     assert status is not None

@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from relora.data import TokenSequences
-from relora.distributed import World, digest
+from relora.distributed import World, digest, gradient_buffer, raise_unless
 from relora.errors import RunError
-from relora.ranks import choose_device
+from relora.ranks import choose_device, identity
 
 
 def test_a_process_without_torchruns_variables_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,17 +22,14 @@ def test_a_process_without_torchruns_variables_is_alone(monkeypatch: pytest.Monk
 
 
 def test_alone_nothing_is_sent_and_nothing_changes() -> None:
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.tensor([1.0, 2.0, 3.0])
     world = World()
     with world.joined():
         world.barrier()
+        world.wait_for_first()
         assert world.told_by_first("value") == "value"
         assert world.gathered([5, 6]) == [[5, 6]]
         values = torch.tensor([0.1], dtype=torch.float64)
-        assert world.sum_gradients([parameter], values, fitted=True) is values
         assert world.sum(values, fitted=True) is values
-    assert parameter.grad.tolist() == [1.0, 2.0, 3.0]
     assert not torch.distributed.is_initialized()
 
 
@@ -38,7 +37,7 @@ def test_memory_that_ran_out_is_an_error_alone_too() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         World().sum(torch.zeros(1), fitted=False)
     with pytest.raises(torch.OutOfMemoryError):
-        World().sum_gradients([], torch.zeros(1), fitted=False)
+        raise_unless(False)
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused_with_a_remedy() -> None:
@@ -84,3 +83,41 @@ def test_several_ranks_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("auto", World(rank=2, size=4, local_rank=2))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert choose_device("auto", World(rank=3, size=4, local_rank=1)) == torch.device("cuda:0")
+
+
+def test_a_gpu_has_one_identity_and_the_cpu_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    uuids = ["GPU-1", "GPU-2"]
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index]))
+    one, other = (identity(torch.device("cuda", index)) for index in (0, 1))
+    assert identity(torch.device("cpu")) == 0
+    assert one == identity(torch.device("cuda", 0))
+    assert 0 < one < 2**63 > other > 0
+    assert one != other
+    monkeypatch.setattr("platform.node", lambda: "another-host")
+    assert identity(torch.device("cuda", 0)) != one
+
+
+class Mirrored(World):
+    """One of two ranks; the other one has the same gradients."""
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.mul_(2)
+
+
+def test_gradients_and_numbers_are_summed_in_one_buffer_that_is_used_again() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
+    unused = torch.nn.Parameter(torch.ones(5))
+    buffer = gradient_buffer([*parameters, unused], 2, torch.device("cpu"))
+    wide = {parameters[1]: torch.full((4,), 0.1)}
+    told = []
+    for number in (1.0, 2.0):
+        parameters[0].grad = torch.full((2, 3), number)
+        numbers = torch.tensor([number, 7.0], dtype=torch.float64)
+        world = Mirrored(rank=0, size=2)
+        told.append(world.sum_gradients([*parameters, unused], numbers, buffer, fitted=True, wide=wide))
+        assert torch.equal(parameters[0].grad, torch.full((2, 3), 2 * number))
+    assert torch.equal(wide[parameters[1]], torch.full((4,), 0.4)), "summed twice, in fp32"
+    assert unused.grad is None
+    assert [each.tolist() for each in told] == [[2.0, 14.0], [4.0, 14.0]], "the second sum leaves the first alone"
+    with pytest.raises(torch.OutOfMemoryError):
+        world.sum_gradients(parameters, numbers, buffer[: 6 + 4 + 3], fitted=False, wide={})

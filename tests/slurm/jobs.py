@@ -49,7 +49,7 @@ def standing(runs_dir: Path, name: str) -> list[dict[str, Any]]:
     return control.status_json(runs_dir, name)
 
 
-def ended(runs_dir: Path, name: str, seconds: float = 180.0) -> list[dict[str, Any]]:
+def ended(runs_dir: Path, name: str, seconds: float = 900.0) -> list[dict[str, Any]]:
     """How the runs stand once none is queued or running."""
 
     runs = [item.run for item in control.runs_of(runs_dir, name)]
@@ -80,7 +80,7 @@ def states_of(job: str) -> list[str]:
         found = accounted(job)
         return None if not found or found[-1] in ("PENDING", "RUNNING", "COMPLETING") else found
 
-    return eventually(states, f"job {job} has left its node", 30)
+    return eventually(states, f"job {job} has left its node", 120)
 
 
 def trains(run: RunDir, steps: int = 80) -> bool:

@@ -397,7 +397,7 @@ def test_a_dead_rank_ends_the_job_at_once(two_by_two: list[str], runs_dir: Path)
         if int(path.name) != own and b"submitit.core._submit" in _command_line(path)
     ]
     os.kill(max(others), signal.SIGKILL)
-    (row,) = ended(runs_dir, run.path.name, seconds=30)
+    (row,) = ended(runs_dir, run.path.name, seconds=120)
     assert row["state"] == "failed"
     assert row["message"]
     assert states_of(job_of(run)) == ["FAILED"]

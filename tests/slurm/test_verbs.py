@@ -76,7 +76,7 @@ def test_a_second_study_waits_for_the_text_and_the_warm_start_of_the_first(one: 
 @pytest.mark.usefixtures("occupied")
 def test_two_launchers_at_once_submit_every_run_once(one: list[str], runs_dir: Path) -> None:
     study = ["-m", *one, "method.rank=2,3", "method.warm_start_steps=0", "study=twice"]
-    shown = sorted(process.communicate(timeout=120)[0] for process in [launched(*study), launched(*study)])
+    shown = sorted(process.communicate(timeout=600)[0] for process in [launched(*study), launched(*study)])
     assert "submitted 3 runs as array" in shown[0]
     assert "submitted nothing (3 queued)" in shown[1]
     assert queued_names().count("twice") == 3
@@ -99,7 +99,7 @@ def test_a_study_half_here_and_half_on_slurm_is_cancelled_as_one(
     states = [row["state"] for row in standing(runs_dir, "halves")]
     assert sorted(states) == ["queued", "queued", "running"]
     assert "3 runs cancelled" in relora("cancel", "halves", f"runs_dir={runs_dir}")
-    shown, _ = here.communicate(timeout=60)
+    shown, _ = here.communicate(timeout=600)
     assert here.returncode == 1
     assert "3 runs are not finished" in shown
     states = {row["run"]: row["state"] for row in ended(runs_dir, "halves")}
@@ -115,7 +115,7 @@ def test_a_launcher_here_leaves_alone_what_slurm_has_taken(tiny: list[str], runs
     eventually(lambda: trains(first), "a run here")
     run_py("-m", *settings, "cluster=slurm")
     relora("cancel", first.path.name, f"runs_dir={runs_dir}")
-    shown, _ = here.communicate(timeout=60)
+    shown, _ = here.communicate(timeout=600)
     assert f"{second.path.name} is queued already, by another launch" in shown
     assert [row["state"] for row in standing(runs_dir, "halves")] == ["interrupted", "queued"]
 

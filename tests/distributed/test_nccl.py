@@ -1,0 +1,112 @@
+"""Ranks on GPUs: what gloo cannot show. These tests need two GPUs, and nobody has run them yet."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Ranks, trained
+
+from relora.metrics import read_rows
+from relora.rundir import RunDir
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+TOLERANCE = 1e-4
+"""Absolute, of losses. A GPU adds up a matrix product in an order that depends on the product's shape."""
+
+
+@pytest.fixture
+def on_gpus(tiny: list[str]) -> list[str]:
+    return [*tiny, "trainer.device=cuda", "trainer.sequences_per_micro_step=1"]
+
+
+@pytest.fixture
+def long(on_gpus: list[str]) -> list[str]:
+    return [*on_gpus, "trainer.total_steps=20003", "method.reset_interval_steps=10000"]
+
+
+def losses(run: RunDir) -> dict[int, float]:
+    return {row["step"]: row["train/loss"] for row in read_rows(run.metrics_file) if "train/loss" in row}
+
+
+def test_two_gpus_learn_the_same_as_one(on_gpus: list[str], tmp_path: Path) -> None:
+    one, two = (losses(trained(size, [*on_gpus, f"runs_dir={tmp_path / str(size)}"])) for size in (1, 2))
+    assert one.keys() == two.keys()
+    assert max(abs(one[step] - two[step]) for step in one) < TOLERANCE
+
+
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(long: list[str]) -> None:
+    ranks = Ranks(2, long)
+    ranks.until_step(20)
+    ranks.send(1, signal.SIGTERM)
+    assert ranks.ended() == [130, 130], ranks.shown
+    assert list(ranks.run.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_is_noticed_at_once(long: list[str], rank: int) -> None:
+    ranks = Ranks(2, long, first_fails if rank == 0 else second_fails)
+    began = time.monotonic()
+    assert ranks.ended() == [1, 1], ranks.shown
+    assert time.monotonic() - began < 60
+    status = ranks.run.status
+    assert status is not None
+    assert status.state == "failed"
+    assert "ZeroDivisionError: division by zero" in status.message
+
+
+def test_a_rank_whose_process_is_killed_ends_the_other_in_time(long: list[str]) -> None:
+    """NCCL says nothing of a peer that is gone: only the limit of the wait ends the other rank."""
+    ranks = Ranks(2, long, waits_ten_seconds)
+    ranks.until_step(20)
+    ranks.send(1, signal.SIGKILL)
+    assert ranks.ended() == [1, -signal.SIGKILL]
+    status = ranks.run.status
+    assert status is not None
+    assert status.state == "failed"
+    assert "another rank" in status.message
+
+
+def test_two_ranks_on_one_gpu_are_refused(on_gpus: list[str]) -> None:
+    ranks = Ranks(2, on_gpus, sees_one_gpu)
+    assert ranks.ended() == [1, 1]
+    assert ranks.shown.count("ranks 0, 1 have the same GPU") == 1, ranks.shown
+
+
+# --------------------------------------------------------------------------------------------------------- sabotage
+
+
+def fails_at_step_9() -> None:
+    from relora.trainer import Trainer
+
+    report = Trainer.report
+
+    def sabotaged(self, update, *others) -> None:
+        report(self, update, *others)
+        if update.step == 9:
+            _ = 1 / 0
+
+    Trainer.report = sabotaged  # type: ignore[method-assign]
+
+
+def first_fails(rank: int) -> None:
+    if rank == 0:
+        fails_at_step_9()
+
+
+def second_fails(rank: int) -> None:
+    if rank == 1:
+        fails_at_step_9()
+
+
+def waits_ten_seconds(rank: int) -> None:
+    import relora.distributed
+
+    relora.distributed.WATCHED_SECONDS = 10.0
+
+
+def sees_one_gpu(rank: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
