@@ -163,10 +163,10 @@ def no_room_on_rank_1(rank: int) -> None:
 
 
 def impatient(rank: int) -> None:
-    """The ranks wait for each other for 5 seconds in an update."""
+    """The ranks wait for each other for 10 seconds in an update."""
     import relora.distributed
 
-    relora.distributed.WATCHED_SECONDS, relora.distributed.TIMEOUT = 5.0, timedelta(seconds=8)
+    relora.distributed.WATCHED_SECONDS, relora.distributed.TIMEOUT = 10.0, timedelta(seconds=16)
 
 
 def one_hangs(rank: int) -> None:
@@ -184,7 +184,7 @@ def one_is_slow_to_fail(rank: int) -> None:
 
     import relora.distributed
 
-    relora.distributed.TIMEOUT = timedelta(seconds=8)
+    relora.distributed.TIMEOUT = timedelta(seconds=16)
     destroy, check = distributed.destroy_process_group, relora.distributed.World._check_others
 
     def late() -> None:
@@ -213,7 +213,7 @@ def first_takes_long(rank: int) -> None:
 
     impatient(rank)
     for module, name in ((relora.corpus, "prepare_apart"), (relora.checkpoint, "save"), (relora.export, "export")):
-        setattr(module, name, after_seconds(7, getattr(module, name)))
+        setattr(module, name, after_seconds(12, getattr(module, name)))
 
 
 def after_seconds(seconds: float, function):
@@ -400,7 +400,7 @@ def test_a_rank_that_hangs_is_waited_for_not_longer_than_the_limit(few: list[str
     ranks = Ranks(2, few, one_hangs)
     ranks.processes[0].join(40)
     assert ranks.processes[0].exitcode == 1, ranks.shown
-    assert "another rank has not come for 5 s" in message(ranks.run)
+    assert "another rank has not come for 10 s" in message(ranks.run)
     ranks.send(1, signal.SIGKILL)
 
 
