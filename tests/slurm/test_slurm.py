@@ -41,7 +41,7 @@ from small import REPOSITORY
 from relora import cli
 from relora.compose import compose
 from relora.corpus import prepare
-from relora.rundir import read_json
+from relora.rundir import RunDir, read_json
 from relora.store import open_store
 
 
@@ -298,9 +298,17 @@ def is_pending_or_gone(pid: int, number: signal.Signals) -> bool:
 def test_a_cancelled_run_says_so_and_can_be_launched_again(slow: list[str], runs_dir: Path, tmp_path: Path) -> None:
     slow = [*slow, "trainer.total_steps=1500"]
     overrides = [*slow, "method.rank=4,5", "study=stop", "cluster.max_parallel=1", "tracker=mlflow"]
+    blocker = occupy()  # the launch has MLflow to talk to, and a run could be done meanwhile
     run_py("-m", *overrides)
-    eventually(lambda: any(row["step"] > 80 for row in standing(runs_dir, "stop")), "some steps")
+    release(blocker)
+    full = eventually(lambda: list(runs_dir.glob("llama_tiny-full-*")), "full rank's folder")[0]
+    eventually(lambda: trains(RunDir(full)), "some steps")
+    status = RunDir(full).status
+    assert status is not None
+    os.kill(status.pid, signal.SIGSTOP)  # on a quick machine it would be done before it is cancelled
     assert "3 runs cancelled" in relora("cancel", "stop", f"runs_dir={runs_dir}")
+    with suppress(ProcessLookupError):
+        os.kill(status.pid, signal.SIGCONT)
     rows = ended(runs_dir, "stop")
     assert {row["state"] for row in rows} == {"cancelled"}
     assert all(row["message"].startswith("cancelled by") for row in rows)
