@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from damaged import Case, killed_case, settings_of
 from hypothesis import settings
-from small import TINY
+from small import TINY, skip_or_fail
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
@@ -107,10 +107,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, check=False, capture_output=True, text=True)
     if mounted.returncode:
-        reason = f"mounting a small file system needs root: {mounted.stderr.strip()}"
-        if "disk" in os.environ.get("RELORA_REQUIRE", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_or_fail("disk", f"mounting a small file system needs root: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

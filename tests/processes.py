@@ -32,6 +32,20 @@ def nothing(rank: int) -> None:
     """No sabotage."""
 
 
+def at_step(step: int, action) -> None:
+    """Do `action(trainer)` after the update of `step`."""
+    from relora.trainer import Trainer
+
+    report = Trainer.report
+
+    def sabotaged(self, update, *others) -> None:
+        report(self, update, *others)
+        if update.step == step:
+            action(self)
+
+    Trainer.report = sabotaged  # type: ignore[method-assign]
+
+
 def _process(rank: int, size: int, port: int, overrides: Sequence[str], log: Path, sabotage: Sabotage) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

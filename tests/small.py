@@ -4,7 +4,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
+
+import pytest
 
 T = TypeVar("T")
 
@@ -34,6 +36,13 @@ TINY = (
     "baseline_rates=[1]",
 )
 """Restarts at 7 and 11 of 14 steps, re-warm-ups of 2 steps, an evaluation and a checkpoint every 5."""
+
+
+def skip_or_fail(needed: str, reason: str) -> NoReturn:
+    """Skip the test, or fail it where RELORA_REQUIRE names what it needs."""
+    if needed in os.environ.get("RELORA_REQUIRE", ""):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def fill(disk: Path, free_bytes: int) -> Path:

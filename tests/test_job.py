@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from small import REPOSITORY
+from small import REPOSITORY, skip_or_fail
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,10 +136,7 @@ def test_a_deep_healthy_bf16_model_is_exported_without_a_doubt(tiny: list[str], 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_compiled_by_the_real_inductor_is_exported(tiny: list[str], precision: str) -> None:
     if shutil.which("g++") is None:
-        reason = "torch.compile's own backend needs a C++ compiler"
-        if "compiler" in os.environ.get("RELORA_REQUIRE", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_or_fail("compiler", "torch.compile's own backend needs a C++ compiler")
     torch.compiler.reset()
     overrides = [*tiny, f"trainer.precision={precision}", "trainer.compile=true", "model.layers=1"]
     overrides += ["method.warm_start_steps=0", "method.reset_interval_steps=null", "trainer.total_steps=4"]

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-import pytest
-from small import eventually
+from small import eventually, skip_or_fail
 
 START_SECONDS = 180.0
 PAGE_SECONDS = 120.0
@@ -53,10 +52,7 @@ def setting(folder: Path) -> list[str]:
 def required(name: str, found: str | None) -> str:
     """What a browser test needs; without it the test is skipped, or fails where RELORA_REQUIRE says "browser"."""
     if found is None:
-        reason = f"{name} is missing; on Debian: apt-get install chromium chromium-driver"
-        if "browser" in os.environ.get("RELORA_REQUIRE", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_or_fail("browser", f"{name} is missing; on Debian: apt-get install chromium chromium-driver")
     return found
 
 

@@ -3,11 +3,12 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from processes import Ranks, trained
+from processes import Ranks, at_step, trained
 
 from relora.metrics import read_rows
 from relora.rundir import RunDir
@@ -48,7 +49,7 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(long: list[str]) -> N
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_is_noticed_at_once(long: list[str], rank: int) -> None:
-    ranks = Ranks(2, long, first_fails if rank == 0 else second_fails)
+    ranks = Ranks(2, long, partial(fails, rank))
     began = time.monotonic()
     assert ranks.ended() == [1, 1], ranks.shown
     assert time.monotonic() - began < 60
@@ -79,27 +80,10 @@ def test_two_ranks_on_one_gpu_are_refused(on_gpus: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------------- sabotage
 
 
-def fails_at_step_9() -> None:
-    from relora.trainer import Trainer
-
-    report = Trainer.report
-
-    def sabotaged(self, update, *others) -> None:
-        report(self, update, *others)
-        if update.step == 9:
-            _ = 1 / 0
-
-    Trainer.report = sabotaged  # type: ignore[method-assign]
-
-
-def first_fails(rank: int) -> None:
-    if rank == 0:
-        fails_at_step_9()
-
-
-def second_fails(rank: int) -> None:
-    if rank == 1:
-        fails_at_step_9()
+def fails(failing: int, rank: int) -> None:
+    """One rank fails after an update."""
+    if rank == failing:
+        at_step(9, lambda trainer: 1 / 0)
 
 
 def waits_ten_seconds(rank: int) -> None:

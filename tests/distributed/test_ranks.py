@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Ranks, trained
+from processes import Ranks, at_step, trained
 from safetensors.torch import load_file
 from small import TINY
 
@@ -81,20 +81,6 @@ def message(run: RunDir) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- sabotage
-
-
-def at_step(step: int, action) -> None:
-    """Do `action(trainer)` after the update of `step`."""
-    from relora.trainer import Trainer
-
-    report = Trainer.report
-
-    def sabotaged(self, update, *others) -> None:
-        report(self, update, *others)
-        if update.step == step:
-            action(self)
-
-    Trainer.report = sabotaged  # type: ignore[method-assign]
 
 
 def kill(*ignored, **settings) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from jobs import CLUSTER
+from small import skip_or_fail
 
 NEEDED = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "ip", "nsenter")
 
@@ -23,9 +24,7 @@ def cluster() -> Iterator[None]:
     if conf.is_file() and "ClusterName=relora\n" not in conf.read_text():
         reason = f"{conf} belongs to another cluster, whose place the tests' own would take"
     if reason:
-        if "slurm" in os.environ.get("RELORA_REQUIRE", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_or_fail("slurm", reason)
     os.environ["NETNS"] = "1" if _namespaces_work() else "0"
     subprocess.run(["bash", CLUSTER, "down"], check=False, capture_output=True)
     subprocess.run(["bash", CLUSTER, "up"], check=True)
