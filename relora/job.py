@@ -21,6 +21,7 @@ from relora.plan import plan, warning
 from relora.ranks import build_trainer, check_devices, choose_device, describe_machine, in_words, take_part, then_stop
 from relora.results import RESULTS
 from relora.rundir import PROBE_SECONDS, Attempt, RunDir, Status, read_json, write_json
+from relora.spent import other_switches
 from relora.state import observe
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
     with signals.held(), run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
         config, previous = compose.thaw(run.config_file), _previous_status(run)
         if previous is not None and previous.state == "finished":
-            print(_already_done(run, previous))
+            print(_already_done(run, config, previous))
             print(summary_text(run, config, previous))
             if _is_mirrored(config, on_node=on_node):
                 from relora.tracking import mirror_all
@@ -100,7 +101,7 @@ def _previous_status(run: RunDir) -> Status | None:
         if not run.model.is_dir() or not all(name in known for name in RESULTS):
             print(f"note: {told}, going on without it", flush=True)
             return None
-        print(f"note: {told}, its results are read from metrics.jsonl", flush=True)
+        print(f"note: {told}, its results are read from metrics.jsonl; where it was trained is lost", flush=True)
         about = read_json(run.model / "relora.json")
         corpus = {name: about[name] for name in ("corpus_digest", "tokenizer_digest") if name in about}
         counts = ("tokens", "parameters", "trainable_parameters", "restarts", "skipped_updates", "peak_memory_bytes")
@@ -335,11 +336,13 @@ def git_commit() -> str | None:
 # --------------------------------------------------------------------------------------------- what a person reads
 
 
-def _already_done(run: RunDir, status: Status) -> str:
+def _already_done(run: RunDir, config: RunConfig, status: Status) -> str:
     text = f"{run.path} is finished already; change a setting or trainer.seed for another run, or remove the folder"
     commit = git_commit()
     if commit != status.git_commit:
         text += f"\nnote: it was trained by commit {status.git_commit}, this is {commit}"
+    if switches := other_switches(config, status.spent):
+        text += f"\nnote: it was trained with {switches}; its speed and memory are theirs"
     return text
 
 

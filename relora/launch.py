@@ -20,6 +20,7 @@ from relora.gpus import gpu_for, take
 from relora.job import job
 from relora.publish import join_study, publish_report
 from relora.rundir import read_json
+from relora.spent import other_switches
 from relora.state import State, observe
 from relora.status import render_plain, show_progress, standings
 from relora.study import Planned, cancellations, plan, prepare, write_manifest
@@ -79,9 +80,25 @@ def _to_launch(
 ) -> list[Planned]:
     """The runs that need a launch, prepared; the others become members of the study in MLflow."""
     pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
+    for line in _other_switches(planned, states):
+        print(f"note: {line}", flush=True)
     prepare(pending, command)
     join_study([item for item in planned if item not in pending], study)
     return pending
+
+
+def _other_switches(planned: Sequence[Planned], states: Sequence[State]) -> list[str]:
+    """Which finished runs are taken though they were trained with other switches than this launch asks for."""
+    runs: dict[str, list[str]] = {}
+    for item, state in zip(planned, states, strict=True):
+        status = item.run.known_status
+        if state.name == "finished" and status and (switches := other_switches(item.config, status.spent)):
+            runs.setdefault(switches, []).append(item.config.name)
+    return [
+        f"finished runs with {switches} serve this study, and the report marks their speed and memory: "
+        f"{', '.join(names)}"
+        for switches, names in runs.items()
+    ]
 
 
 def _conclude(study: str, planned: Sequence[Planned]) -> bool:

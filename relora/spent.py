@@ -17,18 +17,19 @@ OF_MEMORY = ("device", "ranks")
 
 
 def conditions(
-    config: RunConfig, machine: Mapping[str, Any], *, sequences_per_micro_step: int, warm_start: bool
+    config: RunConfig, machine: Mapping[str, Any], *, sequences_per_micro_step: int | None, warm_start: bool
 ) -> dict[str, Any]:
     """The machine, by MACHINE's names as far as it is known, and the switches that change speed and memory alone.
 
-    In the warm start the method's own switches do nothing, so they are left out.
+    In the warm start the method's own switches do nothing, so they are left out, as is a micro-batch that is not known.
     """
     settings, method = config.trainer, config.method
     found = {name: machine[name] for name in MACHINE if machine.get(name) not in ("", None)}
     found["trainer.compile"] = settings.compile
     found["trainer.activation_checkpointing"] = settings.activation_checkpointing
     found["trainer.update_in_backward"] = settings.update_in_backward
-    found["trainer.sequences_per_micro_step"] = sequences_per_micro_step
+    if sequences_per_micro_step is not None:
+        found["trainer.sequences_per_micro_step"] = sequences_per_micro_step
     if isinstance(method, LoRAConfig) and not warm_start:
         found["method.merged_weight"] = method.merged_weight_in_use
     return found
@@ -61,6 +62,15 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
         if found
     ]
     return "; ".join(parts)
+
+
+def other_switches(config: RunConfig, record: Sequence[Mapping[str, Any]]) -> str:
+    """What a finished run's switches were against those that `config` asks for now, in words; "" where they are equal.
+
+    A micro-batch that `config` leaves to memory is not compared.
+    """
+    asked = conditions(config, {}, sequences_per_micro_step=config.trainer.sequences_per_micro_step, warm_start=False)
+    return differences(record, [{**asked, SECONDS: 1.0}])
 
 
 def _that_count(record: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -182,12 +182,13 @@ def test_a_finished_run_whose_status_is_damaged_is_not_trained_again(
     before = finished.run.metrics_file.read_bytes()
     finished.run.status_file.write_text("{")
     assert cli.run(finished.overrides) == 0
-    assert "its results are read from metrics.jsonl" in told(capsys, finished.run.status_file)
+    assert "its results are read from metrics.jsonl; where it was" in told(capsys, finished.run.status_file)
     mended, whole = finished.run.status, finished_run.run.status
     assert mended is not None
     assert whole is not None
     assert mended.state == "finished"
     assert mended.corpus == whole.corpus
+    assert mended.host == ""
     same = whole.summary.keys() - {"sample"}
     assert {name: mended.summary[name] for name in same} == {name: whole.summary[name] for name in same}
     assert finished.run.metrics_file.read_bytes() == before

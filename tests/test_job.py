@@ -383,15 +383,18 @@ def test_the_same_launch_again_says_that_it_is_done_and_trains_nothing(finished,
     assert cli.run(overrides) == 0
     shown = capsys.readouterr().out
     assert "is finished already" in shown
+    assert "other switches" not in shown
     assert "perplexity" in shown
     assert (digest(run.model), run.metrics_file.read_bytes()) == before
 
 
-def test_another_commit_than_the_finished_runs_is_told(tiny: list[str], capsys, monkeypatch) -> None:
+def test_another_commit_and_other_switches_than_the_finished_runs_are_told(tiny: list[str], capsys, monkeypatch) -> None:
     launch(compose(tiny), tiny)
     monkeypatch.setattr("relora.job.git_commit", lambda: "another")
-    launch(compose(tiny), tiny)
-    assert "this is another" in capsys.readouterr().out
+    launch(compose([*tiny, "trainer.activation_checkpointing=true"]), tiny)
+    shown = capsys.readouterr().out
+    assert "this is another" in shown
+    assert "trained with other switches (trainer.activation_checkpointing False against True)" in shown
 
 
 def test_the_summary_gives_commands_that_work(finished, capsys) -> None:

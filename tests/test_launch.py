@@ -309,8 +309,14 @@ def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothi
     assert sorted(run.data.params["method.rank"] for run in found) == ["0", "2", "4"]
 
     other = [*tiny, "method=relora", "method.rank=4,5", "study=others", "tracker=mlflow", "cluster=debug"]
+    other += ["trainer.activation_checkpointing=true"]
     assert cli.run(["-m", *other]) == 0
-    assert "3 runs, 1 of them baselines that came by themselves; 2 finished already" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 runs, 1 of them baselines that came by themselves; 2 finished already" in shown
+    (note,) = (line for line in shown.splitlines() if line.startswith("note: finished runs with other switches"))
+    assert "(trainer.activation_checkpointing False against True)" in note
+    reused = {run.path.name for run in runs_of(other)} & {path.name for path in files}
+    assert set(note.rpartition(": ")[2].split(", ")) == reused
     joined = client.search_runs(experiments, "tags.`study.ranks` = '1' and tags.`study.others` = '1'")
     assert sorted(run.data.params["method.rank"] for run in joined) == ["0", "4"]
 
