@@ -388,7 +388,9 @@ def test_the_same_launch_again_says_that_it_is_done_and_trains_nothing(finished,
     assert (digest(run.model), run.metrics_file.read_bytes()) == before
 
 
-def test_another_commit_and_other_switches_than_the_finished_runs_are_told(tiny: list[str], capsys, monkeypatch) -> None:
+def test_another_commit_and_other_switches_than_the_finished_runs_are_told(
+    tiny: list[str], capsys, monkeypatch
+) -> None:
     launch(compose(tiny), tiny)
     monkeypatch.setattr("relora.job.git_commit", lambda: "another")
     launch(compose([*tiny, "trainer.activation_checkpointing=true"]), tiny)
