@@ -2,10 +2,10 @@
 
 import sys
 
-from relora import signals
+from relora.common import signals
 
 if __name__ == "__main__":
     with signals.whole_process():
-        from relora.cli import run
+        from relora.cli.main import run
 
         sys.exit(run(sys.argv[1:]))

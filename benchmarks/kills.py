@@ -268,7 +268,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
 
 def mirrored(folder: Path, run: Path) -> dict[str, Any]:
     """What is wrong with MLflow's copy of the run; nothing is expected."""
-    from relora.store import quiet_mlflow
+    from relora.tracking.store import quiet_mlflow
 
     quiet_mlflow()
     from mlflow import MlflowClient

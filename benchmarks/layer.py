@@ -1,4 +1,4 @@
-"""One low-rank layer by each exact way, as ratios to a full-rank layer: what the choice in relora.cost is held against.
+"""One low-rank layer by each exact way, as ratios to a full-rank layer: a check of the choice in relora.budget.cost.
 
     OMP_NUM_THREADS=1 python benchmarks/layer.py --threads 1
 
@@ -15,8 +15,8 @@ import torch
 from step import timed
 from torch import Tensor, nn
 
-from relora.cost import FACTORED, PLAIN, PROJECTED, cheapest_way, way_multiply_adds
-from relora.lowrank import LowRankLinear, ReLoRAConfig
+from relora.budget.cost import FACTORED, PLAIN, PROJECTED, cheapest_way, way_multiply_adds
+from relora.core.lowrank import LowRankLinear, ReLoRAConfig
 
 CASES = (
     *((128, 128, 8, 2048), (128, 128, 32, 2048), (128, 352, 8, 2048), (128, 352, 32, 2048)),

@@ -20,8 +20,8 @@ from typing import Any
 
 from slurm import REPOSITORY, rows, run_py
 
-from relora.compose import compose
-from relora.rundir import RunDir
+from relora.config.compose import compose
+from relora.runs.rundir import RunDir
 
 ROUNDS = 5
 LIBRARIES = ("hydra", "omegaconf", "torch", "transformers", "datasets", "tokenizers", "mlflow", "submitit", "rich")
@@ -67,10 +67,10 @@ def start_up(own: list[str], folder: Path) -> None:
 
 def tracking(own: list[str], folder: Path) -> None:
     """Seconds of the loop that tracking takes, and of the CPU that the mirror takes beside it."""
-    from relora.job import launch
-    from relora.metrics import Broadcast
-    from relora.tracking import Mirror
-    from relora.trainer import Trainer
+    from relora.runs.metrics import Broadcast
+    from relora.tracking.mirror import Mirror
+    from relora.training.job import launch
+    from relora.training.trainer import Trainer
 
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from relora.compose import compose
-from relora.rundir import RunDir, read_json
+from relora.config.compose import compose
+from relora.runs.rundir import RunDir, read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COUNTS = (1, 100, 1000)

@@ -8,8 +8,9 @@ arms of a case live in one process and take turns, a step each a round, so that 
 alike, and each is first and last as often as any other when `--rounds` is a multiple of their number; a ratio is the
 median over rounds of a step's time to the full-rank step's of its round. On the CPU with one thread the time is that
 thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. The peak is what torch has allocated at most
-in one more step, weights and optimizer state included, and beside it what relora.memory says. Models have the width,
-heads and vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured again.
+in one more step, weights and optimizer state included, and beside it what relora.budget.memory says. Models have the
+width, heads and vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured
+again.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora.compose import composed
-from relora.cost import Cost, cost
-from relora.groups import ModelConfig
-from relora.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, refresh, wrap
-from relora.memory import peak_bytes
-from relora.model import build, precision_context, summed_cross_entropy
-from relora.reset import reset_optimizer
+from relora.budget.cost import Cost, cost
+from relora.budget.memory import peak_bytes
+from relora.config.compose import composed
+from relora.config.groups import ModelConfig
+from relora.core.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, refresh, wrap
+from relora.core.reset import reset_optimizer
+from relora.training.model import build, precision_context, summed_cross_entropy
 
 VOCAB_SIZE = 32_100
 SEQUENCE_LENGTH_TOKENS = 256
@@ -130,7 +131,7 @@ class Arm:
         return sum(each.numel() * each.element_size() for each in [*self.model.parameters(), *state, *merged])
 
     def planned_bytes(self) -> int:
-        """The peak as relora.memory has it, PEFT's as that of the reference path."""
+        """The peak as relora.budget.memory has it, PEFT's as that of the reference path."""
         case = self.case
         return peak_bytes(
             case.model_config().shape(VOCAB_SIZE),

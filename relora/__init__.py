@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from relora.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, unwrap, wrap
-    from relora.reset import reset_optimizer
-    from relora.schedule import JaggedCosine, RestartClock
+    from relora.core.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, refresh, unwrap, wrap
+    from relora.core.reset import reset_optimizer
+    from relora.core.schedule import JaggedCosine, RestartClock
 
 __version__ = "0.1.0"
 
@@ -20,20 +20,22 @@ __all__ = [
     "ReLoRAConfig",
     "RestartClock",
     "merge_and_reinit",
+    "refresh",
     "reset_optimizer",
     "unwrap",
     "wrap",
 ]
 
 _HOME = {
-    "JaggedCosine": "relora.schedule",
-    "LowRankLinear": "relora.lowrank",
-    "ReLoRAConfig": "relora.lowrank",
-    "RestartClock": "relora.schedule",
-    "merge_and_reinit": "relora.lowrank",
-    "reset_optimizer": "relora.reset",
-    "unwrap": "relora.lowrank",
-    "wrap": "relora.lowrank",
+    "JaggedCosine": "relora.core.schedule",
+    "LowRankLinear": "relora.core.lowrank",
+    "ReLoRAConfig": "relora.core.lowrank",
+    "RestartClock": "relora.core.schedule",
+    "merge_and_reinit": "relora.core.lowrank",
+    "refresh": "relora.core.lowrank",
+    "reset_optimizer": "relora.core.reset",
+    "unwrap": "relora.core.lowrank",
+    "wrap": "relora.core.lowrank",
 }
 
 

@@ -2,13 +2,13 @@
 
 import sys
 
-from relora import signals
+from relora.common import signals
 
 
 def main() -> int:
     """Returns the exit code."""
     with signals.whole_process():
-        from relora import cli
+        from relora.cli import main as cli
 
         return cli.main()
 

@@ -66,7 +66,7 @@ def tiny(text: Path, tmp_path: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store without runs; creating one takes MLflow seconds, so tests copy this one."""
-    from relora.store import open_store
+    from relora.tracking.store import open_store
 
     folder = tmp_path_factory.mktemp("store")
     open_store(f"sqlite:///{folder / 'mlflow.db'}", folder)

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from small import TINY
 
-from relora.compose import compose
-from relora.job import launch
-from relora.rundir import RunDir, Status
+from relora.config.compose import compose
+from relora.runs.rundir import RunDir, Status
+from relora.training.job import launch
 
 KILLED_AT = 12
 """The update after which the killed run dies: a restart and three updates after the newest checkpoint, of step 8."""
 
 KILL = f"""
 import os, signal, sys
-from relora.console import Console
-from relora.cli import run
+from relora.tracking.console import Console
+from relora.cli.main import run
 Console.progress = lambda self, progress: os.kill(os.getpid(), signal.SIGKILL) if progress.step == {KILLED_AT} else None
 sys.exit(run(sys.argv[1:]))
 """

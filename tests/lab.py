@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from relora.compare import Study, load_study
-from relora.compose import Composer, freeze
-from relora.config import RunConfig
-from relora.launch import plan, write_manifest
-from relora.metrics import MetricsLog
-from relora.rundir import RunDir, Status
-from relora.sweeps import Sweep
-from relora.tuned import Presets
+from relora.config.compose import Composer, freeze
+from relora.config.run import RunConfig
+from relora.config.tuned import Presets
+from relora.launching.launch import plan, write_manifest
+from relora.runs.metrics import MetricsLog
+from relora.runs.rundir import RunDir, Status
+from relora.studies.compare import Study, load_study
+from relora.studies.sweeps import Sweep
 
 STEPS = 40
 SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2")

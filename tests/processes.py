@@ -12,14 +12,21 @@ from pathlib import Path
 
 import torch
 
-from relora import cli
-from relora.compose import compose
-from relora.metrics import read_rows
-from relora.rundir import RunDir
+from relora.cli import main as cli
+from relora.config.compose import compose
+from relora.runs.metrics import read_rows
+from relora.runs.rundir import RunDir
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["relora.job", "relora.trainer", "relora.warmstart", "relora.corpus", "hydra", "torch.distributed"]
+    [
+        "relora.training.job",
+        "relora.training.trainer",
+        "relora.runs.warmstart",
+        "relora.data.corpus",
+        "hydra",
+        "torch.distributed",
+    ]
 )
 
 WITHIN_SECONDS = 180.0
@@ -34,7 +41,7 @@ def nothing(rank: int) -> None:
 
 def at_step(step: int, action) -> None:
     """Do `action(trainer)` after the update of `step`."""
-    from relora.trainer import Trainer
+    from relora.training.trainer import Trainer
 
     report = Trainer.report
 

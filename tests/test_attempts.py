@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from damaged import Case
 
-from relora.metrics import encoded, read_rows
-from relora.rundir import Attempt, Status, status_of
+from relora.runs.metrics import encoded, read_rows
+from relora.runs.rundir import Attempt, Status, status_of
 
 OTHER_MACHINES = [
     {"cpu": "Another CPU, AVX512"},
@@ -111,7 +111,7 @@ def test_a_status_from_before_attempts_were_recorded_has_its_last_one() -> None:
 
 
 def test_a_status_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    from relora.rundir import RunDir
+    from relora.runs.rundir import RunDir
 
     status = Status(state="running", attempts=[Attempt(cpu="x", first_step=4), Attempt()])
     RunDir(tmp_path).status = status

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora.baselines import launch_notes
-from relora.compose import compose
-from relora.config import RunConfig
-from relora.errors import ConfigError
-from relora.study import plan
-from relora.sweeps import expand
+from relora.common.errors import ConfigError
+from relora.config.compose import compose
+from relora.config.run import RunConfig
+from relora.studies.baselines import launch_notes
+from relora.studies.study import plan
+from relora.studies.sweeps import expand
 
 PLAIN = ("baseline_rates=[1]", "method.warm_start_steps=0", "method.reset_interval_steps=null", "study=x")
 

@@ -10,9 +10,9 @@ import torch
 from damaged import flip
 from small import fill
 
-from relora.checkpoint import KEPT, CheckpointError, load, load_latest, save
-from relora.compose import compose, freeze
-from relora.rundir import write_json
+from relora.config.compose import compose, freeze
+from relora.runs.checkpoint import KEPT, CheckpointError, load, load_latest, save
+from relora.runs.rundir import write_json
 
 
 def state(step: int, size: int = 100) -> dict[str, Any]:
@@ -271,7 +271,7 @@ SAVE_UNTIL_KILLED = """
 import itertools, json, os, signal, sys, time
 from pathlib import Path
 import torch
-from relora.checkpoint import load_latest, save
+from relora.runs.checkpoint import load_latest, save
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 folder, wanted = Path(sys.argv[1]), int(sys.argv[2])

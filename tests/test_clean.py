@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from small import TINY
 
-from relora import cli
-from relora.checkpoint import load_latest, save
-from relora.clean import as_json, delete
-from relora.compose import compose, freeze
-from relora.config import RunConfig
-from relora.disk import survey
-from relora.rundir import RunDir, Status, write_json
-from relora.warmstart import folder_of, key
+from relora.cli import main as cli
+from relora.config.compose import compose, freeze
+from relora.config.run import RunConfig
+from relora.runs.checkpoint import load_latest, save
+from relora.runs.rundir import RunDir, Status, write_json
+from relora.runs.warmstart import folder_of, key
+from relora.studies.clean import as_json, delete
+from relora.studies.disk import survey
 
 UNFINISHED = ["interrupted", "failed", "running", "missing"]
 """States of runs that nobody trains: a "running" one was killed, a missing one never got so far as to say."""
@@ -464,7 +464,7 @@ def test_a_warm_start_that_a_run_trains_or_forks_is_kept(runs_dir: Path, capsys)
 def test_a_warm_start_taken_at_the_last_moment_is_kept(runs_dir: Path, monkeypatch) -> None:
     folder = new_warm_start(runs_dir)
     disk, again = survey(runs_dir), survey(runs_dir)
-    monkeypatch.setattr("relora.clean.survey", lambda *_: again)
+    monkeypatch.setattr("relora.studies.clean.survey", lambda *_: again)
     with held(folder.with_name(folder.name + ".lock")):
         delete(disk)
     assert as_json(disk)["warm_starts"][folder.name]["why"] == "kept: a run trains it or forks from it now"
@@ -503,7 +503,7 @@ def test_a_warm_start_half_deleted_is_never_taken_for_a_whole_one(runs_dir: Path
         (path / "checkpoint.pt").unlink()
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("relora.clean.shutil.rmtree", fail)
+    monkeypatch.setattr("relora.studies.clean.shutil.rmtree", fail)
     told = clean(capsys, runs_dir, "--delete", code=1)
     assert told["failures"] == [f"{leftover} could not be deleted: [Errno 13] Permission denied: '{leftover}'"]
     assert told["warm_starts"][folder.name]["deleted_bytes"] == 7000
@@ -597,7 +597,7 @@ def test_what_is_kept_of_a_real_study_is_what_it_goes_on_from(tiny: list[str], c
 def test_listing_runs_needs_no_torch(runs_dir: Path) -> None:
     run = new_run(runs_dir)
     source = (
-        "import sys; from relora.cli import main\n"
+        "import sys; from relora.cli.main import main\n"
         f"code = main(['clean', 'runs_dir={runs_dir}']); sys.exit(code or 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)

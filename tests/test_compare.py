@@ -10,10 +10,10 @@ import pytest
 from lab import FULL, RELORA, Lab
 from scipy.stats import ttest_rel
 
-from relora import cli
-from relora.compare import Study, labels_of, load_study
-from relora.errors import ConfigError
-from relora.report import answer, write_report
+from relora.cli import main as cli
+from relora.common.errors import ConfigError
+from relora.studies.compare import Study, labels_of, load_study
+from relora.studies.report import answer, write_report
 
 
 def took(axis: str, value: float) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import REPOSITORY, TINY
 
-from relora import cli
-from relora.checks import parse_count
-from relora.cluster import SlurmConfig
-from relora.compose import Composer, compose, freeze, thaw
-from relora.errors import ConfigError
-from relora.sweeps import expand
+from relora.cli import main as cli
+from relora.common.errors import ConfigError
+from relora.config.checks import parse_count
+from relora.config.cluster import SlurmConfig
+from relora.config.compose import Composer, compose, freeze, thaw
+from relora.studies.sweeps import expand
 
 WRONG = [
     (["method.rank=600"], "rank=600 exceeds min(in, out)=128 of model.layers.0.self_attn.q_proj; lower method.rank"),
@@ -223,7 +223,7 @@ def test_text_that_yaml_may_take_for_something_else_is_frozen_as_text(study: str
 
 def test_a_wrong_option_ends_with_code_2_before_torch_is_imported_and_leaves_nothing(tmp_path: Path) -> None:
     script = (
-        "import sys; from relora.cli import run; code = run(sys.argv[1:]);"
+        "import sys; from relora.cli.main import run; code = run(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'mlflow', 'datasets', 'submitit'} & set(sys.modules);"
         "print(heavy, file=sys.stderr) if heavy else None; sys.exit(code)"
     )

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from relora import cli
-from relora.compose import compose
-from relora.study import plan, prepare, write_manifest
-from relora.sweeps import expand
+from relora.cli import main as cli
+from relora.config.compose import compose
+from relora.studies.study import plan, prepare, write_manifest
+from relora.studies.sweeps import expand
 
 
 @pytest.fixture

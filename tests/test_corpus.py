@@ -17,9 +17,9 @@ import pytest
 from damaged import flip
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from relora.config import DataConfig
-from relora.corpus import SPLITS, Corpus, CorpusError, _source_files, load, prepare, prepare_apart
-from relora.errors import DamagedFile
+from relora.common.errors import DamagedFile
+from relora.config.run import DataConfig
+from relora.data.corpus import SPLITS, Corpus, CorpusError, _source_files, load, prepare, prepare_apart
 
 WORDS = ["alpha", "naïve", "straße", "日本語", "über", "тест", "🙂", "the", "of", "and", "run", "x1", "=", "foo(bar)"]
 
@@ -509,7 +509,8 @@ def test_a_corpus_built_apart_is_the_same_and_leaves_nothing_in_this_process(tmp
     config, told = settings(write_documents(tmp_path / "texts", [lines(300)])), []
     alone = prepare(config, tmp_path / "other", silent)
     script = (
-        "import json, sys; from pathlib import Path; from relora.config import DataConfig; from relora import corpus\n"
+        "import json, sys; from pathlib import Path\n"
+        "from relora.config.run import DataConfig; from relora.data import corpus\n"
         "corpus._build = None\n"
         "made = corpus.prepare_apart(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), print)\n"
         "print(made.corpus_digest, 'tokenizers' in sys.modules)"
@@ -532,8 +533,8 @@ def test_what_is_wrong_with_a_text_is_told_from_apart(tmp_path: Path, corpora: P
 PREPARE_AT_ONCE = """
 import json, os, sys
 from pathlib import Path
-from relora.config import DataConfig
-from relora.corpus import prepare
+from relora.config.run import DataConfig
+from relora.data.corpus import prepare
 
 config, corpora, results = DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
 waiting, starting = os.pipe()
@@ -576,8 +577,8 @@ def test_processes_that_prepare_at_once_build_once(tmp_path: Path, corpora: Path
 KILL_AND_PREPARE = """
 import json, os, shutil, signal, sys, time
 from pathlib import Path
-from relora.config import DataConfig
-from relora.corpus import prepare
+from relora.config.run import DataConfig
+from relora.data.corpus import prepare
 
 config, corpora = DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])
 corpora.mkdir()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from relora.cost import (
+from relora.budget.cost import (
     FACTORED,
     PLAIN,
     PROJECTED,
@@ -22,9 +22,9 @@ from relora.cost import (
     module_matches,
     way_multiply_adds,
 )
-from relora.groups import ModelConfig
-from relora.lowrank import ReLoRAConfig, merge_and_reinit, refresh, wrap
-from relora.model import llama_config
+from relora.config.groups import ModelConfig
+from relora.core.lowrank import ReLoRAConfig, merge_and_reinit, refresh, wrap
+from relora.training.model import llama_config
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 VOCAB_SIZE = 32_100

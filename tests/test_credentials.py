@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from relora import cli, credentials
-from relora.compose import at_home, compose, freeze
-from relora.errors import ConfigError
-from relora.job import relaunch_command
-from relora.rundir import RunDir
+from relora.cli import main as cli
+from relora.common.errors import ConfigError
+from relora.config import credentials
+from relora.config.compose import at_home, compose, freeze
+from relora.runs.rundir import RunDir
+from relora.training.job import relaunch_command
 
 PASSWORD = "geheim-7%2Fx"
 

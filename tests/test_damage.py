@@ -15,16 +15,16 @@ import transformers
 from damaged import Case, flip
 from lab import RELORA, Lab
 
-from relora import cli
-from relora.compose import compose, thaw
-from relora.config import RunConfig
-from relora.errors import ConfigError, RunError
-from relora.files import check_weights
-from relora.metrics import read_rows, recorded
-from relora.model import load_pretrained
-from relora.state import observe
-from relora.ui import submitted_runs
-from relora.warmstart import folder_of
+from relora.cli import main as cli
+from relora.cli.ui import submitted_runs
+from relora.common.errors import ConfigError, RunError
+from relora.common.files import check_weights
+from relora.config.compose import compose, thaw
+from relora.config.run import RunConfig
+from relora.runs.metrics import read_rows, recorded
+from relora.runs.state import observe
+from relora.runs.warmstart import folder_of
+from relora.training.model import load_pretrained
 
 
 def values_of(case: Case) -> dict[tuple[int, str], float]:

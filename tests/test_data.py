@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from relora.data import TokenSequences, permuted
+from relora.data.sequences import TokenSequences, permuted
 
 exhaustive = settings(max_examples=60)
 sizes = st.one_of(

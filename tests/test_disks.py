@@ -9,12 +9,12 @@ import torch
 from damaged import Case
 from small import fill
 
-from relora import cli
-from relora.console import Console
-from relora.files import publishing
-from relora.launch import plan
-from relora.metrics import Progress
-from relora.sweeps import expand
+from relora.cli import main as cli
+from relora.common.files import publishing
+from relora.launching.launch import plan
+from relora.runs.metrics import Progress
+from relora.studies.sweeps import expand
+from relora.tracking.console import Console
 
 KB = 1024
 FREE = {
@@ -125,7 +125,7 @@ def test_a_read_only_disk_is_one_line(small_disk: Path, finished_run: Case, opti
 def test_a_job_on_a_read_only_disk_is_one_line(small_disk: Path, finished_run: Case) -> None:
     case = finished_run.copied(small_disk / "runs")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    command = [sys.executable, "-m", "relora.job", str(case.run.path)]
+    command = [sys.executable, "-m", "relora.training.job", str(case.run.path)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()

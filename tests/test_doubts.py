@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from lab import FULL, RELORA, Lab
 
-from relora import cli
-from relora.compare import Study
-from relora.doubts import rates_of, rise
-from relora.metrics import MetricsLog
-from relora.rates import NOT_TUNED
-from relora.report import answer, write_report
-from relora.results import Run
-from relora.state import State
+from relora.cli import main as cli
+from relora.config.rates import NOT_TUNED
+from relora.runs.metrics import MetricsLog
+from relora.runs.results import Run
+from relora.runs.state import State
+from relora.studies.compare import Study
+from relora.studies.doubts import rates_of, rise
+from relora.studies.report import answer, write_report
 
 
 @pytest.fixture

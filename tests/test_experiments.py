@@ -9,11 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 from small import REPOSITORY
 
-from relora.baselines import Baselines
-from relora.compose import compose
-from relora.config import RunConfig
-from relora.groups import METHODS, LoRAConfig, ReLoRAMethodConfig
-from relora.sweeps import Sweep, expand
+from relora.config.compose import compose
+from relora.config.groups import METHODS, LoRAConfig, ReLoRAMethodConfig
+from relora.config.run import RunConfig
+from relora.studies.baselines import Baselines
+from relora.studies.sweeps import Sweep, expand
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,75 +2,51 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "relora"
 
-FLOORS = [
-    ["errors", "signals", "cost", "memory", "schedule"],
-    ["merged", "lowrank", "reset", "galore", "loss", "inbackward"],
-    [
-        *(
-            "files",
-            "checks",
-            "groups",
-            "cluster",
-            "rates",
-            "config",
-            "model",
-            "data",
-            "rundir",
-            "credentials",
-            "metrics",
-            "checkpoint",
-            "spent",
-            "warmstart",
-        ),
-        *("distributed", "evaluate"),
-    ],
-    ["methods", "microsteps", "underway", "trainer"],
-    [
-        *(
-            "choices",
-            "compose",
-            "presets",
-            "plan",
-            "tuned",
-            "sweeps",
-            "baselines",
-            "slurm",
-            "state",
-            "results",
-            "gaps",
-            "compare",
-            "study",
-            "store",
-            "tracking",
-            "view",
-        ),
-        *("corpus", "console", "status", "page", "pictures", "doubts", "report", "disk"),
-    ],
-    ["ranks", "export", "job", "publish", "submit", "gpus", "launch", "control", "ui", "tune", "clean", "cli"],
-]
-"""From the ground up; a module imports from floors below its own, or from one that stands before it on its own."""
+BELOW = {
+    "common": set[str](),
+    "budget": set[str](),
+    "core": {"budget"},
+    "optimizers": set[str](),
+    "config": {"common", "budget", "core"},
+    "methods": {"budget", "core", "optimizers", "config"},
+    "data": {"common", "config"},
+    "runs": {"common", "config"},
+    "tracking": {"common", "config", "runs"},
+    "training": {"common", "budget", "core", "config", "methods", "data", "runs", "tracking"},
+    "studies": {"common", "config", "runs", "tracking"},
+    "launching": {"common", "config", "data", "runs", "tracking", "training", "studies"},
+    "cli": {"common", "config", "data", "runs", "tracking", "training", "studies", "launching"},
+}
+"""The packages from the ground up, each with those that it may import."""
 
-ORDER = [module for floor in FLOORS for module in floor]
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py" and path.parent != PACKAGE
+)
 
 HOMES = {
-    "hydra": "compose",
-    "omegaconf": "compose",
-    "mlflow": "store",
-    "datasets": "corpus",
-    "tokenizers": "corpus",
-    "transformers": "model",
-    "rich": "console",
-    "matplotlib": "pictures",
-    "optuna": "tune",
-    "submitit": "submit",
+    "hydra": {"config.compose"},
+    "omegaconf": {"config.compose"},
+    "mlflow": {"tracking.store"},
+    "datasets": {"data.corpus"},
+    "tokenizers": {"data.corpus"},
+    "transformers": {"training.model"},
+    "rich": {"tracking.console"},
+    "matplotlib": {"studies.pictures"},
+    "optuna": {"launching.tune"},
+    "submitit": {"launching.submit"},
 }
-"""The one module that imports each of these libraries."""
+"""The modules that import each of these libraries."""
+
+WITHOUT_TORCH = ("common", "budget", "config", "tracking", "studies")
 
 
 class RuntimeImports(ast.NodeVisitor):
@@ -106,11 +82,12 @@ def imports_of_source(source: str) -> set[str]:
 
 
 def imports_of(module: str) -> set[str]:
-    return imports_of_source((PACKAGE / f"{module}.py").read_text())
+    return imports_of_source((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
 
 
 def own_imports_of(module: str) -> set[str]:
-    return {name.split(".")[1] for name in imports_of(module) if name.startswith("relora.")}
+    """The modules of the package that a module imports, as package.module."""
+    return {name.removeprefix("relora.") for name in imports_of(module) if name.startswith("relora.")} & set(MODULES)
 
 
 def run_python(source: str) -> object:
@@ -120,26 +97,42 @@ def run_python(source: str) -> object:
     return json.loads(done.stdout)
 
 
-def test_every_module_of_the_package_stands_on_one_floor() -> None:
-    files = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")} - {
-        "__init__",
-        "__main__",
-    }
-    assert sorted(ORDER) == sorted(files)
+def test_every_package_says_what_it_holds_and_imports_from_below() -> None:
+    folders = [path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE]
+    assert {folder.name for folder in folders} == set(BELOW)
+    for folder in folders:
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert said is not None
+        assert "\n\nImports " in said
+    order = list(BELOW)
+    for package, below in BELOW.items():
+        assert below <= set(order[: order.index(package)])
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_from_floors_below_or_from_before_it_on_its_own(module: str) -> None:
-    allowed = set(ORDER[: ORDER.index(module)]) | {"__version__"}
-    assert own_imports_of(module) <= allowed
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_the_packages_below_its_own(module: str) -> None:
+    package = module.partition(".")[0]
+    names = {name.split(".")[1] for name in imports_of(module) if name.startswith("relora.")} - {"__version__"}
+    assert names <= BELOW[package] | {package}
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_modules_of_a_package_import_one_another_one_way(package: str) -> None:
+    own = {module: own_imports_of(module) for module in MODULES if module.startswith(f"{package}.")}
+    graph = {module: {name for name in names if name in own} for module, names in own.items()}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_is_imported_by_its_own_module_alone(library: str) -> None:
-    importers = {
-        module for module in ["__init__", *ORDER] for name in imports_of(module) if name.split(".")[0] == library
-    }
-    assert importers == {HOMES[library]}
+    importers = {module for module in MODULES for name in imports_of(module) if name.split(".")[0] == library}
+    assert importers == HOMES[library]
+
+
+@pytest.mark.parametrize("package", WITHOUT_TORCH)
+def test_packages_without_torch_never_import_it(package: str) -> None:
+    importers = [module for module in MODULES if module.startswith(f"{package}.") and "torch" in imports_of(module)]
+    assert importers == []
 
 
 def test_imports_are_found_wherever_they_stand_and_those_for_types_alone_are_not() -> None:
@@ -194,7 +187,7 @@ def test_what_plans_composes_and_launches_a_run_is_imported_without_torch() -> N
 import json, sys
 from importlib import import_module
 loaded = {}
-for module in ("cost", "schedule", "config", "compose", "cli", "job"):
+for module in ("budget.cost", "core.schedule", "config.run", "config.compose", "cli.main", "training.job"):
     import_module("relora." + module)
     loaded[module] = "torch" in sys.modules
 print(json.dumps([module for module, torch in loaded.items() if torch]))

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relora import choices
-from relora.cluster import CLUSTERS, LocalConfig
-from relora.compose import Composer, cluster_with, compose, freeze, thaw
-from relora.config import RunConfig
-from relora.errors import ConfigError
-from relora.groups import METHODS
-from relora.sweeps import expand, search
+from relora.common.errors import ConfigError
+from relora.config import choices
+from relora.config.cluster import CLUSTERS, LocalConfig
+from relora.config.compose import Composer, cluster_with, compose, freeze, thaw
+from relora.config.groups import METHODS
+from relora.config.run import RunConfig
+from relora.studies.sweeps import expand, search
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relora.galore import GaLoreAdamW, projector
+from relora.optimizers.galore import GaLoreAdamW, projector
 
 
 def published(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float) -> Tensor:

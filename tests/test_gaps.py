@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from lab import FULL, RELORA, Lab
 
-from relora import cli, compose
-from relora.compare import Study, load_study
-from relora.config import RunConfig
-from relora.metrics import read_rows, row_metrics
-from relora.report import answer, as_json, write_report
-from relora.results import best_on_validation
-from relora.status import render_plain, standings
-from relora.study import of_manifest
+from relora.cli import main as cli
+from relora.config import compose
+from relora.config.run import RunConfig
+from relora.runs.metrics import read_rows, row_metrics
+from relora.runs.results import best_on_validation
+from relora.studies.compare import Study, load_study
+from relora.studies.report import answer, as_json, write_report
+from relora.studies.status import render_plain, standings
+from relora.studies.study import of_manifest
 
 RATES = ("1e-3", "2e-3", "4e-3")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from relora import gpus
-from relora.compose import compose
-from relora.launch import start_process
-from relora.study import Planned
+from relora.config.compose import compose
+from relora.launching import gpus
+from relora.launching.launch import start_process
+from relora.studies.study import Planned
 
 LISTED = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}{i}{i})\n" for i in range(2))
 

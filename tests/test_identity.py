@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from relora.compose import Composer, at_home, compose, freeze
-from relora.config import RunConfig
+from relora.config.compose import Composer, at_home, compose, freeze
+from relora.config.run import RunConfig
 
 COMPOSER = Composer()
 PATCHED = "method.target_modules=[model.layers.{}.self_attn.q_proj]"

@@ -8,13 +8,13 @@ from small import TINY
 from test_trainer import OutOfMemory, Recorder, assert_equal_states, config_of, stop_after, trainer_of
 from torch import Tensor, nn
 
-from relora.compose import compose
-from relora.config import RunConfig
-from relora.distributed import World
-from relora.errors import RunError
-from relora.inbackward import UpdateInBackward
-from relora.model import build
-from relora.trainer import Interrupted, TrainingError
+from relora.common.errors import RunError
+from relora.config.compose import compose
+from relora.config.run import RunConfig
+from relora.core.inbackward import UpdateInBackward
+from relora.training.distributed import World
+from relora.training.model import build
+from relora.training.trainer import Interrupted, TrainingError
 
 IN_BACKWARD = ("trainer.update_in_backward=true",)
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_to_the_bit_with_it_or_without(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
 def test_a_compiled_run_is_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relora.model.COMPILER", "aot_eager")
+    monkeypatch.setattr("relora.training.model.COMPILER", "aot_eager")
     torch.compiler.reset()
     plain = trainer_of(unclipped("trainer.compile=true"), tmp_path / "plain")
     ours = trainer_of(unclipped("trainer.compile=true", *IN_BACKWARD), tmp_path / "ours")

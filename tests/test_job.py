@@ -22,15 +22,16 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relora import cli, methods
-from relora import model as models
-from relora.checkpoint import latest_step
-from relora.compose import compose
-from relora.corpus import prepare
-from relora.job import launch
-from relora.lowrank import low_rank_layers, unwrap
-from relora.metrics import read_rows, row_metrics
-from relora.rundir import RunDir
+from relora.cli import main as cli
+from relora.config.compose import compose
+from relora.core.lowrank import low_rank_layers, unwrap
+from relora.data.corpus import prepare
+from relora.methods import builtin as methods
+from relora.runs.checkpoint import latest_step
+from relora.runs.metrics import read_rows, row_metrics
+from relora.runs.rundir import RunDir
+from relora.training import model as models
+from relora.training.job import launch
 
 
 def digest(folder: Path) -> str:
@@ -96,7 +97,7 @@ def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(
         if not has_checksum:
             (folder / "relora.json").write_text(json.dumps({k: v for k, v in about.items() if k != "crc32"}))
 
-    monkeypatch.setattr("relora.export.save_pretrained", corrupt)
+    monkeypatch.setattr("relora.training.export.save_pretrained", corrupt)
     status = launch(compose(tiny), tiny)
     assert status.state == "failed"
     assert status.message.startswith("the exported model is not the one that was trained: ")
@@ -194,7 +195,7 @@ def test_a_closing_sample_that_fails_is_a_warning_and_the_results_stand(tiny: li
         assert len(rows) == 1, "the results are recorded first"
         raise RuntimeError("no text today")
 
-    monkeypatch.setattr("relora.export.sample", fail)
+    monkeypatch.setattr("relora.training.export.sample", fail)
     assert cli.run(tiny) == 0
     status = run_of(tiny).status
     assert status is not None
@@ -208,8 +209,8 @@ def test_a_closing_sample_that_fails_is_a_warning_and_the_results_stand(tiny: li
 
 
 def test_a_run_that_failed_in_its_last_second_is_finished_by_the_same_command(tiny: list[str], monkeypatch) -> None:
-    monkeypatch.setattr("relora.job.summary_text", lambda *_: "")
-    monkeypatch.setattr("relora.export.evaluate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("relora.training.job.summary_text", lambda *_: "")
+    monkeypatch.setattr("relora.training.export.evaluate", lambda *_, **__: 1 / 0)
     assert launch(compose(tiny), tiny).state == "failed"
     monkeypatch.undo()
     status = launch(compose(tiny), tiny)
@@ -392,7 +393,7 @@ def test_another_commit_and_other_switches_than_the_finished_runs_are_told(
     tiny: list[str], capsys, monkeypatch
 ) -> None:
     launch(compose(tiny), tiny)
-    monkeypatch.setattr("relora.job.git_commit", lambda: "another")
+    monkeypatch.setattr("relora.training.job.git_commit", lambda: "another")
     launch(compose([*tiny, "trainer.activation_checkpointing=true"]), tiny)
     shown = capsys.readouterr().out
     assert "this is another" in shown
@@ -480,7 +481,7 @@ def test_a_diverged_run_is_recorded_as_failed(tiny: list[str]) -> None:
 
 
 def test_an_unexpected_error_leaves_a_true_status_and_its_traceback(tiny: list[str], monkeypatch, capsys) -> None:
-    monkeypatch.setattr("relora.trainer.Trainer.restart", lambda self, step: 1 / 0)
+    monkeypatch.setattr("relora.training.trainer.Trainer.restart", lambda self, step: 1 / 0)
     assert cli.run(tiny) == 1
     run = run_of(tiny)
     assert run.status is not None
@@ -498,24 +499,24 @@ def test_an_mlflow_that_is_down_stops_nothing(tiny: list[str], capsys) -> None:
 
 KILL_AT = {
     "in the warm start, before any checkpoint": """
-        from relora.console import Console
+        from relora.tracking.console import Console
         Console.progress = lambda self, progress: kill() if progress.step == 2 else None
     """,
     "before a merge": """
-        import relora.methods
-        relora.methods.merge_and_reinit = lambda *args, **settings: kill()
+        import relora.methods.builtin
+        relora.methods.builtin.merge_and_reinit = lambda *args, **settings: kill()
     """,
     "in a merge": """
-        from relora.lowrank import LowRankLinear
+        from relora.core.lowrank import LowRankLinear
         merge, merged = LowRankLinear.merge, []
         LowRankLinear.merge = lambda self: kill() if len(merged) == 5 else (merged.append(0), merge(self))[1]
     """,
     "between the merge and the reset": """
-        import relora.methods
-        relora.methods.reset_optimizer = lambda *args, **settings: kill()
+        import relora.methods.builtin
+        relora.methods.builtin.reset_optimizer = lambda *args, **settings: kill()
     """,
     "in a re-warm-up": """
-        from relora.console import Console
+        from relora.tracking.console import Console
         Console.progress = lambda self, progress: kill() if progress.step == 12 else None
     """,
     "in the middle of a save": """
@@ -529,8 +530,8 @@ KILL_AT = {
         torch.save = half
     """,
     "in the export": """
-        import relora.model, shutil
-        relora.model.shutil.copyfile = lambda *names: kill()
+        import relora.training.model, shutil
+        relora.training.model.shutil.copyfile = lambda *names: kill()
     """,
 }
 
@@ -557,7 +558,7 @@ def test_a_killed_run_started_again_ends_with_the_same_weights(tiny: list[str], 
             "import os, signal, sys",
             "def kill(): os.kill(os.getpid(), signal.SIGKILL)",
             *lines,
-            "from relora.cli import run",
+            "from relora.cli.main import run",
             "sys.exit(run(sys.argv[1:]))",
         ]
     )
@@ -625,7 +626,7 @@ def test_ctrl_c_and_sigterm_write_a_checkpoint_and_say_how_to_go_on(tiny: list[s
 
 
 def test_cfg_job_prints_the_config_without_torch(tmp_path: Path) -> None:
-    script = "import sys; from relora.cli import run; run(['--cfg', 'job']); print('torch' in sys.modules)"
+    script = "import sys; from relora.cli.main import run; run(['--cfg', 'job']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "reset_interval_steps: 100" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from small import REPOSITORY
 
-from relora import choices, cli, launch
-from relora.compose import compose
-from relora.errors import ConfigError
-from relora.launch import plan, study_dir
-from relora.metrics import read_rows
-from relora.rundir import RunDir, Status
-from relora.sweeps import expand
+from relora.cli import main as cli
+from relora.common.errors import ConfigError
+from relora.config import choices
+from relora.config.compose import compose
+from relora.launching import launch
+from relora.launching.launch import plan, study_dir
+from relora.runs.metrics import read_rows
+from relora.runs.rundir import RunDir, Status
+from relora.studies.sweeps import expand
 
 SWEEP = ["method=relora", "method.rank=2,4", "study=ranks"]
 

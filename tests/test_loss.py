@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from relora.loss import summed_linear_cross_entropy
+from relora.core.loss import summed_linear_cross_entropy
 
 
 def drawn(
@@ -39,7 +39,7 @@ def test_loss_and_gradients_are_those_of_the_logits(
     hidden, weight, targets = drawn(tokens, width, vocab_size)
     expected = torch.autograd.grad(factor * reference(hidden, weight, targets), (hidden, weight))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relora.loss.LOGITS_NUMEL", at_a_time * vocab_size)
+        patch.setattr("relora.core.loss.LOGITS_NUMEL", at_a_time * vocab_size)
         loss = summed_linear_cross_entropy(hidden, weight, targets)
         assert loss.item() == pytest.approx(reference(hidden, weight, targets).item(), rel=1e-12)
         found = torch.autograd.grad(factor * loss, (hidden, weight))
@@ -78,7 +78,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_logits_of_all_tokens_are_never_in_memory(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = drawn(64, 4, 100, torch.float32)
-    monkeypatch.setattr("relora.loss.LOGITS_NUMEL", 800)
+    monkeypatch.setattr("relora.core.loss.LOGITS_NUMEL", 800)
     with torch.set_grad_enabled(training), Largest() as largest:
         loss = summed_linear_cross_entropy(hidden, weight, targets)
         if training:

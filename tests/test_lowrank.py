@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from relora.groups import ModelConfig
-from relora.lowrank import (
+from relora.config.groups import ModelConfig
+from relora.core.lowrank import (
     LowRankLinear,
     MergeReport,
     ReLoRAConfig,
@@ -25,7 +25,7 @@ from relora.lowrank import (
     unwrap,
     wrap,
 )
-from relora.model import build, logits
+from relora.training.model import build, logits
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=40)
 TARGETS = ["q_proj", "mlp.up"]

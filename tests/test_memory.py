@@ -8,16 +8,16 @@ import pytest
 import torch
 from small import TINY
 
-from relora.compose import compose
-from relora.config import RunConfig
-from relora.data import TokenSequences
-from relora.distributed import World
-from relora.lowrank import low_rank_layers
-from relora.methods import LowRank
-from relora.metrics import Progress
-from relora.model import build
-from relora.plan import plan
-from relora.trainer import Trainer
+from relora.config.compose import compose
+from relora.config.plan import plan
+from relora.config.run import RunConfig
+from relora.core.lowrank import low_rank_layers
+from relora.data.sequences import TokenSequences
+from relora.methods.builtin import LowRank
+from relora.runs.metrics import Progress
+from relora.training.distributed import World
+from relora.training.model import build
+from relora.training.trainer import Trainer
 
 LENGTH = 128
 IN_BACKWARD = ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null"]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from relora.cost import FACTORED, PLAIN, PROJECTED
-from relora.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, refresh, wrap, wrapped_layers
-from relora.merged import MergedLinear, materialise
+from relora.budget.cost import FACTORED, PLAIN, PROJECTED
+from relora.core.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, refresh, wrap, wrapped_layers
+from relora.core.merged import MergedLinear, materialise
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=40)
 WAYS = [FACTORED, PROJECTED]
@@ -174,7 +174,7 @@ def test_a_large_weight_is_merged_in_pieces_to_the_same_bits(
     made = layer(24, 40, rank=4, dtype=torch.float32)
     arguments = (made.weight, made.lora_A, made.lora_B, made.scaling)
     whole = materialise(*arguments, out=None, dtype=dtype)
-    monkeypatch.setattr("relora.merged.ROWS_NUMEL", 24 * 7)
+    monkeypatch.setattr("relora.core.merged.ROWS_NUMEL", 24 * 7)
     torch.testing.assert_close(materialise(*arguments, out=None, dtype=dtype), whole)
     exact = made.weight.double() + 0.25 * made.lora_B.double() @ made.lora_A.double()
     torch.testing.assert_close(whole, exact.to(dtype))

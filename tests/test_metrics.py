@@ -11,8 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora.metrics import MICRO_STEP, Broadcast, MetricsLog, Progress, ReplayError, read_rows, recorded, row_metrics
-from relora.rundir import RunDir
+from relora.runs.metrics import (
+    MICRO_STEP,
+    Broadcast,
+    MetricsLog,
+    Progress,
+    ReplayError,
+    read_rows,
+    recorded,
+    row_metrics,
+)
+from relora.runs.rundir import RunDir
 
 
 def write(path: Path, steps: range, *, exact: bool = True, shift: float = 0.0) -> None:
@@ -70,7 +79,7 @@ def test_rows_are_readable_while_the_run_goes_on(path: Path) -> None:
 
 def test_rows_survive_a_process_that_is_killed(path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from relora.metrics import MetricsLog\n"
+        "import os, signal, sys; from pathlib import Path; from relora.runs.metrics import MetricsLog\n"
         "log = MetricsLog(Path(sys.argv[1]), exact=True)\n"
         "for step in range(50): log.log(step, {'train/loss': float(step)})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -22,11 +22,12 @@ from mlflow import MlflowClient
 from processes import free_port
 from small import TINY, eventually
 
-from relora import cli, tracking
-from relora.compose import compose
-from relora.job import launch
-from relora.metrics import MetricsLog, read_rows, row_metrics
-from relora.rundir import RunDir
+from relora.cli import main as cli
+from relora.config.compose import compose
+from relora.runs.metrics import MetricsLog, read_rows, row_metrics
+from relora.runs.rundir import RunDir
+from relora.tracking import mirror as tracking
+from relora.training.job import launch
 
 FIRST, LAST = 3, 14
 """The outage begins at this step and holds to the run's end, unless a test ends it before."""

@@ -2,7 +2,7 @@ import html
 from html.parser import HTMLParser
 from pathlib import Path
 
-from relora.page import Page
+from relora.studies.page import Page
 
 ODD = "<script>alert(1)</script> & <b>a|b</b> &lt;"
 

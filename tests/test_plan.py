@@ -5,9 +5,9 @@ import sys
 import pytest
 from small import TINY
 
-from relora.compose import compose
-from relora.cost import break_even_rank
-from relora.plan import as_dict, plan, text, warning
+from relora.budget.cost import break_even_rank
+from relora.config.compose import compose
+from relora.config.plan import as_dict, plan, text, warning
 
 
 def test_a_plan_is_what_the_run_will_record(tiny: list[str]) -> None:
@@ -102,7 +102,7 @@ def test_a_method_without_factors_has_no_break_even() -> None:
 
 def test_the_verb_answers_without_torch() -> None:
     code = (
-        "import sys; from relora.cli import main; code = main(['plan', '--json', 'method.rank=8']); "
+        "import sys; from relora.cli.main import main; code = main(['plan', '--json', 'method.rank=8']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -8,10 +8,10 @@ from lab import FULL, RELORA, Lab
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from relora.compose import at_home
-from relora.config import RunConfig
-from relora.publish import publish_report
-from relora.rates import NOT_TUNED
+from relora.config.compose import at_home
+from relora.config.rates import NOT_TUNED
+from relora.config.run import RunConfig
+from relora.studies.publish import publish_report
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from small import REPOSITORY
 from torch import Tensor, nn
 
-from relora.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, wrap
-from relora.reset import prune_mask_at_random, prune_mask_by_magnitude, reset_optimizer
+from relora.core.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, wrap
+from relora.core.reset import prune_mask_at_random, prune_mask_by_magnitude, reset_optimizer
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=150)
 PRUNING_MODES = pytest.mark.parametrize("mode", ["zero", "random", "magnitude"])

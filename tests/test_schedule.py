@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora.schedule import JaggedCosine, RestartClock
+from relora.core.schedule import JaggedCosine, RestartClock
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=150)
 

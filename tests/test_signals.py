@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from small import REPOSITORY
 
-from relora import launch, signals
-from relora.checkpoint import latest_step
-from relora.compose import compose, freeze
-from relora.rundir import RunDir, Status, write_json
-from relora.study import Planned
+from relora.common import signals
+from relora.config.compose import compose, freeze
+from relora.launching import launch
+from relora.runs.checkpoint import latest_step
+from relora.runs.rundir import RunDir, Status, write_json
+from relora.studies.study import Planned
 
 NUMBERS = list(signals.NAMES)
 ids = [number.name for number in NUMBERS]
@@ -73,7 +74,7 @@ def test_a_signal_before_anything_has_begun_is_told_in_a_word(tiny: list[str]) -
         """
 class AtImport:
     def find_spec(self, name, path=None, target=None):
-        if name == "relora.cli":
+        if name == "relora.cli.main":
             send()
 sys.meta_path.insert(0, AtImport())
 """,
@@ -89,7 +90,7 @@ def test_signals_during_the_imports_break_none_of_them(tiny: list[str], number: 
         f"""
 class AtImport:
     def find_spec(self, name, path=None, target=None):
-        if name in ("torch.optim", "transformers.models.llama.modeling_llama", "relora.trainer"):
+        if name in ("torch.optim", "transformers.models.llama.modeling_llama", "relora.training.trainer"):
             send({number.value})
 sys.meta_path.insert(0, AtImport())
 """,
@@ -105,13 +106,13 @@ def test_an_interruption_that_a_library_swallows_is_still_one(tiny: list[str]) -
     done = run_py(
         tiny,
         """
-import relora.job
+import relora.training.job
 def build_trainer(*args, **settings):
     try:
         send(signal.SIGTERM); send(signal.SIGTERM)
     except KeyboardInterrupt:
         raise ModuleNotFoundError("Could not import module LlamaForCausalLM")
-relora.job.build_trainer = build_trainer
+relora.training.job.build_trainer = build_trainer
 """,
     )
     assert done.returncode == 130
@@ -126,15 +127,15 @@ def test_signals_while_the_end_is_recorded_and_the_interpreter_shuts_down_change
     done = run_py(
         tiny,
         """
-import relora.job
-write = relora.job._Attempt._write_status
+import relora.training.job
+write = relora.training.job._Attempt._write_status
 def send_all(times=1, kill=os.kill, own=os.getpid(), numbers=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)):
     for number in numbers * times:
         kill(own, number)
 def write_status(self):
     send_all(2)
     write(self)
-relora.job._Attempt._write_status = write_status
+relora.training.job._Attempt._write_status = write_status
 class Last:
     def __del__(self, send_all=send_all, write=os.write):
         write(1, b"going down")
@@ -152,12 +153,12 @@ def test_a_signal_in_the_export_is_answered_before_the_evaluation_and_the_run_ca
     done = run_py(
         tiny,
         """
-import relora.model
-save = relora.model.save_pretrained
+import relora.training.model
+save = relora.training.model.save_pretrained
 def and_send(*args):
     save(*args); send()
-relora.model.save_pretrained = and_send
-relora.model.sample = lambda *args, **settings: 1 / 0
+relora.training.model.save_pretrained = and_send
+relora.training.model.sample = lambda *args, **settings: 1 / 0
 """,
     )
     assert done.returncode == 130, done.stdout + done.stderr
@@ -226,7 +227,7 @@ def test_a_signal_that_came_before_a_wait_ends_it_and_an_answered_one_does_not()
 
 
 def test_a_process_started_with_signals_blocked_gets_them_when_it_holds_them(tmp_path: Path) -> None:
-    script = "import json, time; from relora import signals; time.sleep(0.5); signals.hold(); "
+    script = "import json, time; from relora.common import signals; time.sleep(0.5); signals.hold(); "
     script += "print(json.dumps(signals.reason()))"
     with signals.blocked():
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)

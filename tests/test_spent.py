@@ -10,14 +10,14 @@ from test_trainer import config_of, stop_after, trainer_of
 from test_warmstart import OTHERS, setting, trained
 from test_warmstart import RELORA as ARM
 
-from relora import checkpoint
-from relora.compose import compose
-from relora.errors import Interrupted
-from relora.gaps import Compared
-from relora.job import launch
-from relora.report import answer, write_report
-from relora.rundir import RunDir
-from relora.spent import conditions, differences, spend
+from relora.common.errors import Interrupted
+from relora.config.compose import compose
+from relora.runs import checkpoint
+from relora.runs.rundir import RunDir
+from relora.runs.spent import conditions, differences, spend
+from relora.studies.gaps import Compared
+from relora.studies.report import answer, write_report
+from relora.training.job import launch
 
 ONE = {"host": "one", "device": "cpu", "cpu": "x", "torch": "2.12", "threads": 2, "ranks": 1, "trainer.compile": False}
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from relora import slurm
-from relora.rundir import RunDir, Status, write_json
-from relora.state import State, observe
+from relora.runs import slurm
+from relora.runs.rundir import RunDir, Status, write_json
+from relora.runs.state import State, observe
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The table of a study; what stands in it comes from tests/test_state.py and tests/slurm."""
 
-from relora.state import State
-from relora.status import Standing, render_plain
+from relora.runs.state import State
+from relora.studies.status import Standing, render_plain
 
 QUEUED = Standing(
     run="llama_tiny-relora-r128-b8382e77",

@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from relora import cli, store
-from relora.compose import compose
-from relora.errors import RunError
-from relora.store import experiment_id, open_store
+from relora.cli import main as cli
+from relora.common.errors import RunError
+from relora.config.compose import compose
+from relora.tracking import store
+from relora.tracking.store import experiment_id, open_store
 
 CHILDREN = """
 import os, resource, signal, sys, time
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
 from alembic import command
-from relora.store import open_store
+from relora.tracking.store import open_store
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
 for value in sys.argv[3:]:

@@ -13,16 +13,17 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from relora import cli, tracking
-from relora.compose import at_home, compose, freeze, thaw
-from relora.config import RunConfig
-from relora.metrics import MetricsLog, read_rows, row_metrics
-from relora.rates import NOT_TUNED
-from relora.rundir import RunDir, Status
-from relora.store import experiment_id, open_store
-from relora.tracking import Mirror, MirrorThread, mirror_all
-from relora.tuned import Presets
-from relora.view import view
+from relora.cli import main as cli
+from relora.config.compose import at_home, compose, freeze, thaw
+from relora.config.rates import NOT_TUNED
+from relora.config.run import RunConfig
+from relora.config.tuned import Presets
+from relora.runs.metrics import MetricsLog, read_rows, row_metrics
+from relora.runs.rundir import RunDir, Status
+from relora.studies.view import view
+from relora.tracking import mirror as tracking
+from relora.tracking.mirror import Mirror, MirrorThread, mirror_all
+from relora.tracking.store import experiment_id, open_store
 
 STARTED_MS = 1_700_000_000_000
 CORPUS = {"corpus_digest": "c" * 32, "tokenizer_digest": "d" * 32}
@@ -529,9 +530,9 @@ SYNC_AT_ONCE = """
 import os, sys
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
-from relora.compose import thaw
-from relora.rundir import RunDir
-from relora.tracking import Mirror
+from relora.config.compose import thaw
+from relora.runs.rundir import RunDir
+from relora.tracking.mirror import Mirror
 
 waiting, starting = os.pipe()
 children = []
@@ -726,7 +727,7 @@ def test_sync_corrects_a_run_whose_process_died_and_no_other(
 ) -> None:
     run, config = new_run(runs_dir)
     hold = (
-        "import sys, time; from pathlib import Path; from relora.rundir import RunDir\n"
+        "import sys, time; from pathlib import Path; from relora.runs.rundir import RunDir\n"
         "with RunDir(Path(sys.argv[1])).locked(): print('locked', flush=True); time.sleep(60)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", hold, str(run.path)], stdout=subprocess.PIPE, text=True)

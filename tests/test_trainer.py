@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relora import checkpoint
-from relora.compose import compose
-from relora.config import RunConfig
-from relora.data import TokenSequences
-from relora.distributed import World
-from relora.lowrank import LowRankLinear, low_rank_layers
-from relora.metrics import MetricsLog, Progress, read_rows, row_metrics
-from relora.model import build, summed_cross_entropy
-from relora.trainer import Interrupted, Trainer, TrainingError
+from relora.config.compose import compose
+from relora.config.run import RunConfig
+from relora.core.lowrank import LowRankLinear, low_rank_layers
+from relora.data.sequences import TokenSequences
+from relora.runs import checkpoint
+from relora.runs.metrics import MetricsLog, Progress, read_rows, row_metrics
+from relora.training.distributed import World
+from relora.training.model import build, summed_cross_entropy
+from relora.training.trainer import Interrupted, Trainer, TrainingError
 
 VOCAB = 64
 
@@ -101,7 +101,7 @@ def stop_in_validation(batches: int, monkeypatch: pytest.MonkeyPatch):
         done.append(len(inputs_BxT))
         return summed_cross_entropy(model, inputs_BxT, targets_BxT, **settings)
 
-    monkeypatch.setattr("relora.evaluate.summed_cross_entropy", counted)
+    monkeypatch.setattr("relora.training.evaluate.summed_cross_entropy", counted)
     return lambda: "test" if len(done) >= batches else None, done
 
 
@@ -448,7 +448,7 @@ def test_no_memory_for_the_merged_weights_is_an_error_with_a_remedy(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer = trainer_of(config_of(), tmp_path)
-    monkeypatch.setattr("relora.lowrank.materialise", no_room)
+    monkeypatch.setattr("relora.core.lowrank.materialise", no_room)
     with pytest.raises(
         TrainingError, match=r"while the merged weights were formed; take method\.merged_weight=rebuilt"
     ):
@@ -800,7 +800,9 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
 def test_a_compiled_model_trains_alike_and_says_what_compiling_took(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("relora.model.COMPILER", "aot_eager")  # traces all the same, without a C++ compiler's minutes
+    monkeypatch.setattr(
+        "relora.training.model.COMPILER", "aot_eager"
+    )  # traces all the same, without a C++ compiler's minutes
     torch.compiler.reset()
     plain = trainer_of(config_of(), tmp_path / "plain")
     compiled = trainer_of(config_of("trainer.compile=true"), tmp_path / "compiled")
@@ -812,7 +814,7 @@ def test_a_compiled_model_trains_alike_and_says_what_compiling_took(tmp_path: Pa
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
 def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("relora.model.COMPILER", "aot_eager")
+    monkeypatch.setattr("relora.training.model.COMPILER", "aot_eager")
     config = config_of("trainer.compile=true")
     whole = trainer_of(config, tmp_path / "whole")
     whole.train()

@@ -9,11 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 from small import REPOSITORY
 
-from relora import choices, compose, presets, tune
-from relora.errors import ConfigError, RunError
-from relora.launch import Planned
-from relora.metrics import MetricsLog
-from relora.sweeps import search
+from relora.common.errors import ConfigError, RunError
+from relora.config import choices, compose, presets
+from relora.launching import tune
+from relora.launching.launch import Planned
+from relora.runs.metrics import MetricsLog
+from relora.studies.sweeps import search
 
 SWEEP = "sweeps=tune_learning_rate"
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from relora import cli
-from relora.baselines import FACTORS
-from relora.compose import compose, freeze, thaw
-from relora.rates import NOT_TUNED, RatesConfig
-from relora.study import plan
-from relora.sweeps import expand
-from relora.tuned import Presets, remarks
+from relora.cli import main as cli
+from relora.config.compose import compose, freeze, thaw
+from relora.config.rates import NOT_TUNED, RatesConfig
+from relora.config.tuned import Presets, remarks
+from relora.studies.baselines import FACTORS
+from relora.studies.study import plan
+from relora.studies.sweeps import expand
 
 
 def noted(*overrides: str) -> RatesConfig:

@@ -8,10 +8,10 @@ import torch
 from small import TINY
 from test_trainer import Recorder, stop_after, trainer_of
 
-from relora.compose import compose
-from relora.errors import Interrupted
-from relora.trainer import Trainer
-from relora.underway import UnderWay
+from relora.common.errors import Interrupted
+from relora.config.compose import compose
+from relora.training.trainer import Trainer
+from relora.training.underway import UnderWay
 
 HOST_SECONDS = 0.005
 """What the host takes to make an update."""

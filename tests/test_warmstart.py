@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from small import REPOSITORY
 
-from relora.compose import compose
-from relora.job import launch
-from relora.metrics import read_rows
-from relora.rundir import RunDir
-from relora.warmstart import folder_of, key
+from relora.config.compose import compose
+from relora.runs.metrics import read_rows
+from relora.runs.rundir import RunDir
+from relora.runs.warmstart import folder_of, key
+from relora.training.job import launch
 
 RELORA = ["method=relora", "method.rank=4"]
 OTHERS = [

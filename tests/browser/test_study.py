@@ -10,11 +10,11 @@ from chromium import PAGE_SECONDS, SCREEN, Ui, plots, setting
 from mlflow import MlflowClient
 from small import eventually
 
-from relora.compare import Study, load_study
-from relora.compose import compose
-from relora.launch import launch_study
-from relora.sweeps import expand
-from relora.view import gap_metric
+from relora.config.compose import compose
+from relora.launching.launch import launch_study
+from relora.studies.compare import Study, load_study
+from relora.studies.sweeps import expand
+from relora.studies.view import gap_metric
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
 

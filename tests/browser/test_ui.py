@@ -25,13 +25,13 @@ from chromium import (
 from mlflow import MlflowClient
 from small import eventually
 
-from relora import credentials
-from relora.compose import compose
-from relora.errors import RunError
-from relora.job import launch
-from relora.metrics import read_rows, row_metrics
-from relora.rundir import RunDir, read_json
-from relora.ui import own_address
+from relora.cli.ui import own_address
+from relora.common.errors import RunError
+from relora.config import credentials
+from relora.config.compose import compose
+from relora.runs.metrics import read_rows, row_metrics
+from relora.runs.rundir import RunDir, read_json
+from relora.training.job import launch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
 

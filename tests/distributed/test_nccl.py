@@ -10,8 +10,8 @@ import pytest
 import torch
 from processes import Ranks, at_step, trained
 
-from relora.metrics import read_rows
-from relora.rundir import RunDir
+from relora.runs.metrics import read_rows
+from relora.runs.rundir import RunDir
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -87,9 +87,9 @@ def fails(failing: int, rank: int) -> None:
 
 
 def waits_ten_seconds(rank: int) -> None:
-    import relora.distributed
+    import relora.training.distributed
 
-    relora.distributed.WATCHED_SECONDS = 10.0
+    relora.training.distributed.WATCHED_SECONDS = 10.0
 
 
 def sees_one_gpu(rank: int) -> None:

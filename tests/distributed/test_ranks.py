@@ -14,11 +14,11 @@ from processes import Ranks, at_step, trained
 from safetensors.torch import load_file
 from small import TINY
 
-from relora.checkpoint import latest_step
-from relora.lowrank import low_rank_layers
-from relora.metrics import read_rows, row_metrics
-from relora.rundir import RunDir
-from relora.state import observe
+from relora.core.lowrank import low_rank_layers
+from relora.runs.checkpoint import latest_step
+from relora.runs.metrics import read_rows, row_metrics
+from relora.runs.rundir import RunDir
+from relora.runs.state import observe
 
 TOLERANCE = 1e-5
 """Absolute, of losses and weights. Another number of ranks adds fp32 gradients up in another order; 14 steps made of
@@ -92,9 +92,9 @@ def killed_at_step_9(rank: int) -> None:
 
 
 def killed_in_a_merge(rank: int) -> None:
-    import relora.methods
+    import relora.methods.builtin
 
-    relora.methods.reset_optimizer = kill
+    relora.methods.builtin.reset_optimizer = kill
 
 
 def one_fails(rank: int) -> None:
@@ -114,45 +114,45 @@ def one_strays(rank: int) -> None:
 
 def one_is_small(rank: int) -> None:
     """Rank 1 cannot take more than one sequence at a time."""
-    import relora.evaluate
-    import relora.microsteps
-    from relora.model import summed_cross_entropy
+    import relora.training.evaluate
+    import relora.training.microsteps
+    from relora.training.model import summed_cross_entropy
 
     def limited(model, inputs, targets, **settings):
         if len(inputs) > 1 and rank == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return summed_cross_entropy(model, inputs, targets, **settings)
 
-    relora.microsteps.summed_cross_entropy = relora.evaluate.summed_cross_entropy = limited
+    relora.training.microsteps.summed_cross_entropy = relora.training.evaluate.summed_cross_entropy = limited
 
 
 def same_gpu(rank: int) -> None:
-    import relora.ranks
+    import relora.training.processes
 
-    relora.ranks.identity = lambda device: 7
+    relora.training.processes.identity = lambda device: 7
 
 
 def gpu_of_rank_1_alone(rank: int) -> None:
-    import relora.ranks
+    import relora.training.processes
 
-    relora.ranks.identity = lambda device: rank
+    relora.training.processes.identity = lambda device: rank
 
 
 def no_room_on_rank_1(rank: int) -> None:
-    import relora.microsteps
+    import relora.training.microsteps
 
     def full(*ignored, **settings) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     if rank == 1:
-        relora.microsteps.gradient_buffer = full
+        relora.training.microsteps.gradient_buffer = full
 
 
 def impatient(rank: int) -> None:
     """The ranks wait for each other for 10 seconds in an update."""
-    import relora.distributed
+    import relora.training.distributed
 
-    relora.distributed.WATCHED_SECONDS, relora.distributed.TIMEOUT = 10.0, timedelta(seconds=16)
+    relora.training.distributed.WATCHED_SECONDS, relora.training.distributed.TIMEOUT = 10.0, timedelta(seconds=16)
 
 
 def one_hangs(rank: int) -> None:
@@ -168,19 +168,19 @@ def one_is_slow_to_fail(rank: int) -> None:
     """
     from torch import distributed
 
-    import relora.distributed
+    import relora.training.distributed
 
-    relora.distributed.TIMEOUT = timedelta(seconds=16)
-    destroy, check = distributed.destroy_process_group, relora.distributed.World._check_others
+    relora.training.distributed.TIMEOUT = timedelta(seconds=16)
+    destroy, check = distributed.destroy_process_group, relora.training.distributed.World._check_others
 
     def late() -> None:
         time.sleep(120)
         destroy()
 
-    def heard(world: relora.distributed.World) -> None:
+    def heard(world: relora.training.distributed.World) -> None:
         try:
             check(world)
-        except relora.distributed.PeerLost as lost:
+        except relora.training.distributed.PeerLost as lost:
             print(f"rank {rank} has heard: {lost}", flush=True)
             raise
 
@@ -188,17 +188,21 @@ def one_is_slow_to_fail(rank: int) -> None:
     if rank == 1:
         distributed.destroy_process_group = late
     else:
-        relora.distributed.World._check_others = heard  # type: ignore[method-assign]
+        relora.training.distributed.World._check_others = heard  # type: ignore[method-assign]
 
 
 def first_takes_long(rank: int) -> None:
     """What rank 0 does alone takes longer than the ranks wait for each other in an update."""
-    import relora.checkpoint
-    import relora.corpus
-    import relora.export
+    import relora.data.corpus
+    import relora.runs.checkpoint
+    import relora.training.export
 
     impatient(rank)
-    for module, name in ((relora.corpus, "prepare_apart"), (relora.checkpoint, "save"), (relora.export, "export")):
+    for module, name in (
+        (relora.data.corpus, "prepare_apart"),
+        (relora.runs.checkpoint, "save"),
+        (relora.training.export, "export"),
+    ):
         setattr(module, name, after_seconds(12, getattr(module, name)))
 
 
@@ -214,14 +218,14 @@ def after_seconds(seconds: float, function):
 
 
 def first_cannot_prepare(rank: int) -> None:
-    import relora.corpus
-    from relora.errors import RunError
+    import relora.data.corpus
+    from relora.common.errors import RunError
 
     def fail(*ignored) -> None:
         time.sleep(1)
         raise RunError("the text is gone")
 
-    relora.corpus.prepare_apart = fail
+    relora.data.corpus.prepare_apart = fail
 
 
 def seeds_shown(rank: int) -> None:

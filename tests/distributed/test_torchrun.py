@@ -11,10 +11,10 @@ import pytest
 from processes import free_port
 from small import REPOSITORY
 
-from relora.checkpoint import latest_step
-from relora.compose import compose
-from relora.metrics import read_rows
-from relora.rundir import RunDir
+from relora.config.compose import compose
+from relora.runs.checkpoint import latest_step
+from relora.runs.metrics import read_rows
+from relora.runs.rundir import RunDir
 
 LONG = ["trainer.total_steps=2003", "method.reset_interval_steps=1000", "trainer.validation_interval_steps=1000"]
 

@@ -3,10 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from relora.data import TokenSequences
-from relora.distributed import World, digest, gradient_buffer, raise_unless
-from relora.errors import RunError
-from relora.ranks import choose_device, identity
+from relora.common.errors import RunError
+from relora.data.sequences import TokenSequences
+from relora.training.distributed import World, digest, gradient_buffer, raise_unless
+from relora.training.processes import choose_device, identity
 
 
 def test_a_process_without_torchruns_variables_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from processes import trained
 from small import REPOSITORY, eventually
 
-from relora import control
-from relora.compose import compose
-from relora.rundir import RunDir, read_json
-from relora.state import observe
+from relora.config.compose import compose
+from relora.launching import manage as control
+from relora.runs.rundir import RunDir, read_json
+from relora.runs.state import observe
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 

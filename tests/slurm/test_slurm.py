@@ -38,11 +38,11 @@ from jobs import (
 )
 from small import REPOSITORY
 
-from relora import cli
-from relora.compose import compose
-from relora.corpus import prepare
-from relora.rundir import RunDir, read_json
-from relora.store import open_store
+from relora.cli import main as cli
+from relora.config.compose import compose
+from relora.data.corpus import prepare
+from relora.runs.rundir import RunDir, read_json
+from relora.tracking.store import open_store
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ class Last:
 sys.last_of_all = Last()
 class AtImport:
     def find_spec(self, name, path=None, target=None):
-        if name == "relora.submit" and "SLURM_RESTART_COUNT" not in os.environ:
+        if name == "relora.launching.submit" and "SLURM_RESTART_COUNT" not in os.environ:
             send()
 if "SLURM_PROCID" in os.environ:
     sys.meta_path.insert(0, AtImport())

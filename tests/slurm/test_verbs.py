@@ -24,7 +24,7 @@ from jobs import (
 )
 from small import REPOSITORY
 
-from relora.rundir import RunDir, read_json, write_json
+from relora.runs.rundir import RunDir, read_json, write_json
 
 
 @pytest.fixture

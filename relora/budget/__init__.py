@@ -1,0 +1,4 @@
+"""FLOPs, parameters and bytes of a run, by arithmetic.
+
+Imports Python's own library alone.
+"""

@@ -1,0 +1,123 @@
+"""The most memory that an update takes, as plain arithmetic without torch: activations, the loss, gradients.
+
+Tests hold it within 5% of what torch allocates.
+
+For the decoder of relora.training.model as Hugging Face computes it, with torch's fused attention (which keeps no
+square of the sequence) and the loss of relora.core.loss. What an allocator rounds up and kernels take for themselves
+comes on top.
+"""
+
+from relora.budget.cost import COMPUTE_BYTES, PLAIN, STORAGE_BYTES, Cost, LlamaShape
+
+LOGITS_NUMEL = 2**24
+"""Logits that are held at a time, in fp32: 64 MiB."""
+
+WIDE_BYTES = 4
+"""Of fp32, which norms and the loss are computed in at least."""
+
+
+def layer_bytes_per_token(
+    shape: LlamaShape, own: Cost, *, precision: str, plain_wrapped: tuple[tuple[int, int], ...]
+) -> int:
+    """What one decoder layer keeps of a token for the backward pass.
+
+    `plain_wrapped`: (in, out) of its matrices whose low-rank part is computed on its own.
+    """
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
+    # Autocast gives each matrix a copy of its input.
+    inputs = 3 + 2 if stored != computed else 1 + 1
+    norms = 2 * (WIDE_BYTES + stored) * hidden + inputs * computed * hidden
+    attention = 4 * computed * hidden + WIDE_BYTES * shape.heads
+    mlp = 4 * computed * intermediate
+    dropped, scaled = 0 if own.mergeable else computed + 1, computed if own.trainable_scaling else 0
+    low_rank = sum(own.rank * computed + i * dropped + o * scaled for i, o in plain_wrapped)
+    return norms + attention + mlp + low_rank
+
+
+def peak_bytes(
+    shape: LlamaShape,
+    own: Cost,
+    *,
+    sequences_per_micro_step: int,
+    sequence_length_tokens: int,
+    micro_steps: int,
+    precision: str,
+    merged_weight: str,
+    activation_checkpointing: bool,
+    update_in_backward: bool,
+    ranks: int,
+) -> int:
+    """The most that one update holds at a time: with weights, optimizer state, and what stays between updates.
+
+    Beyond those, either at the loss, when all activations are there, or at the beginning of the backward pass, or at
+    its end, when all gradients are (with those of the micro-steps before it, from the second on). An update in backward
+    has one gradient at a time.
+    """
+    tokens = sequences_per_micro_step * sequence_length_tokens
+    stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
+    hidden, head_numel = shape.hidden_size, shape.vocab_size * shape.hidden_size
+    ways = own.ways(merged_weight, tokens_per_micro_step=tokens, micro_steps=micro_steps)
+    plain = tuple(each for each, way in zip(own.wrapped, ways, strict=True) if way == PLAIN)
+    merged = (each for each, way in zip(own.wrapped, ways, strict=True) if way != PLAIN)
+    of_a_layer = plain[: len(plain) // shape.layers]
+    layer = tokens * layer_bytes_per_token(shape, own, precision=precision, plain_wrapped=of_a_layer)
+    # Autocast's copies of the weights; those of frozen ones live as long as their layer's activations.
+    trained_copies = frozen_copies = 0
+    if stored != computed:
+        wrapped_numel = sum(i * o for i, o in own.wrapped)
+        trained_copies = computed * (sum(i * o for i, o in shape.linears().values()) - wrapped_numel)
+        frozen_copies = computed * sum(i * o + own.rank * (i + o) for i, o in plain)
+    final_norm = tokens * (WIDE_BYTES + 2 * stored) * hidden
+
+    of_head = stored * head_numel
+    loss = tokens * computed * hidden + WIDE_BYTES * head_numel
+    at_a_time = min(tokens, max(1, LOGITS_NUMEL // shape.vocab_size)) * shape.vocab_size
+    loss += at_a_time * (WIDE_BYTES + (computed if computed < WIDE_BYTES else 0))
+    if stored != computed:
+        loss += tokens * computed * hidden + computed * head_numel
+
+    in_layer = tokens * computed * (2 * hidden + shape.intermediate_size)
+    if merged_weight == "rebuilt":
+        in_layer += computed * max((i * o for i, o in merged), default=0)
+    at_the_end = own.gradient_bytes + in_layer
+    if activation_checkpointing:
+        between = shape.layers * tokens * stored * hidden
+        at_the_loss = between + final_norm + trained_copies + loss
+        in_layer += layer + tokens * WIDE_BYTES * hidden + (trained_copies + frozen_copies) // shape.layers
+        at_the_beginning = between + of_head + in_layer
+        at_the_end += layer
+    else:
+        kept = shape.layers * layer + final_norm + trained_copies + frozen_copies
+        at_the_loss = kept + loss
+        at_the_beginning = kept + of_head + (computed * head_numel if stored != computed else 0) + in_layer
+    kept_bytes = own.weight_bytes + own.optimizer_bytes
+    if merged_weight == "resident":
+        kept_bytes += own.merged_weight_bytes(tokens_per_micro_step=tokens, micro_steps=micro_steps)
+    if ranks > 1:  # the fp32 buffer in which they add their gradients up
+        kept_bytes += WIDE_BYTES * own.trainable_parameters
+    if update_in_backward:
+        one = own.largest_gradient_bytes
+        at_the_head = at_the_beginning - in_layer + own.optimizer_step_bytes
+        at_the_end += one - own.gradient_bytes
+        return kept_bytes + max(
+            at_the_loss, at_the_head, at_the_beginning - of_head, at_the_end, one + own.optimizer_step_bytes
+        )
+    summed_bytes = summed_gradient_bytes(own, precision=precision, micro_steps=micro_steps)
+    is_wide = summed_bytes > own.gradient_bytes
+    if micro_steps > 1:
+        # A gradient that is added to a wider sum is copied first; the head's and the embeddings' are the largest.
+        copied = WIDE_BYTES * head_numel if is_wide else 0
+        at_the_loss += summed_bytes
+        at_the_beginning += summed_bytes + max(0, copied - in_layer)
+        at_the_end += summed_bytes - own.gradient_bytes + of_head + copied
+    at_the_rounding = summed_bytes + own.largest_gradient_bytes if is_wide else 0
+    at_the_step = own.gradient_bytes + own.optimizer_step_bytes
+    return kept_bytes + max(at_the_loss, at_the_beginning, at_the_end, at_the_rounding, at_the_step)
+
+
+def summed_gradient_bytes(own: Cost, *, precision: str, micro_steps: int) -> int:
+    """What the gradients take while they are added up: in fp32 at least where there are several micro-steps."""
+    if micro_steps > 1 and STORAGE_BYTES[precision] < WIDE_BYTES:
+        return WIDE_BYTES * own.trainable_parameters
+    return own.gradient_bytes

@@ -1,0 +1,220 @@
+"""The MLflow UI on the runs' store: its links, its server, and the mirror that keeps the store up to date."""
+
+import configparser
+import contextlib
+import importlib.util
+import io
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from relora.common.errors import ConfigError, RunError
+from relora.config import compose, credentials
+from relora.config.run import RunConfig
+from relora.studies.compare import studies
+from relora.studies.publish import mirror_runs
+from relora.studies.study import Planned
+from relora.tracking.store import tell
+
+ADMIN = "admin"
+"""The user of a server that asks for a password; MLflow's UI can add others."""
+PORT = 5000
+START_SECONDS = 90.0
+MIRROR_SECONDS = 10.0
+
+
+def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
+    """What to put behind a server's address: "all", and the prepared view of each study.
+
+    Raises ConfigError where nothing was recorded, unless the store is to be created.
+    """
+    uri, runs_dir = config.mlflow_uri, Path(config.runs_dir)
+    store = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:") and not store.exists() and not create and not _submissions(runs_dir):
+        raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
+
+    from relora.studies.view import view_key, write_view
+    from relora.tracking.store import experiment_id, failures_told, open_store
+
+    known = studies(runs_dir)
+    if config.study is not None and config.study not in known:
+        raise ConfigError(f"no study {config.study} was launched in {runs_dir}; there are: {', '.join(known)}")
+    with failures_told(config):
+        client = open_store(uri, runs_dir)
+        experiment = experiment_id(client, config)
+    found = {"all": f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"}
+    for study in [config.study] if config.study else known:
+        with failures_told(config):
+            write_view(client, experiment, study)
+        found[study] = f"{found['all']}&viewStateShareKey={view_key(study)}"
+    return found
+
+
+def _submissions(runs_dir: Path) -> list[Path]:
+    """The configs of the runs that were submitted to SLURM."""
+    configs = [file.with_name("config.yaml") for file in sorted(runs_dir.glob("*/submission.json"))]
+    return [file for file in configs if file.is_file()]
+
+
+def submitted_runs(runs_dir: Path, told: set[Path]) -> list[Planned]:
+    """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone.
+
+    A config that cannot be read is told of, unless it is among those `told` already, and its run is left out.
+    """
+    planned: list[Planned] = []
+    for file in _submissions(runs_dir):
+        try:
+            planned.append(Planned(config=compose.at_home(file), role="arm"))
+        except ConfigError as error:
+            if file not in told:
+                tell(f"{error}; MLflow gets nothing of this run")
+            told.add(file)
+    return planned
+
+
+def serve(
+    config: RunConfig, *, port: int | None, host: str | None, auth: bool, ready: Callable[[str, str], None]
+) -> int:
+    """An MLflow server of one worker until Ctrl-C or SIGTERM.
+
+    `ready` is told its address, and the tracker.uri by which runs record there. With `host`, a name or an address of
+    this machine, it accepts other machines at that address. With `auth` it asks for the password of `sign_in`. Raises
+    RunError where it does not start.
+    """
+    address = "127.0.0.1" if host is None else own_address(host)
+    port = port or _free_port(address)
+    if _listens(address, port):
+        raise RunError(f"port {port} is in use; take another --port, or leave it out for a free one")
+    runs_dir = Path(config.runs_dir)
+    name = host or address
+    url = store = f"http://{f'[{name}]' if ':' in name else name}:{port}"
+    command = ["--workers", "1", "--host", address, "--port", str(port)]
+    command += ["--artifacts-destination", (runs_dir / "mlartifacts").as_uri()]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # An argument would show the store's password to all users of the machine.
+    environment["MLFLOW_BACKEND_STORE_URI"] = credentials.whole(config.mlflow_uri, runs_dir)
+    if host is not None:
+        names = dict.fromkeys((name, address, "localhost", "127.0.0.1"))
+        command += ["--allowed-hosts", ",".join(f"{name}:*,{name}" for name in names)]
+    if auth:
+        file, password, secret_key = sign_in(runs_dir)
+        command += ["--app-name", "basic-auth"]
+        environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(file), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret_key}
+        store = credentials.learn(url.replace("://", f"://{ADMIN}:{password}@"))
+        credentials.keep(store, runs_dir)
+        tell(f"sign in as {ADMIN}; the password is admin_password in {file}")
+    elif host is not None:
+        tell(f"whoever reaches {url} sees, changes and deletes the runs in it; --auth asks for a password")
+    if host is not None and ipaddress.ip_address(address).is_loopback:
+        tell(f"{host} is {address} here, which no other machine reaches; give --host an address of this machine")
+    log = tempfile.TemporaryFile()  # noqa: SIM115 -- a pipe that nobody reads would block the server one day
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _listens(address, port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                log.seek(0)
+                detail = log.read().decode(errors="replace") or "no answer"
+                raise RunError(f"the MLflow server did not start on port {port}: {detail.strip()[-500:]}")
+            time.sleep(0.2)
+        ready(url, store)
+        damaged: set[Path] = set()
+        while server.poll() is None:
+            mirror_runs(submitted_runs(runs_dir, damaged))
+            try:
+                server.wait(MIRROR_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+        return server.returncode
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+        log.close()
+
+
+def own_address(host: str) -> str:
+    """The address of this machine that a name stands for. Raises RunError where it stands for none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        found = []
+    addresses = []
+    for family, _, _, _, (address, *_) in sorted(found, key=lambda entry: entry[0] != socket.AF_INET):
+        addresses.append(str(address))
+        with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((address, 0))
+            if not ipaddress.ip_address(address).is_unspecified:
+                return str(address)
+    is_what = f"is {addresses[0]}, which is no single address of this machine" if addresses else "cannot be resolved"
+    raise RunError(
+        f"--host {host} {is_what}; give a name or address of this machine by which others reach it, or leave --host "
+        "out and tunnel with ssh -L"
+    )
+
+
+def sign_in(runs_dir: Path) -> tuple[Path, str, str]:
+    """MLflow's settings for a server that asks for a password: their file, the admin's password, the server's key.
+
+    Made once for a runs_dir, where only their owner can read them. Raises RunError without MLflow's extra.
+    """
+    if importlib.util.find_spec("flask_wtf") is None:
+        raise RunError("--auth needs MLflow's own extra; install it with: pip install 'mlflow[auth]'")
+    folder = runs_dir / ".mlflow_auth"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = folder / "basic_auth.ini"
+    settings = configparser.ConfigParser(interpolation=None)
+    with FileLock(folder / ".lock"):
+        settings.read(file)
+        if not settings.has_section("relora"):
+            settings["mlflow"] = {
+                "default_permission": "READ",
+                "database_uri": f"sqlite:///{folder.absolute() / 'basic_auth.db'}",
+                "admin_username": ADMIN,
+                "admin_password": secrets.token_urlsafe(24),
+                "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+            }
+            settings["relora"] = {"secret_key": secrets.token_urlsafe(24)}
+            text = io.StringIO()
+            settings.write(text)
+            credentials.write_private(file, text.getvalue())
+    return file, settings["mlflow"]["admin_password"], settings["relora"]["secret_key"]
+
+
+def _listens(address: str, port: int) -> bool:
+    with socket.socket(_family(address)) as probe:
+        return probe.connect_ex((address, port)) == 0
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _free_port(address: str) -> int:
+    """5000 if nothing listens there, else one that the system picks."""
+    for wanted in (PORT, 0):
+        with socket.socket(_family(address)) as probe:
+            try:
+                probe.bind((address, wanted))
+                return probe.getsockname()[1]
+            except OSError:
+                continue
+    raise RunError("no free port")

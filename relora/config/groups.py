@@ -1,0 +1,408 @@
+"""What can be set: one dataclass per config group, each checked for what can be wrong with it alone.
+
+Fields with the metadata UNHASHED do not change the mathematics of a run and stay out of its hash. All errors are
+ConfigError: the value, the rule, the remedy.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relora.budget.cost import MERGED_WEIGHTS, STORAGE_BYTES, LlamaShape
+from relora.common.errors import ConfigError, shown
+from relora.config.checks import at_least, at_most, check_name, fraction, one_of, parse_count, positive
+
+SOURCES = ("stdlib", "text")
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = (".jsonl", ".parquet")
+TRACKERS = ("mlflow", "jsonl")
+REINITS = ("kaiming", "orthogonal")
+RESET_MODES = ("none", "zero", "random", "magnitude")
+RESET_MOMENTS = ("joint", "independent")
+
+LARGEST_MODEL = {
+    "hidden_size": 2**16,
+    "intermediate_size": 2**20,
+    "layers": 1000,
+    "heads": 2**15,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**31 - 1,
+}
+"""Above what anyone trains, and small enough for the arithmetic of costs, which goes through every layer."""
+MOST_SEQUENCES = 2**20
+MOST_STEPS = 10**12
+
+UNHASHED = {"identity": False}
+"""Metadata of a field that does not change the mathematics."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A Llama-style decoder. `vocab_size=None` takes the tokenizer's."""
+
+    name: str = field(metadata=UNHASHED)
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    vocab_size: int | None = None
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_name("model.name", self.name)
+        for name, maximum in LARGEST_MODEL.items():
+            at_least(f"model.{name}", getattr(self, name), 1)
+            at_most(f"model.{name}", getattr(self, name), maximum, "no model is that large")
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} must be an even multiple of model.heads={self.heads} "
+                "(rotary embeddings turn pairs)"
+            )
+        positive("model.rms_norm_eps", self.rms_norm_eps)
+        at_most("model.rms_norm_eps", self.rms_norm_eps, 1, "a larger one outweighs what is normalised")
+
+    def shape(self, vocab_size: int) -> LlamaShape:
+        """The sizes that costs are computed from."""
+        return LlamaShape(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            layers=self.layers,
+            heads=self.heads,
+            vocab_size=vocab_size,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerResetConfig:
+    """How a restart prunes the optimizer state of the factors (relora.core.reset)."""
+
+    mode: str = "magnitude"
+    pruning_ratio: float = 0.99
+    moments: str = "joint"
+    reset_step: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("method.optimizer_reset.mode", self.mode, RESET_MODES)
+        one_of("method.optimizer_reset.moments", self.moments, RESET_MOMENTS)
+        fraction("method.optimizer_reset.pruning_ratio", self.pruning_ratio)
+
+    @property
+    def effective(self) -> "OptimizerResetConfig":
+        """The same reset, fields without effect at their defaults: a ratio of 1 is mode "zero", of 0 prunes nothing."""
+        mode, ratio = self.mode, self.pruning_ratio
+        if mode == "none" or (mode != "zero" and ratio == 0 and not self.reset_step):
+            return OptimizerResetConfig(mode="none")
+        if mode == "zero" or ratio == 1:
+            return OptimizerResetConfig(mode="zero", reset_step=self.reset_step)
+        if ratio == 0:
+            return OptimizerResetConfig(mode="magnitude", pruning_ratio=0.0)
+        return self
+
+
+@dataclass(kw_only=True, slots=True)
+class MethodConfig:
+    """What every arm has: its name, and full-rank training before it begins."""
+
+    name: str
+    warm_start_steps: int = 0
+    warm_start_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least("method.warm_start_steps", self.warm_start_steps, 0)
+        at_most("method.warm_start_steps", self.warm_start_steps, MOST_STEPS, "no run has as many updates")
+        positive("method.warm_start_learning_rate", self.warm_start_learning_rate)
+
+
+@dataclass(kw_only=True, slots=True)
+class FullConfig(MethodConfig):
+    """Full-rank training, the baseline."""
+
+
+def _default_targets() -> list[str]:
+    return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(kw_only=True, slots=True)
+class TargetedConfig(MethodConfig):
+    """A method that a rank and a choice of the decoder's matrices belong to."""
+
+    rank: int
+    target_modules: list[str] = field(default_factory=_default_targets)
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        at_least("method.rank", self.rank, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ControlConfig(TargetedConfig):
+    """Full-rank training of a smaller model: as many trainable parameters as factors of `rank` would leave."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GaLoreConfig(TargetedConfig):
+    """Full-rank weights, Adam in a subspace of `rank` that is taken anew every `update_interval_steps`."""
+
+    update_interval_steps: int = 200
+    scale: float = 0.25
+
+    def __post_init__(self) -> None:
+        TargetedConfig.__post_init__(self)
+        at_least("method.update_interval_steps", self.update_interval_steps, 1)
+        positive("method.scale", self.scale)
+        at_most("method.scale", self.scale, 1e6, "the update would be nothing but the scale")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRAConfig(TargetedConfig):
+    """One set of factors for the whole run. `alpha=None` means 0.25 * rank.
+
+    `merged_weight` chooses among exact ways to compute, faster or smaller (relora.core.lowrank.refresh).
+    """
+
+    alpha: float | None = None
+    dropout: float = 0.0
+    reinit: str = "kaiming"
+    trainable_scaling: bool = False
+    merged_weight: str = field(default="resident", metadata=UNHASHED)
+
+    def __post_init__(self) -> None:
+        TargetedConfig.__post_init__(self)
+        positive("method.alpha", self.alpha)
+        at_most("method.alpha", self.alpha, 1e6, "alpha / rank scales what the factors add to the weights")
+        one_of("method.reinit", self.reinit, REINITS)
+        one_of("method.merged_weight", self.merged_weight, MERGED_WEIGHTS)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"method.dropout={shown(self.dropout)} must be at least 0 and below 1")
+
+    @property
+    def merged_weight_in_use(self) -> str:
+        """`merged_weight`; "never" with dropout, which the factors' part of the input has for itself."""
+        return "never" if self.dropout > 0 else self.merged_weight
+
+
+@dataclass(kw_only=True, slots=True)
+class ReLoRAMethodConfig(LoRAConfig):
+    """Factors that are merged, redrawn and reset every `reset_interval_steps` (None: never)."""
+
+    reset_interval_steps: int | None
+    optimizer_reset: OptimizerResetConfig = field(default_factory=OptimizerResetConfig)
+
+    def __post_init__(self) -> None:
+        LoRAConfig.__post_init__(self)
+        at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
+        at_most("method.reset_interval_steps", self.reset_interval_steps, MOST_STEPS, "no run has as many updates")
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    "full": FullConfig,
+    "lora": LoRAConfig,
+    "relora": ReLoRAMethodConfig,
+    "control": ControlConfig,
+    "galore": GaLoreConfig,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the text comes from and how it is cut.
+
+    name: "stdlib" (the Python standard library's sources) or "text" (`path`, a file or folder).
+    tokenizer: folder or file with a tokenizer.json; None trains a byte-level BPE of `vocab_size` on the training split.
+    """
+
+    name: str
+    path: str | None = None
+    text_field: str = "text"
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    sequence_length_tokens: int = 128
+    validation_fraction: float = 0.01
+    test_fraction: float = 0.02
+
+    def __post_init__(self) -> None:
+        one_of("data.name", self.name, SOURCES)
+        if self.name == "text" and not self.path:
+            raise ConfigError("data=text needs data.path=FILE_OR_FOLDER")
+        if self.name == "stdlib" and self.path:
+            raise ConfigError(f"data.path={shown(self.path)} has no meaning with data=stdlib; use data=text")
+        at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
+        at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
+        at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
+        at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model takes as many")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0.0 < getattr(self, name) <= 0.4:
+                raise ConfigError(f"data.{name}={shown(getattr(self, name))} must be above 0 and at most 0.4")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW.
+
+    `embedding_learning_rate` is for what no method wraps: embeddings, head, norms (None: `learning_rate`).
+    """
+
+    name: str = "adamw"
+    learning_rate: float
+    embedding_learning_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("optimizer.name", self.name, ("adamw",))
+        for name in ("learning_rate", "embedding_learning_rate", "epsilon", "max_grad_norm"):
+            positive(f"optimizer.{name}", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optimizer.{name}={shown(getattr(self, name))} must be at least 0 and below 1")
+        at_most("optimizer.epsilon", self.epsilon, 1, "a larger one outweighs every gradient, and nothing is learned")
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
+        if not self.weight_decay * self.learning_rate <= 1:
+            raise ConfigError(
+                f"optimizer.weight_decay={self.weight_decay} times optimizer.learning_rate={self.learning_rate} must "
+                "be at most 1: an update would take more from the weights than they are"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """The jagged cosine (relora.core.schedule)."""
+
+    name: str = "jagged_cosine"
+    warmup_steps: int
+    restart_warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        one_of("schedule.name", self.name, ("jagged_cosine",))
+        at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        at_least("schedule.restart_warmup_steps", self.restart_warmup_steps, 0, " (0: no re-warm-up)")
+        for name in ("warmup_steps", "restart_warmup_steps"):
+            at_most(f"schedule.{name}", getattr(self, name), MOST_STEPS, "no run has as many updates")
+        fraction("schedule.min_lr_ratio", self.min_lr_ratio)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """Budget, batch, precision and cadence; `total_tokens`, where given, decides instead of `total_steps`.
+
+    `sequences_per_step` are shared by all ranks; each takes at most `sequences_per_micro_step` of its share at a time.
+    """
+
+    total_steps: int | None = field(default=None, metadata=UNHASHED)
+    total_tokens: Any = field(default=None, metadata=UNHASHED)
+    sequences_per_step: int
+    sequences_per_micro_step: int | None = field(default=None, metadata=UNHASHED)
+    precision: str = "fp32"
+    seed: int = 0
+    device: str = field(default="auto", metadata=UNHASHED)
+    compile: bool = field(default=False, metadata=UNHASHED)
+    activation_checkpointing: bool = field(default=False, metadata=UNHASHED)
+    update_in_backward: bool = field(default=False, metadata=UNHASHED)
+    log_interval_steps: int = field(default=1, metadata=UNHASHED)
+    validation_interval_steps: int = field(default=100, metadata=UNHASHED)
+    checkpoint_interval_steps: int = field(default=100, metadata=UNHASHED)
+    max_consecutive_skipped_updates: int = field(default=10, metadata=UNHASHED)
+
+    def __post_init__(self) -> None:
+        if self.total_steps is None and self.total_tokens is None:
+            raise ConfigError("the run has no budget; set trainer.total_steps or trainer.total_tokens")
+        if self.total_tokens is not None:
+            parse_count("trainer.total_tokens", self.total_tokens)
+        whole, micro = self.sequences_per_step, self.sequences_per_micro_step
+        at_least("trainer.sequences_per_step", whole, 1)
+        at_most("trainer.sequences_per_step", whole, MOST_SEQUENCES, "no update takes as many sequences")
+        at_least("trainer.sequences_per_micro_step", micro, 1)
+        if micro is not None and whole % micro:
+            divisors = sorted(n for n in range(1, whole + 1) if whole % n == 0)
+            raise ConfigError(
+                f"trainer.sequences_per_micro_step={shown(micro)} does not divide "
+                f"trainer.sequences_per_step={whole}; take one of {shown(divisors)}"
+            )
+        one_of("trainer.precision", self.precision, tuple(STORAGE_BYTES))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device, re.ASCII):
+            raise ConfigError(f"trainer.device={shown(self.device)} is not one of auto, cpu, cuda, cuda:N")
+        at_least("trainer.seed", self.seed, 0)
+        at_most("trainer.seed", self.seed, 2**63 - 1, "random number generators take 63 bits")
+        at_most("trainer.total_steps", self.total_steps, MOST_STEPS, "no run has as many updates")
+        for name in ("total_steps", "log_interval_steps", "validation_interval_steps", "checkpoint_interval_steps"):
+            at_least(f"trainer.{name}", getattr(self, name), 1)
+        at_least("trainer.max_consecutive_skipped_updates", self.max_consecutive_skipped_updates, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """Where metrics go besides run_dir/metrics.jsonl.
+
+    "mlflow" mirrors them to `uri` (None: a sqlite file under runs_dir); "jsonl" leaves it at the file.
+    """
+
+    name: str = "mlflow"
+    uri: str | None = None
+    experiment: str = "relora"
+
+    def __post_init__(self) -> None:
+        one_of("tracker.name", self.name, TRACKERS)
+        if self.uri is not None and not re.match(r"(sqlite:///.|(https?|postgresql|mysql|mssql)[+a-z]*://.)", self.uri):
+            raise ConfigError(
+                f"tracker.uri={shown(self.uri)} is no store; write sqlite:///FILE, http://HOST:PORT or a database's URI"
+            )
+        if not self.experiment:
+            raise ConfigError("tracker.experiment must not be empty")
+
+
+OTHER_ARCHITECTURES = (
+    *("bart", "bert", "bloom", "cohere", "deepseek", "electra", "falcon", "gemma", "gpt", "gptj", "gptneo", "gptneox"),
+    *("granite", "jamba", "mamba", "mistral", "mixtral", "mpt", "nanogpt", "olmo", "opt", "phi", "pythia", "qwen"),
+    *("roberta", "rwkv", "stablelm", "starcoder", "xlnet"),
+)
+
+
+def check_architecture(name: str) -> None:
+    """Raise ConfigError for a model that is called like an architecture that is not built here.
+
+    A model's name is a label outside the run's hash, so it cannot choose what is built. Asked at launch alone.
+    """
+    family = re.match(r"[a-z]+(?=[^a-z]|$)", name.lower())
+    if family and family[0] in OTHER_ARCHITECTURES:
+        raise ConfigError(
+            f"model.name={name} names another architecture, but every model here is a Llama-style decoder; "
+            f"take another name, such as llama_{name}"
+        )
+
+
+def text_files(path: Path) -> list[Path]:
+    """The readable files of a folder, sorted by path, or the file itself."""
+    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
+    return [file for file in candidates if file.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and file.is_file()]
+
+
+def tokenizer_file(tokenizer: str) -> Path:
+    """The tokenizer.json of a folder, or the file itself."""
+    path = Path(tokenizer)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def check_files(data: DataConfig) -> None:
+    """Raise ConfigError where a file that the config names is missing: asked at launch, not when an old run is read."""
+    name, value = "data.path", data.path
+    try:
+        if data.path is not None:
+            path = Path(data.path)
+            if not path.exists():
+                raise ConfigError(f"data.path={shown(path, 200)} does not exist")
+            if not text_files(path):
+                readable = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
+                raise ConfigError(
+                    f"data.path={shown(path, 200)} holds no text; files that can be read end in {readable}"
+                )
+        name, value = "data.tokenizer", data.tokenizer
+        if data.tokenizer is not None and not tokenizer_file(data.tokenizer).is_file():
+            raise ConfigError(f"data.tokenizer={shown(data.tokenizer, 200)} has no tokenizer.json")
+    except OSError as error:  # too long, or not for this user to read
+        raise ConfigError(f"{name}={shown(value, 150)} cannot be read: {error.strerror}") from error

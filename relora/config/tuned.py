@@ -1,0 +1,107 @@
+"""Whether a run's learning rates were tuned for its setting.
+
+A preset belongs to the setting that its experiment composes to, and the values of conf/method/ belong to the default
+run. A run in the same model, text, batch, budget and precision has tuned rates. Any other run has not.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from relora.common.errors import shown
+from relora.config.choices import conf_dir
+from relora.config.compose import given_values, preset_run, sweep_settings
+from relora.config.rates import NOT_TUNED, RatesConfig
+from relora.config.run import RunConfig
+
+RATES = ("optimizer.learning_rate", "optimizer.embedding_learning_rate", "method.warm_start_learning_rate")
+
+OF_A_PRESET = ("optimizer.", "schedule.", "method.")
+
+
+class Presets:
+    """Knows the setting of each preset that was asked for."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, RunConfig | None] = {}
+
+    def noted(self, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+        """`config`, which `overrides` led to, with the note of where its learning rates come from."""
+        given = given_values(overrides)
+        given = {**{key: str(value) for key, value in sweep_settings(overrides).items()}, **given}
+        experiment, method = given.get("experiments"), config.method.name
+        if experiment is not None and not (conf_dir() / "presets" / experiment / f"{method}.yaml").is_file():
+            experiment = None
+        source = f"conf/presets/{experiment}/{method}.yaml" if experiment else f"conf/method/{method}.yaml"
+        own = self._run(experiment, config)
+        differs = differences(config, own) if own is not None else [f"experiments={experiment} alone is no setting"]
+        if not differs and own is not None and own.rates.basis == "untuned":
+            differs = [f"{source} says that its values were not tuned"]
+        by_hand = [key for key in RATES if key in given]
+        if not differs and own is not None and _same_rates(config, own):
+            basis = "tuned"
+        elif RATES[0] in by_hand or (by_hand and not differs):
+            basis = "hand"
+        else:
+            basis = "untuned"
+        told = [f"{key}={value}" for key, value in given.items() if key.startswith(OF_A_PRESET)]
+        return replace(config, rates=RatesConfig(basis=basis, source=source, given=told, differs=differs))
+
+    def _run(self, experiment: str | None, config: RunConfig) -> RunConfig | None:
+        """The run that the preset belongs to."""
+        key = f"{experiment} {config.method.name} {config.data}"
+        if key not in self._runs:
+            self._runs[key] = preset_run(experiment, config.method.name, config.data)
+        return self._runs[key]
+
+
+def _same_rates(config: RunConfig, own: RunConfig) -> bool:
+    """Whether all rates are those of `own`; that of a warm start counts where both have one."""
+
+    def rates(run: RunConfig) -> tuple[float | None, ...]:
+        both = config.method.warm_start_steps and own.method.warm_start_steps
+        warm_start = run.warm_start_learning_rate if both else None
+        return (run.optimizer.learning_rate, run.optimizer.embedding_learning_rate, warm_start)
+
+    return rates(config) == rates(own)
+
+
+def differences(config: RunConfig, own: RunConfig) -> list[str]:
+    """What of the setting of `config` is not as in `own`, the run that its preset belongs to."""
+    here, there = config.parameters, own.parameters
+    names = [name for name in here if name.startswith(("model.", "data."))]
+    names += ["trainer.sequences_per_step", "trainer.precision", "trainer.total_steps"]
+    differ = [name for name in names if here[name] != there.get(name)]
+    if "data.name" in differ:  # what else is said of a text follows from it
+        differ = [name for name in differ if name in ("data.name", "data.vocab_size") or not name.startswith("data.")]
+    if any(name.startswith("model.") and name != "model.name" for name in differ):
+        if "model.name" in differ:  # the sizes follow from the name
+            differ = ["model.name", *(name for name in differ if not name.startswith("model."))]
+    else:
+        differ = [name for name in differ if name != "model.name"]
+    text = {name: "model" if name == "model.name" else name for name in differ}
+    return [f"{text[name]}={shown(here[name])}, tuned at {shown(there.get(name))}" for name in differ]
+
+
+def remarks(configs: Iterable[RunConfig]) -> list[str]:
+    """What a launch says, once for each way in which its runs leave the settings of their presets."""
+    found: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
+    for config in configs:
+        if config.rates.basis == "untuned":
+            methods = found.setdefault(tuple(config.rates.differs), {}).setdefault(_values(config), {})
+            methods[config.method.name] = None
+    return [
+        f"{NOT_TUNED}: {'; '.join(differs)}. That holds for the "
+        + ", and for the ".join(f"{values} of {', '.join(methods)}" for values, methods in whose.items())
+        for differs, whose in found.items()
+    ]
+
+
+def _values(config: RunConfig) -> str:
+    """What of a run's values belongs to its preset and was not given."""
+    given = {text.partition("=")[0] for text in config.rates.given}
+    names = ["learning rates"]
+    if config.method.warm_start_steps and "method.warm_start_steps" not in given:
+        names.append("warm start")
+    if config.reset_interval_steps is not None and "method.reset_interval_steps" not in given:
+        names.append("restarts")
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,417 @@
+"""The low-rank layer and what happens to it: wrap, merge and re-initialise, unwrap. Needs torch only.
+
+Lialin et al. 2023 (arXiv 2307.05695), section 3: y = x W^T + b + (alpha/rank) B A drop(x) with W frozen; a restart
+folds the product into W and draws a new A, so that the sum of many low-rank updates can have a high rank.
+"""
+
+import hashlib
+import math
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from relora.budget.cost import MERGED_WEIGHTS, PLAIN, PROJECTED, cheapest_way, module_matches
+from relora.core.merged import MergedLinear, materialise, row_chunks
+
+REINITS = ("kaiming", "orthogonal")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def keyed_generator(key: str) -> torch.Generator:
+    """A CPU generator that is a function of `key` alone, so that no generator state is ever saved or shared."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest) >> 1)
+
+
+@dataclass(kw_only=True)
+class ReLoRAConfig:
+    """Which linear layers get factors, and of which kind.
+
+    rank: inner dimension r of B (out x r) and A (r x in), at most min(in, out).
+    alpha: the product is scaled by alpha/rank; None means 0.25 * rank, the paper's 32/128.
+    target_modules: a regular expression that matches whole module names, or a list of their endings.
+    dropout: on the input of A, in training mode.
+    reinit: how A is drawn, "kaiming" (uniform, a = sqrt 5) or "orthogonal" (orthonormal rows of the same norm).
+    trainable_scaling: alpha/rank becomes a parameter of each layer, set back to alpha/rank at every merge.
+    """
+
+    rank: int
+    target_modules: str | Sequence[str]
+    alpha: float | None = None
+    dropout: float = 0.0
+    reinit: str = "kaiming"
+    trainable_scaling: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1")
+        self._check_targets()
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha} must be positive and finite (None: 0.25 * rank)")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.reinit not in REINITS:
+            raise ValueError(f"reinit={self.reinit!r} is not one of {', '.join(REINITS)}")
+
+    def _check_targets(self) -> None:
+        targets = self.target_modules
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules={targets!r} is no regular expression: {error}; "
+                    "correct it, or give a list of module-name endings"
+                ) from error
+        elif not isinstance(targets, Sequence) or not all(isinstance(ending, str) for ending in targets):
+            raise ValueError(
+                f"target_modules={targets!r} must be a regular expression that matches whole module names, or a list "
+                'of their endings, for example ["q_proj", "v_proj"]'
+            )
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return 0.25 if self.alpha is None else self.alpha / self.rank
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer plus trainable factors: y = x W^T + b + scaling * drop(x) A^T B^T.
+
+    weight: out x in, frozen; bias: out, trainable, or None; lora_A: rank x in; lora_B: out x rank, zero after every
+    (re-)initialisation, so that wrapping and merging leave the output as it is while B still gets a gradient.
+    The weight and the bias are the wrapped layer's own parameters, under their old names in the state dict.
+
+    The formula is computed as it stands, the plain way, unless `refresh` has chosen a cheaper one, and again as soon as
+    what was refreshed is out of date: after a torch optimizer's step on it, a merge, a load or a change in place (the
+    last is not noticed in compiled code).
+    """
+
+    def __init__(self, linear: nn.Linear, config: ReLoRAConfig) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.reinit = config.rank, config.reinit
+        self.initial_scaling = config.scaling
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = linear.bias
+        self.lora_A = nn.Parameter(self.weight.new_empty(self.rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank))
+        self.scaling: nn.Parameter | float = self.initial_scaling
+        if config.trainable_scaling:
+            self.scaling = nn.Parameter(self.weight.new_tensor(self.initial_scaling))
+        self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self._way = PLAIN
+        self._merged: Tensor | None = None
+        self._compute_dtype = self.weight.dtype
+        self._versions: tuple[tuple[int, int], ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """... x in -> ... x out."""
+        if self._way != PLAIN and (converted := self._on_merged_weight(x)) is not None:
+            projected = self._way == PROJECTED
+            factors = (self.lora_A, self.lora_B, self.scaling)
+            return MergedLinear.apply(converted, self._merged, self.weight, self.bias, *factors, projected)
+        low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
+
+    def _on_merged_weight(self, x: Tensor) -> Tensor | None:
+        """x in the dtype that is computed in, or None where only the plain way will do."""
+        if (self.training and isinstance(self.dropout, nn.Dropout)) or self.weight.requires_grad:
+            return None
+        dtype, device = x.dtype, x.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        if dtype != self._compute_dtype:
+            return None
+        if self._merged is not None and not torch.compiler.is_compiling() and self._versions != self._versions_now():
+            return None
+        return x.to(dtype)
+
+    def _versions_now(self) -> tuple[tuple[int, int], ...]:
+        """Which tensors and torch's counts of their changes in place. Fused optimizers do not count: hence the hook."""
+        tensors = (self.weight, self.lora_A, self.lora_B, self.scaling)
+        return tuple((id(tensor), tensor._version) for tensor in tensors if isinstance(tensor, Tensor))
+
+    @torch.inference_mode(False)  # what is made in it has no gradient ever after
+    @torch.no_grad()
+    def refresh(self, way: str, *, resident: bool, dtype: torch.dtype) -> None:
+        """Compute by `way` from here on, in `dtype`; where `resident`, on a merged weight that is made now and kept."""
+        self._way, self._compute_dtype = way, dtype
+        if way == PLAIN or not resident:
+            self._merged = None
+            return
+        factors = (self.lora_A, self.lora_B, self.scaling)
+        self._merged = materialise(self.weight, *factors, out=self._merged, dtype=dtype)
+        self._versions = self._versions_now()
+        for tensor in (self.weight, *factors):
+            if isinstance(tensor, Tensor):
+                _resident[id(tensor)] = self
+
+    def outdate(self) -> None:
+        """A merged weight that is kept is out of date: compute the plain way until the next refresh."""
+        if self._merged is not None:
+            self._way = PLAIN
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.outdate()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LowRankLinear":
+        # Moved or converted: the merged weight is no part of the state and stays behind.
+        self._way, self._merged = PLAIN, None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no merged weight: no hook would tell it that its own is out of date."""
+        return dict(super().__getstate__()) | {"_way": PLAIN, "_merged": None}
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    @torch.no_grad()
+    def initialise(self, *, seed: int, restart: int, name: str) -> None:
+        """Draw A from (seed, restart, name), set B = 0 and a trainable scale back to alpha/rank.
+
+        A is drawn on the CPU in fp32 by a generator of its own: every replica and every resumed run draws the same,
+        on any device and in any storage type.
+        """
+        self.outdate()
+        generator = keyed_generator(f"factor/{seed}/{restart}/{name}")
+        a = torch.empty(self.rank, self.in_features, device="cpu")
+        if self.reinit == "orthogonal":
+            # Kaiming with a = sqrt 5 has variance 1/(3 in): rows of norm 1/sqrt 3.
+            nn.init.orthogonal_(a, gain=1 / math.sqrt(3), generator=generator)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        self.lora_A.copy_(a)
+        self.lora_B.zero_()
+        if isinstance(self.scaling, nn.Parameter):
+            self.scaling.fill_(self.initial_scaling)
+
+    @torch.no_grad()
+    def merge(self) -> Tensor:
+        """W += scaling * B A in place, summed in fp32 (or wider) whatever the storage type; A and B keep their values.
+
+        Returns, where the layer is, what `MergeNorms` is made of: nothing waits for the device here.
+        """
+        self.outdate()
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        a, b = self.lora_A.to(wide), self.lora_B.to(wide) * self.scaling
+        squares = torch.zeros(3, dtype=torch.float64, device=self.weight.device)
+        for rows in row_chunks(self.weight):
+            old = self.weight[rows].to(wide, copy=True)
+            delta = b[rows] @ a
+            self.weight[rows] = old + delta
+            lost = delta - (self.weight[rows].to(wide) - old)
+            squares += torch.stack([part.norm().double() ** 2 for part in (old, delta, lost)])
+        return squares.sqrt()
+
+
+_resident: "weakref.WeakValueDictionary[int, LowRankLinear]" = weakref.WeakValueDictionary()
+"""The layer of each tensor, by its id, that a resident merged weight was made of."""
+
+
+def _outdate_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """The layers with a tensor that `optimizer` steps: one that it holds and that has a gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and (layer := _resident.pop(id(parameter), None)) is not None:
+                layer.outdate()
+
+
+# Before it, as a hook of the optimizer's own may drop the gradients after it; after it, as a closure makes them in it.
+register_optimizer_step_pre_hook(_outdate_stepped)
+register_optimizer_step_post_hook(_outdate_stepped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeNorms:
+    """Frobenius norms of one merge: W before it, the update scaling * B A, and the part that storage rounded away."""
+
+    weight: float
+    delta: float
+    lost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge of a whole model did, by module name."""
+
+    modules: dict[str, MergeNorms] = field(repr=False)
+
+    def _total(self, part: str) -> float:
+        return math.sqrt(sum(getattr(norms, part) ** 2 for norms in self.modules.values()))
+
+    @property
+    def relative_update(self) -> float:
+        """|dW| / |W| over all wrapped matrices."""
+        weight = self._total("weight")
+        return self._total("delta") / weight if weight > 0 else 0.0
+
+    @property
+    def rounding_loss(self) -> float:
+        """Share of the update that the storage type could not hold: |dW - stored dW| / |dW|."""
+        delta = self._total("delta")
+        return self._total("lost") / delta if delta > 0 else 0.0
+
+
+def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    """(name, layer) of every wrapped linear, in the model's own order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
+
+
+def wrapped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The same as a dict. Raises ValueError if nothing is wrapped."""
+    layers = dict(low_rank_layers(model))
+    if not layers:
+        raise ValueError("the model has no low-rank layers; call wrap(model, ReLoRAConfig(...)) first")
+    return layers
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
+    """Freeze the targeted linear layers of `model` in place and give them factors; everything else stays trainable.
+
+    The output does not change. An optimizer made before this call holds weights that are frozen now: make a new one.
+
+    Raises ValueError when nothing matches, a listed name matches no linear layer, the model is wrapped already, the
+    rank exceeds min(in, out) of a target, or a target is no plain nn.Linear or shares its weight with another module.
+    """
+    if any(True for _ in low_rank_layers(model)):
+        raise ValueError("the model is wrapped already; call unwrap(model) first")
+    linears = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and isinstance(module, nn.Linear)
+    }
+    targets = {name: module for name, module in linears.items() if module_matches(name, config.target_modules)}
+    unmatched = [
+        ending
+        for ending in ([] if isinstance(config.target_modules, str) else config.target_modules)
+        if not any(module_matches(name, [ending]) for name in linears)
+    ]
+    if unmatched or not targets:
+        raise ValueError(_no_linear(model, sorted(linears), unmatched or config.target_modules))
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module_name)
+    for name, linear in targets.items():
+        limit = min(linear.in_features, linear.out_features)
+        if config.rank > limit:
+            raise ValueError(f"rank={config.rank} exceeds min(in, out)={limit} of {name}; lower the rank")
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(linear).__name__}, whose owner may read its weight past the factors; "
+                "leave it out of target_modules"
+            )
+        if len(owners[id(linear.weight)]) > 1:
+            raise ValueError(
+                f"the weight of {name} is shared by {owners[id(linear.weight)]}; "
+                "untie it or leave it out of target_modules"
+            )
+    for name, linear in targets.items():
+        layer = LowRankLinear(linear, config)
+        layer.initialise(seed=seed, restart=0, name=name)
+        layer.train(linear.training)
+        _replace(model, name, layer)
+    return model
+
+
+def _no_linear(model: nn.Module, linears: Sequence[str], targets: str | Sequence[str]) -> str:
+    """Why `targets`, none of which matches one of the `linears`, cannot be wrapped."""
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    text = f"{targets!r} of target_modules matches no nn.Linear; the model's nn.Linear layers are named "
+    text += ", ".join(endings) or "none"
+    kinds: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        if name and module_matches(name, targets):
+            kinds.setdefault(type(module).__name__, set()).add(name.rpartition(".")[2])
+    text += "".join(f"; of type {kind} are {', '.join(sorted(names))}" for kind, names in sorted(kinds.items()))
+    if "Conv1D" in kinds:
+        text += (
+            "; Conv1D is the linear layer of transformers' GPT-2, which stores its weight transposed (in x out): "
+            "replace each one with an nn.Linear of weight conv1d.weight.T and bias conv1d.bias"
+        )
+    return text
+
+
+def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeReport:
+    """Fold every product into its frozen weight, then draw A anew from (seed, restart, module name) and set B = 0.
+
+    The output does not change but for rounding, which the report tells. Raises ValueError if nothing is wrapped.
+    """
+    norms: dict[str, Tensor] = {}
+    for name, layer in wrapped_layers(model).items():
+        norms[name] = layer.merge()
+        layer.initialise(seed=seed, restart=restart, name=name)
+    device = next(iter(norms.values())).device
+    told = torch.stack([each.to(device) for each in norms.values()]).tolist()
+    return MergeReport(
+        modules={
+            name: MergeNorms(weight=weight, delta=delta, lost=lost)
+            for name, (weight, delta, lost) in zip(norms, told, strict=True)
+        }
+    )
+
+
+def refresh(
+    model: nn.Module,
+    *,
+    merged_weight: str = "resident",
+    tokens_per_micro_step: int | None = None,
+    micro_steps: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Let every low-rank layer compute by the cheapest of the exact ways until its weights change: call it again then.
+
+    merged_weight: "resident" keeps W + scaling * B A of each layer in memory, made here; "rebuilt" makes it in each
+        forward and backward pass and keeps none; "never" takes the plain way.
+    tokens_per_micro_step, micro_steps: how many tokens pass the model at a time, and how often until the next refresh
+        (relora.budget.cost.cheapest_way weighs them); None stands for many.
+    dtype: what layers compute in, e.g. torch.bfloat16 under autocast; None means that of the weights.
+
+    What is out of date is not used: after an optimizer's step, a merge, a load or a change in place, layers whose
+    merged weight is resident compute the plain way. (A change through `.data` is not noticed, nor one in place in
+    compiled code.) Raises ValueError if
+    nothing is wrapped or `merged_weight` is another word.
+    """
+    if merged_weight not in MERGED_WEIGHTS:
+        raise ValueError(f"merged_weight={merged_weight!r} is not one of {', '.join(MERGED_WEIGHTS)}")
+    for layer in wrapped_layers(model).values():
+        way = cheapest_way(
+            layer.in_features,
+            layer.out_features,
+            layer.rank,
+            merged_weight=merged_weight,
+            tokens_per_micro_step=tokens_per_micro_step,
+            micro_steps=micro_steps,
+        )
+        layer.refresh(way, resident=merged_weight == "resident", dtype=dtype or layer.weight.dtype)
+
+
+def unwrap(model: M) -> M:
+    """Merge every product and put plain trainable linear layers back, in place; ValueError if none is wrapped."""
+    for name, layer in wrapped_layers(model).items():
+        layer.merge()
+        linear = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", dtype=layer.weight.dtype
+        )
+        linear.weight = layer.weight.requires_grad_(True)
+        linear.bias = layer.bias
+        linear.train(layer.training)
+        _replace(model, name, linear)
+    return model

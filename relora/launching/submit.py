@@ -1,0 +1,374 @@
+"""Runs as SLURM jobs: the one importer of submitit.
+
+A job is given the path of what it works on and nothing else; its config stands frozen in the run's folder, and what it
+resumes from in its checkpoints. A job that SLURM stops early writes a checkpoint and puts itself back into the queue.
+
+A job waits for those that make its corpus and its warm start to end, however they end, and makes itself what is not
+there then. SLURM's signals are survived from the first line of the batch script on, and remembered from the first line
+of Python on.
+"""
+
+import shlex
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from relora.common import signals
+from relora.common.errors import RunError, WarmStartTrained
+from relora.config import compose
+from relora.config.cluster import SlurmConfig
+from relora.runs import slurm, warmstart
+from relora.runs.rundir import RunDir, Status, read_json, write_json
+from relora.runs.state import log_of
+from relora.studies.study import Planned
+from relora.training.job import EXIT_CODES, job
+
+BESIDE = "submissions.json"
+"""In a study's folder, or a single run's: the jobs that are no runs."""
+
+RECORDED_SECONDS = 30.0
+"""How long a job waits to be written down as its run's."""
+
+SURVIVED = "trap : TERM USR2"
+"""Of the batch script: a signal to its shell would end the job before its processes have written their checkpoints."""
+
+SHIELDED = """sh -c 'trap "" INT TERM USR2; exec "$@"' sh"""
+"""Ignores signals until Python runs and holds them: what follows is started in its place."""
+
+# ------------------------------------------------------------------------------------------------- what a node runs
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """Train a prepared run; with `warm_start_only` no further than its warm start."""
+
+    path: Path
+    warm_start_only: bool = False
+
+    def __call__(self) -> None:
+        """Ends with the exit code that makes SLURM's state true, or back in the queue."""
+        signals.hold()  # submitit has taken them
+        from submitit.helpers import TorchDistributedEnvironment
+
+        rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
+        began, run = time.monotonic(), RunDir(self.path)
+        if not self.warm_start_only and not _is_own(run):
+            print(f"{run.path} belongs to another job now; this one ({slurm.own_job()}) leaves it alone")
+            return
+        before = _progress(run)
+        try:
+            status = job(self.path, on_node=True, warm_start_only=self.warm_start_only)
+        except (RunError, OSError) as error:
+            sys.exit(f"relora: {error}")
+        if status.state == "finished" or status.message == str(WarmStartTrained()):
+            return
+        if status.state == "interrupted":
+            # The first rank alone speaks to SLURM, and a rank that fails would end it before it has.
+            if rank:
+                return
+            self._go_on(run, status, seconds=time.monotonic() - began, progressed=_progress(run) > before)
+        sys.exit(EXIT_CODES[status.state])
+
+    def _go_on(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
+        """Requeue a job that SLURM stopped before its run was done, unless it would come no further the next time."""
+        number, cluster = slurm.own_job(), compose.thaw(run.config_file).cluster
+        assert isinstance(cluster, SlurmConfig)
+        at_its_end = seconds > 0.5 * (60 * cluster.timeout_minutes - cluster.signal_delay_seconds)
+        if status.stopped_by == "SIGUSR2" and at_its_end and not progressed:
+            status.state = "failed"
+            status.message = (
+                f"no update was made in cluster.timeout_minutes={cluster.timeout_minutes}, so a requeued job would "
+                "come no further; raise it"
+            )
+            run.status = status
+            print(f"failed: {status.message}", flush=True)
+        elif not slurm.is_cancelled(number) and (status.stopped_by == "SIGUSR2" or slurm.is_taking_away(number)):
+            print(f"putting job {number} back into the queue", flush=True)
+            try:
+                slurm.requeue(number)
+            except RunError as error:
+                status.state, status.message = "failed", f"{status.message}, but it could not be requeued: {error}"
+                run.status = status
+                print(f"failed: {status.message}", flush=True)
+
+
+def _is_own(run: RunDir) -> bool:
+    """Whether the run was submitted as this job and no other; what submits writes that down a moment later."""
+    limit = time.monotonic() + RECORDED_SECONDS
+    while read_json(run.submission_file).get("job") != slurm.own_job():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _progress(run: RunDir) -> int:
+    from relora.runs.checkpoint import latest_step
+
+    return latest_step(run.checkpoints) or 0
+
+
+@dataclass(frozen=True)
+class CorpusTask:
+    """Prepare the text of a run."""
+
+    path: Path
+
+    def __call__(self) -> None:
+        """Raises RunError for text that cannot be read."""
+        signals.hold()  # and nobody asks: there is nothing to save
+        from relora.data.corpus import prepare
+
+        config = compose.thaw(RunDir(self.path).config_file)
+        prepare(config.data, Path(config.runs_dir) / "corpora", print)
+
+
+@dataclass(frozen=True)
+class ReportTask:
+    """Write the report of a study, however its runs ended."""
+
+    runs_dir: Path
+    study: str
+
+    def __call__(self) -> None:
+        """MLflow gets it from here where it is a server, else from the next command on the submitting machine."""
+        signals.hold()
+        from relora.studies.publish import publish_report
+
+        publish_report(self.runs_dir, self.study, on_node=True)
+
+
+# -------------------------------------------------------------------------------------------------------- submitting
+
+
+@dataclass(kw_only=True)
+class Submission:
+    """What was submitted."""
+
+    arrays: list[str]
+    """SLURM's job numbers of the runs."""
+    preparations: list[str]
+    """Of jobs of this launch that the runs wait for: the corpus, shared warm starts."""
+    awaited: set[str] = field(default_factory=set)
+    """Of all jobs, those that the runs wait for."""
+    report: str | None = None
+
+    def describe(self) -> str:
+        """Job numbers, for people."""
+        return f"{'array' if len(self.arrays) == 1 else 'arrays'} {', '.join(self.arrays)}"
+
+
+def check(cluster: SlurmConfig) -> None:
+    """Raises ConfigError for what SLURM would refuse, RunError without SLURM."""
+    with tempfile.TemporaryDirectory() as folder:
+        # submitit has no other way to see what it would hand to sbatch.
+        text = _executor(cluster, Path(folder), "check", [])._make_submission_file_text("true", "check")
+        slurm.check_script(text, Path(folder))
+
+
+def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after: Sequence[str] = ()) -> Submission:
+    """Submit prepared runs, with what they need before them and the study's report behind them; returns at once.
+
+    `after`: jobs of the study that are under way already, which the report waits for too. Raises RunError where SLURM
+    does not take them; `check` tells why before anything is written. No job is left in the queue that no run waits for.
+    """
+    cluster = pending[0].config.cluster
+    assert isinstance(cluster, SlurmConfig)
+    submitted = Submission(arrays=[], preparations=[])
+    try:
+        corpora = _submit_corpora(pending, cluster, folder, submitted)
+        warm_starts = _submit_warm_starts(pending, cluster, folder, corpora, submitted)
+        made_by = {**dict.fromkeys(corpora.values(), "corpus"), **dict.fromkeys(warm_starts.values(), "warm start")}
+        groups: dict[tuple[str, ...], list[Planned]] = defaultdict(list)
+        for item in pending:
+            needed = (corpora.get(_data(item)), warm_starts.get(warmstart.key(item.config)))
+            groups[tuple(number for number in needed if number)].append(item)
+        _submit_arrays(groups, made_by, submitted, cluster, folder, study)
+        if study is not None:
+            dependency = [("afterany", (*submitted.arrays, *after))]
+            executor = _executor(_alone(cluster), folder, f"{study}-report", dependency)
+            task = ReportTask(Path(pending[0].config.runs_dir), study)
+            (submitted.report,) = _submit_all([task], executor)
+    except RunError:
+        slurm.cancel(job for job in submitted.preparations if job not in submitted.awaited)
+        raise
+    finally:  # whatever went wrong, what is queued can be cancelled
+        file = folder.parent / BESIDE
+        beside = [*read_json(file).get("jobs", []), *submitted.preparations]
+        write_json(file, {"jobs": [*beside, *([submitted.report] if submitted.report else [])]})
+    return submitted
+
+
+def _submit_arrays(
+    groups: dict[tuple[str, ...], list[Planned]],
+    made_by: dict[str, str],
+    submitted: Submission,
+    cluster: SlurmConfig,
+    folder: Path,
+    study: str | None,
+) -> None:
+    """An array for each group of runs that wait for the same jobs, or several, and each recorded at once."""
+    size = slurm.max_array_size()
+    chunks = [
+        (needed, items[start : start + size])
+        for needed, items in groups.items()
+        for start in range(0, len(items), size)
+    ]
+    shares = _shares([len(items) for _, items in chunks], cluster.max_parallel)
+    for number, (needed, items) in enumerate(chunks):
+        conditions = [("afterany", needed)]
+        if number >= cluster.max_parallel:  # arrays know no common limit: one waits for another instead
+            conditions.append(("afterany", (submitted.arrays[number - cluster.max_parallel],)))
+        names = _submit_all(
+            [RunTask(item.run.path) for item in items],
+            _executor(cluster, folder, study or items[0].config.name, conditions, array_parallelism=shares[number]),
+        )
+        submitted.arrays.append(names[0].partition("_")[0])
+        submitted.awaited |= set(needed)
+        for item, name in zip(items, names, strict=True):
+            _record(item.run, name, folder, {job: made_by[job] for job in needed})
+
+
+def _shares(sizes: Sequence[int], max_parallel: int) -> list[int]:
+    """How many tasks of each array may run at once: at least one, and together `max_parallel` where that can be."""
+    shares = [max(1, max_parallel * size // sum(sizes)) for size in sizes]
+    while sum(shares) > max(max_parallel, len(shares)):
+        shares[shares.index(max(shares))] -= 1
+    return shares
+
+
+def _data(item: Planned) -> str:
+    """Tells texts apart, without looking at their files."""
+    return repr(item.config.data)
+
+
+def _submit_corpora(
+    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, submitted: Submission
+) -> dict[str, str]:
+    """A job for every text that is not prepared yet, by the `_data` of its runs."""
+    from relora.data.corpus import folder_of
+
+    made: dict[Path, str] = {}
+    found: dict[str, str] = {}
+    for data, item in {_data(item): item for item in pending}.items():
+        place = folder_of(item.config.data, Path(item.config.runs_dir) / "corpora")
+        if (place / "meta.json").exists():
+            continue
+        if place not in made:
+            executor = _executor(_alone(cluster), folder, "corpus", [])
+            made[place] = _under_way(place) or _made_by(CorpusTask(item.run.path), executor, place, submitted)
+        found[data] = made[place]
+    return found
+
+
+def _submit_warm_starts(
+    pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, corpora: dict[str, str], submitted: Submission
+) -> dict[str | None, str]:
+    """A job for every warm start that several runs share and that is not trained yet; one of the runs trains it."""
+    sharing: dict[str, list[Planned]] = defaultdict(list)
+    for item in pending:
+        key = warmstart.key(item.config)
+        if key is not None and not (warmstart.folder_of(item.config) / "meta.json").exists():
+            sharing[key].append(item)
+    found: dict[str | None, str] = {}
+    for key, items in sharing.items():
+        place = warmstart.folder_of(items[0].config)
+        under_way = _under_way(place)
+        if under_way is not None:
+            found[key] = under_way
+        elif len(items) > 1:
+            needed = corpora.get(_data(items[0]))
+            executor = _executor(cluster, folder, f"warm-start-{key}", [("afterany", (needed,) if needed else ())])
+            task = RunTask(items[0].run.path, warm_start_only=True)
+            found[key] = _made_by(task, executor, place, submitted)
+    return found
+
+
+def _made_by(task: Callable[[], None], executor: Any, place: Path, submitted: Submission) -> str:
+    """Submit the job that makes `place`, and write down which it is."""
+    (name,) = _submit_all([task], executor)
+    submitted.preparations.append(name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_json(place.with_name(f"{place.name}.job"), {"job": name})
+    return name
+
+
+def _under_way(place: Path) -> str | None:
+    """The job of an earlier launch that makes `place`, while it is queued or running."""
+    name = read_json(place.with_name(f"{place.name}.job")).get("job")
+    job = slurm.ask([name]).of(name) if name else None
+    return name if job is not None and job.alive else None
+
+
+def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str]) -> None:
+    """`needs`: the jobs that it waits for, and what each makes."""
+    submitted_ms = time.time_ns() // 1_000_000
+    log = str(log_of(folder, name))
+    write_json(run.submission_file, {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms})
+
+
+def _alone(cluster: SlurmConfig) -> SlurmConfig:
+    """One process, without a GPU."""
+    return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=None)
+
+
+def _executor(
+    cluster: SlurmConfig,
+    folder: Path,
+    name: str,
+    conditions: Sequence[tuple[str, Sequence[str]]],
+    *,
+    array_parallelism: int = 1,
+) -> Any:
+    """submitit's, set up for jobs of this kind."""
+    from submitit import SlurmExecutor
+
+    threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}"
+    dependency = ",".join(":".join([kind, *numbers]) for kind, numbers in conditions if numbers)
+    extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", **cluster.options}
+    parameters: dict[str, Any] = {
+        "job_name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "time": cluster.timeout_minutes,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": cluster.gpus_per_node,
+        "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
+        "signal_delay_s": cluster.signal_delay_seconds,
+        "setup": [SURVIVED, threads, *cluster.setup],
+        "dependency": dependency or None,
+        "array_parallelism": array_parallelism,
+        "stderr_to_stdout": True,
+        # Since SLURM 22.05 srun does not inherit the batch job's CPUs for each task.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun_options],
+        "additional_parameters": extra,
+    }
+    try:
+        python = cluster.python or shlex.quote(sys.executable)
+        executor = SlurmExecutor(folder=folder, python=f"{SHIELDED} {python} -u -m relora.common.signals")
+    except RuntimeError:
+        raise RunError("srun is not installed here: this machine is no SLURM submit node; take cluster=local") from None
+    # submitit sets a wckey of its own, and clusters that account by wckeys refuse one that they do not know.
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None}, wckey=None)
+    return executor
+
+
+def _submit_all(tasks: Sequence[Callable[[], None]], executor: Any) -> list[str]:
+    """One job, or an array; returns their names ("4711", or "4711_0", "4711_1", ...). Raises RunError."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.helpers import clean_env
+
+    try:
+        with clean_env(), executor.batch():
+            submitted = [executor.submit(task) for task in tasks]
+        return [entry.job_id for entry in submitted]
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        raise RunError(f"SLURM did not take the jobs: {' '.join(str(error).split())}") from error

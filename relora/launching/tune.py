@@ -1,0 +1,284 @@
+"""Search for a method's learning rates: the one importer of optuna, an extra.
+
+A trial is a run for each seed, judged by its mean validation loss. The search is kept in its study's folder, so that
+the same command goes on with it; what it finds becomes the method's preset.
+"""
+
+import hashlib
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from relora.common import signals
+from relora.common.errors import ConfigError, RunError
+from relora.config import choices, compose, presets
+from relora.config.run import RunConfig
+from relora.launching.launch import POLL_SECONDS, start_process, wait_for_stop
+from relora.runs.metrics import read_rows
+from relora.runs.results import mean
+from relora.studies.compare import study_dir
+from relora.studies.study import Planned, prepare, write_manifest
+from relora.studies.sweeps import Search, Sweep
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+MOST_FAILURES = 8
+FAILED = "failed"
+"""Marks, among Optuna's failed trials, those whose runs did."""
+UNPRUNED_TRIALS = 4
+"""The first trials run to their end: what is good is not known before."""
+
+
+@dataclass(kw_only=True)
+class _Attempt:
+    """A trial whose runs are being trained, one after the other, a seed each."""
+
+    trial: "Trial"
+    runs: list[Planned]
+    process: Popen[bytes] | None = None
+    reported_step: int = 0
+
+    @property
+    def current(self) -> Planned | None:
+        """The first run that has not ended well."""
+        return next((item for item in self.runs if item.state != "finished"), None)
+
+    def values(self) -> str:
+        """What is tried, for people."""
+        return " ".join(f"{name.rpartition('.')[2]}={value:.3g}" for name, value in self.trial.params.items())
+
+
+def tune(search: Search, overrides: Sequence[str]) -> bool:
+    """Search until the file's number of trials have been judged; write the preset. Returns whether all were judged.
+
+    Raises ConfigError where optuna is not installed.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("sweeps=tune_learning_rate needs optuna; install it with: pip install -e '.[tune]'")
+    first = _runs(search, {name: low for name, (low, _) in search.ranges.items()})[0].config
+    if first.cluster.name == "slurm":
+        raise ConfigError("a search trains its trials on the machine it runs on; take cluster=local, inside a job")
+    folder = study_dir(Path(first.runs_dir), search.study)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder), signals.raising():
+        study = _open(folder / "optuna.db", search, first)
+        print(f"study {search.study}: {_judged(study)} of {search.trials} trials are judged already", flush=True)
+        complete = _run_trials(study, search, overrides, first.cluster.max_parallel)
+        if complete:
+            _write_preset(study, search, folder, overrides)
+        else:
+            print("the search is not finished; the same command goes on with it", flush=True)
+    return complete
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One launcher a search: another would take this one's trials for dead."""
+    lock = FileLock(folder / ".search.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"a search of {folder} is under way in another process; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open(file: Path, search: Search, config: RunConfig) -> "Study":
+    """The search so far; trials whose process died are tried again with the same values."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=_question_key(search, config),
+        storage=f"sqlite:///{file}",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED_TRIALS),
+    )
+    # A sampler's stream begins anew with the process: the seed moves on, or the first trials would be drawn again.
+    seed = config.trainer.seed + len(study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=UNPRUNED_TRIALS)
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    return study
+
+
+def _question_key(search: Search, config: RunConfig) -> str:
+    """Tells a search from one of another setting, other ranges or other seeds."""
+    fixed = {name: value for name, value in config.identity.items() if name not in (*search.ranges, "trainer.seed")}
+    key = json.dumps([fixed, search.ranges, search.seeds], sort_keys=True)
+    return f"{config.method.name} {hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def _judged(study: "Study") -> int:
+    from optuna.trial import TrialState
+
+    return len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
+
+
+def _runs(search: Search, values: dict[str, float]) -> list[Planned]:
+    """The runs of one trial; values of three digits, so that a trial tried again is the same run."""
+    chosen = [f"{name}={value:.3g}" for name, value in values.items()]
+    configs = [compose.compose([*search.overrides, *chosen, f"trainer.seed={seed}"]) for seed in search.seeds]
+    return [Planned(config=config, role="arm") for config in configs]
+
+
+def _run_trials(study: "Study", search: Search, overrides: Sequence[str], max_parallel: int) -> bool:
+    running: list[_Attempt] = []
+    try:
+        while running or _judged(study) < search.trials:
+            while len(running) < max_parallel and _judged(study) + len(running) < search.trials:
+                trial = study.ask()
+                values = {name: trial.suggest_float(name, *limits, log=True) for name, limits in search.ranges.items()}
+                attempt = _Attempt(trial=trial, runs=_runs(search, values))
+                _enrol(search, attempt.runs, overrides)
+                running.append(attempt)
+                print(f"trial {trial.number}: {attempt.values()}", flush=True)
+            running = [attempt for attempt in running if _goes_on(study, attempt, max_parallel)]
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        signals.forget()  # the next one ends the waiting
+        print("stopping the trials, each with a checkpoint", flush=True)
+        return False
+    finally:
+        for attempt in running:
+            _stop(attempt)
+    return True
+
+
+def _enrol(search: Search, runs: Sequence[Planned], overrides: Sequence[str]) -> None:
+    sweep = Sweep(study=search.study, question=search.question, runs=[item.config for item in runs])
+    write_manifest(Path(runs[0].config.runs_dir), sweep, runs, overrides)
+    prepare([item for item in runs if item.state != "finished"], ["-m", *overrides])
+
+
+def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
+    """Start, watch and judge; False when the trial has ended."""
+    from optuna.trial import TrialState
+
+    number = attempt.trial.number
+    if attempt.process is not None and attempt.process.poll() is None:
+        if _is_hopeless(attempt):
+            _stop(attempt)
+            _mark_pruned(attempt)
+            study.tell(number, state=TrialState.PRUNED)
+            print(f"trial {number}: stopped early", flush=True)
+            return False
+        return True
+    item = attempt.current
+    if item is None:
+        losses = [run.run.status.summary["eval_loss"] for run in attempt.runs if run.run.status]
+        if not all(map(math.isfinite, losses)):  # Optuna takes it for a failure and not for an answer
+            study.tell(number, state=TrialState.PRUNED)
+            print(f"trial {number}: {attempt.values()}: diverged", flush=True)
+            return False
+        study.tell(number, mean(losses))
+        print(f"trial {number}: {attempt.values()}: validation loss {mean(losses):.4f}", flush=True)
+        return False
+    if attempt.process is not None and item.state in ("failed", "interrupted"):
+        status = item.run.status
+        message = status.message if status else ""
+        print(f"trial {number}: {item.state}: {message}", flush=True)
+        # A run that diverges is an answer about its rates; anything else is not, and is tried again.
+        if "diverged" in message:
+            study.tell(number, state=TrialState.PRUNED)
+        else:
+            _try_again(study, attempt)
+        return False
+    if attempt.process is not None and attempt.process.returncode:
+        print(f"trial {number}: its process ended with {attempt.process.returncode}; see {item.run.path}/log.txt")
+        _try_again(study, attempt)
+        return False
+    attempt.process = start_process(item, max_parallel)
+    return True
+
+
+def _try_again(study: "Study", attempt: _Attempt) -> None:
+    """Put a trial back in the queue. Raises RunError once too many have failed.
+
+    Trials that an interrupted launcher left behind have not.
+    """
+    from optuna.trial import TrialState
+
+    attempt.trial.set_user_attr(FAILED, True)
+    study.tell(attempt.trial.number, state=TrialState.FAIL)
+    failed = sum(FAILED in trial.user_attrs for trial in study.get_trials(deepcopy=False))
+    if failed > MOST_FAILURES:
+        raise RunError(f"{failed} trials have failed, the last in {attempt.runs[0].run.path}; see its log.txt")
+    study.enqueue_trial(attempt.trial.params)
+
+
+def _is_hopeless(attempt: _Attempt) -> bool:
+    """Tell Optuna the evaluations of the first seed's run; whether it would rather stop."""
+    if attempt.current is not attempt.runs[0]:
+        return False
+    for row in read_rows(attempt.runs[0].run.metrics_file):
+        if "eval/loss" in row and row["step"] > attempt.reported_step:
+            attempt.reported_step = row["step"]
+            attempt.trial.report(row["eval/loss"], row["step"])
+    return attempt.reported_step > 0 and attempt.trial.should_prune()
+
+
+def _stop(attempt: _Attempt) -> None:
+    if attempt.process is not None and attempt.process.poll() is None and attempt.current is not None:
+        attempt.process.terminate()
+        wait_for_stop(attempt.current, attempt.process)
+
+
+def _mark_pruned(attempt: _Attempt) -> None:
+    run = attempt.runs[0].run
+    status = run.status
+    if status is not None:
+        status.message = f"stopped early by the search: validation at step {attempt.reported_step} was below the median"
+        run.status = status
+
+
+# -------------------------------------------------------------------------------------------------------- the preset
+
+
+def _write_preset(study: "Study", search: Search, folder: Path, overrides: Sequence[str]) -> None:
+    """Keep the best rates in the study's folder and, where the setting is an experiment, as its preset."""
+    if not any(trial.state.name == "COMPLETE" for trial in study.trials):
+        raise RunError(
+            f"no trial of {search.study} ran to its end: every one diverged or was stopped; lower tune.ranges"
+        )
+    values = {name: float(f"{value:.3g}") for name, value in study.best_params.items()}
+    told = " ".join(f"{name}={value:g}" for name, value in values.items())
+    print(f"best on validation: {told} (loss {study.best_value:.4f} in the mean over {len(search.seeds)} seeds)")
+    own = [item for item in _without_paths(overrides) if not item.startswith(OF_THE_EXPERIMENT)]
+    if search.experiment is None or own:
+        why = f"{' '.join(own)} is not the experiment's setting" if own else "no experiments=... was given"
+        print(f"{why}, so no preset is written")
+        return
+    remark = (
+        f"Learning rates: the best of {search.trials} trials on validation, {len(search.seeds)} seeds each "
+        f"(loss {study.best_value:.4f}), by\n  python run.py -m {' '.join(_without_paths(overrides))}"
+    )
+    file = choices.conf_dir() / "presets" / search.experiment / f"{search.method}.yaml"
+    try:
+        presets.write_preset(file, values, remark)
+    except OSError as error:
+        file = folder / f"{search.method}.yaml"
+        presets.write_preset(file, values, remark)
+        print(f"the preset could not be written where presets stand ({error})")
+    print(f"preset: {file}", flush=True)
+
+
+OF_THE_EXPERIMENT = ("sweeps=", "experiments=", "method=", "trainer.seed=", "tune.")
+
+
+def _without_paths(overrides: Sequence[str]) -> list[str]:
+    """A command that can stand in a file that others read."""
+    return [item for item in overrides if not item.startswith(("runs_dir=", "cluster", "tracker", "study="))]

@@ -1,0 +1,4 @@
+"""Optimizers that torch does not have.
+
+Imports torch alone.
+"""

@@ -1,0 +1,154 @@
+"""How runs stand: by their own files and, where they were submitted to SLURM, by what SLURM says of their jobs."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora.common.errors import DamagedFile, RunError
+from relora.runs import slurm
+from relora.runs.rundir import RunDir, Status, read_json
+
+ACCOUNTING_SECONDS = 60
+"""How long a job may be unknown to both squeue and sacct after it was submitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """How one run stands."""
+
+    name: str
+    """missing (never begun), queued, running, finished, failed, interrupted, cancelled, or unreadable where a file of
+    the run is damaged."""
+    message: str = ""
+    """Why, where there is more to say."""
+    requeues: int = 0
+    """How often SLURM has put its job back into the queue."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it may become another one without anybody's doing."""
+        return self.name in ("queued", "running")
+
+    @property
+    def needs_launch(self) -> bool:
+        """Whether nothing is under way that would finish the run."""
+        return not self.is_under_way and self.name != "finished"
+
+
+def observe(runs: Sequence[RunDir]) -> list[State]:
+    """How each run stands now. Raises RunError where SLURM has to be asked and does not answer.
+
+    A run whose process died without a word gets the status that says how: nothing stays "running" for ever.
+    """
+    submissions = [_submission(run) for run in runs]
+    asked = [
+        submission["job"]
+        for run, submission in zip(runs, submissions, strict=True)
+        if submission and ((known := run.known_status) is None or known.state != "finished")
+    ]
+    # SLURM first: what a job wrote before it ended is there when its files are read after this.
+    answer = slurm.ask(asked if slurm.is_here() else [])
+    return [_of_readable(run, submission, answer) for run, submission in zip(runs, submissions, strict=True)]
+
+
+def _submission(run: RunDir) -> dict[str, Any]:
+    """What the run was submitted as; empty where it was not, or where nobody can tell any more."""
+    try:
+        values = read_json(run.submission_file)
+    except DamagedFile:
+        return {}
+    kinds = {"job": str, "log": str, "needs": dict, "submitted_ms": int}
+    return values if all(isinstance(values.get(name), kind) for name, kind in kinds.items()) else {}
+
+
+def _of_readable(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
+    """As `_of`; a status that cannot be read is told and stops nobody from looking at the other runs."""
+    try:
+        return _of(run, submission, answer)
+    except DamagedFile as error:
+        job = answer.of(submission["job"]) if submission else None
+        if (job is not None and job.alive) or (run.path.is_dir() and run.is_locked):
+            return State(name="running", message=str(error))
+        return State(name="unreadable", message=str(error))
+
+
+def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
+    status = run.status
+    if status is not None and status.state == "finished":
+        return State(name="finished", requeues=status.requeues)
+    if not submission:
+        return _of_local(run, status)
+    if not slurm.is_here():
+        message = f"as its files say: its SLURM job {submission['job']} cannot be asked about from this machine"
+        return State(name=status.state if status else "queued", message=message)
+    job = answer.of(submission["job"])
+    if job is not None and job.waits:
+        return State(name="queued", message=job.reason, requeues=job.requeues)
+    if job is not None and job.alive:
+        message = "being cancelled" if submission.get("cancelled") else f"on {job.node}" if job.node else ""
+        return State(name="running", message=message, requeues=job.requeues)
+    told = status is not None and status.slurm_job_id == submission["job"] and status.state != "running"
+    if told and status is not None and (job is None or job.state in ("COMPLETED", "FAILED")):
+        return State(name=status.state, message=status.message, requeues=job.requeues if job else 0)
+    if job is None:
+        if submission.get("cancelled"):
+            return _settled(run, status, "cancelled", "cancelled")
+        if time.time() * 1000 - submission["submitted_ms"] < 1000 * ACCOUNTING_SECONDS:
+            return State(name="queued", message="submitted")
+        message = f"SLURM does not know its job {submission['job']} any more, nor how it ended"
+        return _settled(run, status, "failed", message)
+    if submission.get("cancelled") and job.state == "CANCELLED":
+        return _settled(run, status, "cancelled", job.why_dead, job.requeues)
+    name = "cancelled" if job.state == "CANCELLED" else "failed"
+    message = _with_ranks(run, _why_dead(job, Path(submission["log"])))
+    return _settled(run, status, name, message, job.requeues)
+
+
+def log_of(folder: Path, job: str) -> Path:
+    """Where submitit writes what a job prints."""
+    return folder / f"{job}_0_log.out"
+
+
+def _why_dead(job: slurm.Job, log: Path) -> str:
+    """What SLURM says, but for memory, which some of its configurations tell in the log alone."""
+    if log.is_file() and job.state != "COMPLETED":
+        last_attempt = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
+        if re.search(r"slurmstepd.*(exceeded memory limit|oom.kill)", last_attempt, re.IGNORECASE):
+            return slurm.WHY_DEAD["OUT_OF_MEMORY"]
+    return job.why_dead
+
+
+def _of_local(run: RunDir, status: Status | None) -> State:
+    if status is None:
+        return State(name="missing")
+    if status.state == "running" and not run.is_locked:
+        message = _with_ranks(run, "its process died; the newest checkpoint stands")
+        return _settled(run, status, "interrupted", message)
+    return State(name=status.state, message=status.message)
+
+
+def _with_ranks(run: RunDir, message: str) -> str:
+    """With what the other ranks left: rank 0 could not tell it."""
+    return "; ".join([*run.told_by_ranks, message])
+
+
+def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues: int = 0) -> State:
+    """Write down how a run ended that could not do so itself, unless it could after all."""
+    try:
+        with run.locked(wait_seconds=0):
+            status = run.status
+            if status is not None and seen is not None and status.state != seen.state:
+                return State(name=status.state, message=status.message, requeues=requeues)
+            status = status or Status(state=name, attempt=0, host="", pid=0)
+            if (status.state, status.message) != (name, message):
+                status.state, status.message = name, message
+                status.ended_ms = time.time_ns() // 1_000_000
+                run.status = status
+    except RunError:
+        return State(name="running", requeues=requeues)
+    except OSError:
+        pass  # a folder of somebody else's: the answer is right all the same
+    return State(name=name, message=message, requeues=requeues)

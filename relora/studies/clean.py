@@ -1,0 +1,151 @@
+"""The deletion of what nothing needs any more on disk, and what a person reads of it."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from relora.common.errors import RunError
+from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, size_bytes, state_of_idle, survey
+
+# ------------------------------------------------------------------------------------------------------- deletion
+
+
+def delete(disk: Disk) -> None:
+    """Delete what `disk` lists as deletable and what still is; what goes wrong is added to `failures`."""
+    for cost in disk.runs:
+        if cost.deletable:
+            _delete_of_run(cost, disk.failures)
+    marked = [cost for cost in disk.warm_starts if cost.deletable]
+    if not marked:
+        return
+    now = {cost.folder: cost for cost in survey(disk.runs_dir, disk.studies).warm_starts}
+    for cost in marked:
+        still = now.get(cost.folder)
+        if still is not None:
+            cost.why = still.why
+            _delete_of_warm_start(cost, [path for path in cost.deletable if path in still.deletable], disk.failures)
+
+
+def _delete_of_run(cost: RunCost, failures: list[str]) -> None:
+    """Under the run's lock, as it is now: a run that was started since it was listed keeps everything."""
+    try:
+        with cost.run.locked():
+            still, cost.why = judge(cost.run, state_of_idle(cost.run))
+            for path in cost.deletable:
+                if path in still:
+                    cost.deleted_bytes += _deleted_bytes(path, failures)
+    except RunError as error:
+        cost.why = f"kept: {error}"
+    except (OSError, ValueError, TypeError) as error:
+        failures.append(f"nothing of {cost.run.path} could be deleted: {error}")
+
+
+def _delete_of_warm_start(cost: WarmStartCost, paths: Sequence[Path], failures: list[str]) -> None:
+    try:
+        with FileLock(cost.lock_file, timeout=0):
+            for path in paths:
+                if path == cost.folder:
+                    path.rename(cost.leftover)
+                cost.deleted_bytes += _deleted_bytes(cost.leftover, failures)
+    except Timeout:
+        cost.why = "kept: a run trains it or forks from it now"
+    except OSError as error:
+        failures.append(f"the warm start {cost.folder} could not be deleted: {error}")
+
+
+def _deleted_bytes(path: Path, failures: list[str]) -> int:
+    """Delete a file or a folder; how much of it is gone."""
+    before = size_bytes(path)
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        failures.append(f"{path} could not be deleted: {error}")
+    return before - size_bytes(path)
+
+
+# --------------------------------------------------------------------------------------------- what a person reads
+
+
+def as_json(disk: Disk) -> dict[str, Any]:
+    """All of it, as JSON has it."""
+    return {
+        "runs_dir": str(disk.runs_dir),
+        "studies": disk.studies,
+        "runs": {
+            cost.run.path.name: {
+                "state": cost.state,
+                "checkpoints_bytes": cost.checkpoints_bytes,
+                "model_bytes": cost.model_bytes,
+                "deletable_bytes": cost.deletable_bytes,
+                "deleted_bytes": cost.deleted_bytes,
+                "why": cost.why,
+            }
+            for cost in disk.runs
+        },
+        "warm_starts": {
+            cost.folder.name: {
+                "runs": cost.runs,
+                "warm_start_bytes": cost.warm_start_bytes,
+                "deletable_bytes": cost.deletable_bytes,
+                "deleted_bytes": cost.deleted_bytes,
+                "why": cost.why,
+            }
+            for cost in disk.warm_starts
+        },
+        "totals": disk.totals,
+        "failures": disk.failures,
+    }
+
+
+def text(disk: Disk, *, deleted: bool) -> str:
+    """A table of what is there, and the sums; `deleted` after the deletion, else the list of what it would be."""
+    column = "deleted" if deleted else "deletable"
+    runs = [["run", "state", "checkpoints", "model", column, "why"]]
+    for cost in disk.runs:
+        sizes = (cost.checkpoints_bytes, cost.model_bytes, cost.deleted_bytes if deleted else cost.deletable_bytes)
+        runs.append([cost.run.path.name, cost.state, *map(_human, sizes), cost.why])
+    warm_starts = [["warm start", "forked by", "size", column, "why"]]
+    for cost in disk.warm_starts:
+        sizes = (cost.warm_start_bytes, cost.deleted_bytes if deleted else cost.deletable_bytes)
+        warm_starts.append(
+            [
+                cost.folder.name,
+                f"{len(cost.runs)} run{'' if len(cost.runs) == 1 else 's'}",
+                *map(_human, sizes),
+                cost.why,
+            ]
+        )
+    tables = [_table(rows) for rows in (runs, warm_starts) if len(rows) > 1]
+    if not tables:
+        return f"there is no run in {disk.runs_dir}"
+    size = {name: _human(value) for name, value in disk.totals.items()}
+    total = (
+        f"{size['checkpoints_bytes']} of checkpoints, {size['model_bytes']} of models, "
+        f"{size['warm_starts_bytes']} of warm starts; "
+    )
+    total += (
+        f"{size['deleted_bytes']} deleted" if deleted else f"{size['deletable_bytes']} of it deletable with --delete"
+    )
+    return "\n\n".join([*tables, total])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _human(size_bytes: int) -> str:
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"

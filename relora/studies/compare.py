@@ -1,0 +1,298 @@
+"""A study's runs beside the full-rank runs they are measured against: gaps, means over seeds, intervals.
+
+Nothing is dropped: a run that failed or has no baseline is a row that says so. Baselines are chosen on `validation`,
+results are read on `test`.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from relora.common.errors import ConfigError, DamagedFile
+from relora.config import credentials
+from relora.config.checks import check_name
+from relora.config.run import RunConfig
+from relora.runs.results import Run, best_on_validation, deviation, mean
+from relora.runs.rundir import RunDir, read_json
+from relora.runs.state import observe
+from relora.studies.gaps import Baseline, Compared, FullRank, Gap, compared, relative
+
+CONFIDENCE = 0.95
+SEEDS_FOR_AN_INTERVAL = 3
+
+
+def study_dir(runs_dir: Path, study: str) -> Path:
+    """The folder of a study. Raises ConfigError for what is no name: a path would lead out of `runs_dir`."""
+    check_name("study", study)
+    return runs_dir / "studies" / study
+
+
+def studies(runs_dir: Path) -> list[str]:
+    """The studies of a runs_dir, by name."""
+    return sorted(path.parent.name for path in runs_dir.glob("studies/*/study.json"))
+
+
+def manifest_of(runs_dir: Path, study: str) -> dict[str, Any]:
+    """A study's study.json. Raises ConfigError for a study that was never launched here, DamagedFile."""
+    file = study_dir(runs_dir, study) / "study.json"
+    manifest = read_json(file)
+    if not manifest and not file.exists():
+        known = ", ".join(studies(runs_dir)) or "none"
+        raise ConfigError(f"no study {study} was launched in {runs_dir}; there are: {known}")
+    runs, launches = manifest.get("runs"), manifest.get("launches")
+    remedy = "launch the study again: that writes the file anew"
+    if not isinstance(runs, dict) or not isinstance(launches, list):
+        raise DamagedFile(file, "it has no runs and launches", remedy)
+    for name, entry in runs.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("role"), str):
+            raise DamagedFile(file, f"its run {name} has no role", remedy)
+        entry.setdefault("variant", name)
+    return manifest
+
+
+@dataclass(kw_only=True)
+class Estimate:
+    """Mean over seeds of a gap, and its interval where there are seeds enough. Relative differences of perplexity."""
+
+    relative: float
+    deviation: float | None
+    """Over seeds; None for one."""
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    variant: str
+    method: str
+    members: list[Compared]
+
+    @property
+    def finished(self) -> list[Compared]:
+        """Those with results."""
+        return [member for member in self.members if member.run.finished]
+
+    @property
+    def config(self) -> RunConfig | None:
+        """That of its first run that has one."""
+        return next((member.run.config for member in self.members if member.run.config), None)
+
+    def values(self, name: str) -> list[float]:
+        """A figure of every finished run."""
+        return [float(member.run.summary[name]) for member in self.finished]
+
+    def gap(self, axis: str) -> Estimate | None:
+        """Mean paired difference to full rank, with a t interval from three seeds on.
+
+        Of several ways to read a gap, that of the most seeds is taken: they are not mixed in one mean.
+        """
+        found: list[Gap] = [getattr(member, axis) for member in self.finished]
+        by_kind: dict[str, list[float]] = defaultdict(list)
+        for gap in found:
+            if gap.loss is not None:
+                by_kind[gap.kind].append(gap.loss)
+        if not by_kind:
+            return None
+        losses = max(by_kind.values(), key=len)
+        low = high = None
+        if len(losses) >= SEEDS_FOR_AN_INTERVAL:
+            from scipy.stats import t
+
+            half = float(t.ppf(0.5 + CONFIDENCE / 2, len(losses) - 1)) * deviation(losses) / math.sqrt(len(losses))
+            low, high = relative(mean(losses) - half), relative(mean(losses) + half)
+        spread = deviation([relative(loss) for loss in losses]) if len(losses) > 1 else None
+        return Estimate(relative=relative(mean(losses)), deviation=spread, low=low, high=high, seeds=len(losses))
+
+    def notes(self, axis: str) -> list[str]:
+        """How its gaps were read, each once."""
+        return list(dict.fromkeys(getattr(member, axis).note for member in self.finished))
+
+
+@dataclass(kw_only=True)
+class Study:
+    """A question, its runs and what they are measured against."""
+
+    name: str
+    question: str
+    launches: list[list[str]]
+    arms: list[Arm]
+    labels: dict[str, str]
+    """Of every variant of the study, and of the full-rank variants that its baselines were chosen among."""
+
+    @property
+    def members(self) -> list[Compared]:
+        """Every run, arm by arm."""
+        return [member for arm in self.arms for member in arm.members]
+
+    @property
+    def unfinished(self) -> list[Compared]:
+        """The runs without results."""
+        return [member for member in self.members if not member.run.finished]
+
+    def settings(self) -> list["Study"]:
+        """The study cut into parts whose runs can be compared: one for each comparison_key."""
+        known = [arm.config.comparison_key for arm in self.arms if arm.config] or [""]
+        keys = {arm.variant: arm.config.comparison_key if arm.config else known[0] for arm in self.arms}
+        parts = [[arm for arm in self.arms if keys[arm.variant] == key] for key in dict.fromkeys(keys.values())]
+        return [replace(self, arms=arms) for arms in parts]
+
+    def best(self) -> Arm | None:
+        """The arm that is not full rank with the lowest mean validation loss, as best_on_validation has it."""
+        arms = {arm.variant: arm for arm in self.arms if arm.method != "full" and arm.finished}
+        best = best_on_validation(
+            {variant: {m.run.seed: m.run.validation_loss for m in arm.finished} for variant, arm in arms.items()}
+        )
+        return None if best is None else arms[best]
+
+    def full_rank(self) -> Arm | None:
+        """The full-rank arm that most runs are measured against; it need not be one of the study's."""
+        choice = self.baseline()
+        if choice is None:
+            return None
+        own = next((arm for arm in self.arms if arm.variant == choice.variant), None)
+        if own is not None:
+            return own
+        label = self.labels[choice.variant]
+        itself = Gap(loss=0.0, note="itself")
+        members = [
+            Compared(run=run, label=label, choice=choice, baseline=run, tokens=itself, flops=itself, seconds=itself)
+            for _, run in sorted(choice.runs.items())
+        ]
+        return Arm(label=label, variant=choice.variant, method="full", members=members)
+
+    def baseline(self) -> Baseline | None:
+        """The choice of a baseline that serves most runs."""
+        choices = [
+            member.choice for member in self.members if member.choice is not None and member.baseline is not None
+        ]
+        return max(choices, key=choices.count, default=None)
+
+    def baseline_remarks(self) -> list[str]:
+        """Sentences that name the baseline where the reader could expect another one."""
+        choice, told = self.baseline(), list[str]()
+        if choice is None:
+            return told
+        name = self.labels[choice.variant]
+        if not choice.is_of_the_study:
+            told.append(f"The baseline {name} is no run of this study: another launch trained it in the same runs_dir.")
+        for variant in choice.rivals.keys() - {choice.variant}:
+            if (shared := choice.compared_with(variant)) is None:
+                continue
+            seeds, theirs, ours = shared
+            over = f"over {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+            losses = f"{theirs:.4f} against {ours:.4f}, {over}"
+            if theirs < ours:
+                lacking = ", ".join(map(str, sorted(choice.runs.keys() - choice.rivals[variant].keys())))
+                told.append(
+                    f"{self.labels[variant]} is better on validation than the baseline {name} ({losses}), but it has "
+                    f"no run of seed {lacking}; train it, and it becomes the baseline."
+                )
+            elif not choice.is_of_the_study and any(run.role != "other" for run in choice.rivals[variant].values()):
+                told.append(f"{self.labels[variant]} of this study is worse on validation ({losses}).")
+        return sorted(told, key=lambda text: not text.startswith("The baseline"))
+
+
+def load_study(runs_dir: Path, name: str) -> Study:
+    """Read a study's runs and measure each. Raises ConfigError for a study that was never launched here."""
+    manifest = manifest_of(runs_dir, name)
+    roles = {runs_dir / run: entry["role"] for run, entry in manifest["runs"].items()}
+    states = observe([RunDir(path) for path in roles])
+    own = [Run.of(path, role, state) for (path, role), state in zip(roles.items(), states, strict=True)]
+    full = FullRank(runs_dir, own)
+    rivals = [config for run in own if run.finished for config in full.configs_for(run)]
+    labels = labels_of([*(run.config for run in own if run.config is not None), *rivals])
+    by_variant: dict[str, list[Compared]] = defaultdict(list)
+    for run in own:
+        variant = manifest["runs"][run.name]["variant"]
+        by_variant[variant].append(compared(run, labels.get(variant) or variant, full))
+    arms = [
+        Arm(
+            label=members[0].label,
+            variant=variant,
+            method=next((member.run.config.method.name for member in members if member.run.config), "unknown"),
+            members=members,
+        )
+        for variant, members in by_variant.items()
+    ]
+    # As they were written before passwords were taken out.
+    launches = [credentials.without_passwords(launch) for launch in manifest["launches"]]
+    return Study(name=name, question=manifest.get("question", ""), launches=launches, arms=arms, labels=labels)
+
+
+def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
+    """A short name for each variant: its method, and what tells it from others of its method."""
+    labels: dict[str, str] = {}
+    for method in dict.fromkeys(config.method.name for config in configs):
+        own = [config for config in configs if config.method.name == method]
+        fields = [{**config.parameters, "trainer.seed": None} for config in own]
+        varied = sorted(
+            name
+            for name in {name for values in fields for name in values}
+            if len({str(values.get(name)) for values in fields}) > 1
+        )
+        if all(config.rank is None or config.parameters.get("method.alpha") == 0.25 * config.rank for config in own):
+            varied = [name for name in varied if name != "method.alpha"]
+        models = {(config.model.name, str(config.model)) for config in own}
+        if len(models) == len({name for name, _ in models}):
+            varied = [name for name in varied if not name.startswith("model.") or name == "model.name"]
+        for config, values in zip(own, fields, strict=True):
+            parts = [f"{_short(name)}={_brief(name, values.get(name))}" for name in varied]
+            labels[config.variant] = " ".join([method, *parts])
+    return labels
+
+
+def _short(name: str) -> str:
+    known = {
+        "method.reset_interval_steps": "interval",
+        "method.warm_start_steps": "warm_start",
+        "method.optimizer_reset.mode": "reset",
+        "method.optimizer_reset.pruning_ratio": "ratio",
+        "schedule.restart_warmup_steps": "rewarm",
+        "optimizer.learning_rate": "lr",
+        "optimizer.embedding_learning_rate": "embedding_lr",
+        "trainer.total_steps": "steps",
+        "model.name": "model",
+        "method.warm_start_learning_rate": "warm_start_lr",
+    }
+    return known.get(name, name.rpartition(".")[2])
+
+
+def _brief(name: str, value: Any) -> str:
+    if name == "method.reset_interval_steps" and not value:
+        return "never"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def as_row(member: Compared) -> dict[str, Any]:
+    """A run as a flat record, for results.csv and JSON; what is not known is None."""
+    run = member.run
+    row: dict[str, Any] = {
+        "run": run.name,
+        "arm": member.label,
+        "role": member.role,
+        "rates": run.config.rates.in_full if run.config else None,
+        "state": run.state,
+        "message": member.tokens.note if run.diverged else run.message if not run.finished else "",
+        "seed": run.config.trainer.seed if run.config else None,
+        "method": run.config.method.name if run.config else None,
+        "rank": run.config.rank if run.config else None,
+        "reset_interval_steps": run.config.reset_interval_steps if run.config else None,
+    }
+    names = ["test_perplexity", "eval_perplexity", "test_loss", "eval_loss", "tokens", "flops", "training_seconds"]
+    names += ["peak_memory_bytes", "parameters", "trainable_parameters", "restarts", "skipped_updates"]
+    row |= {name: run.summary.get(name) if run.finished else None for name in names}
+    row["tokens_per_second"] = run.summary["tokens"] / run.summary["training_seconds"] if run.finished else None
+    row["baseline"] = member.baseline.name if member.baseline else None
+    for axis in ("tokens", "flops", "seconds"):
+        gap: Gap = getattr(member, axis)
+        row[f"gap_at_equal_{axis}"], row[f"gap_at_equal_{axis}_note"] = gap.relative, gap.note
+    row["tokens_to_baseline"] = member.tokens_to_baseline
+    row["tokens_per_second_note"], row["peak_memory_bytes_note"] = member.speed_note, member.memory_note
+    return row

@@ -1,0 +1,288 @@
+"""What checkpoints, models and warm starts cost on disk, and what of it nothing needs any more."""
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from relora.common.errors import ConfigError, DamagedFile, RunError, first_line
+from relora.common.files import check_weights
+from relora.config import compose
+from relora.config.run import RunConfig
+from relora.runs.rundir import RunDir
+from relora.studies.compare import manifest_of
+
+CHECKPOINT = re.compile(r"step-\d+\.pt")
+NO_RUNS = ("studies", "corpora", "warm_starts")
+"""What else stands beside the runs."""
+WARM_START = re.compile(r"([0-9a-f]{8})(\.tmp)?")
+
+
+@dataclass(kw_only=True)
+class RunCost:
+    """What a run costs, before anything of it is deleted; `why` says why its checkpoints may go or stay."""
+
+    run: RunDir
+    state: str
+    checkpoints_bytes: int
+    model_bytes: int
+    deletable: list[Path]
+    deletable_bytes: int
+    why: str
+    deleted_bytes: int = 0
+
+
+@dataclass(kw_only=True)
+class WarmStartCost:
+    """What a warm start costs, before anything of it is deleted; `runs` fork from it, `why` says why it may go."""
+
+    folder: Path
+    runs: list[str]
+    warm_start_bytes: int = 0
+    deletable: list[Path] = field(default_factory=list)
+    deletable_bytes: int = 0
+    why: str = ""
+    deleted_bytes: int = 0
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the run that trains or forks it."""
+        return self.folder.with_name(self.folder.name + ".lock")
+
+    @property
+    def leftover(self) -> Path:
+        """Where it stands while it is written or deleted: there nobody takes it for a whole one."""
+        return self.folder.with_name(self.folder.name + ".tmp")
+
+
+@dataclass(kw_only=True)
+class Disk:
+    """What the runs of some studies, or all of a folder, cost on disk."""
+
+    runs_dir: Path
+    studies: list[str]
+    runs: list[RunCost]
+    warm_starts: list[WarmStartCost]
+    failures: list[str] = field(default_factory=list)
+    """Deletions that went wrong."""
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The sums."""
+        everything = [*self.runs, *self.warm_starts]
+        return {
+            "checkpoints_bytes": sum(cost.checkpoints_bytes for cost in self.runs),
+            "model_bytes": sum(cost.model_bytes for cost in self.runs),
+            "warm_starts_bytes": sum(cost.warm_start_bytes for cost in self.warm_starts),
+            "deletable_bytes": sum(cost.deletable_bytes for cost in everything),
+            "deleted_bytes": sum(cost.deleted_bytes for cost in everything),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A run folder as it was read; `problem` is what could not be."""
+
+    run: RunDir
+    state: str
+    config: RunConfig | None
+    problem: str
+
+    @property
+    def name(self) -> str:
+        return self.run.path.name
+
+
+def survey(runs_dir: Path, studies: Sequence[str] = ()) -> Disk:
+    """What stands in `runs_dir`, of all runs or of those of `studies`. Raises ConfigError for an unknown study."""
+    if not runs_dir.is_dir():
+        raise ConfigError(
+            f"runs_dir={runs_dir} does not exist: no run was made there; give the runs_dir=... of the runs"
+        )
+    manifests = _manifests(runs_dir)
+    for study in studies:
+        if study not in manifests:
+            known = f"the studies there are {', '.join(manifests)}" if manifests else "there is no study"
+            raise ConfigError(f"study {study} does not exist in {runs_dir}; {known}")
+    runs = [_read(RunDir(path)) for path in sorted(runs_dir.iterdir()) if _is_run(path)]
+    chosen = {name for study in studies for name in manifests[study]} if studies else None
+    return Disk(
+        runs_dir=runs_dir,
+        studies=list(studies),
+        runs=[_run_cost(found) for found in runs if chosen is None or found.name in chosen],
+        warm_starts=_warm_starts(runs_dir, runs, manifests, chosen),
+    )
+
+
+def _manifests(runs_dir: Path) -> dict[str, list[str]]:
+    """The runs of every study."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(runs_dir.glob("studies/*/study.json")):
+        try:
+            found[file.parent.name] = list(manifest_of(runs_dir, file.parent.name)["runs"])
+        except DamagedFile as error:
+            raise RunError(f"{error}; what its runs need is not known before that") from error
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        files = ("config.yaml", "status.json", "checkpoints")
+        return path.name not in NO_RUNS and any((path / name).exists() for name in files)
+    except PermissionError:  # nobody can tell, so it is listed as one that cannot be read
+        return True
+
+
+def _read(run: RunDir) -> _Run:
+    config, state, problems = None, "unreadable", []
+    try:
+        config = compose.thaw(run.config_file)
+    except Exception as error:  # a file that is no config can break anywhere
+        problems.append(f"its config.yaml cannot be read ({first_line(error)})")
+    try:
+        state = state_of_idle(run)
+        # A lock that does not exist is not asked: that would make it.
+        if (run.path / ".lock").exists() and run.is_locked:
+            state = "running"
+    except OSError as error:
+        problems.append(f"its status and lock cannot be read ({error})")
+    except DamagedFile as error:
+        problems.append(f"its status.json cannot be read ({error.why})")
+    return _Run(run=run, state=state, config=config, problem=" and ".join(problems))
+
+
+def state_of_idle(run: RunDir) -> str:
+    """The state of a run that nobody trains."""
+    status = run.status
+    if status is None:
+        return "missing"
+    return "interrupted" if status.state == "running" else status.state
+
+
+def _run_cost(found: _Run) -> RunCost:
+    run = found.run
+    deletable, why = ([], f"left alone: {found.problem}") if found.problem else judge(run, found.state)
+    return RunCost(
+        run=run,
+        state=found.state,
+        checkpoints_bytes=size_bytes(run.checkpoints),
+        model_bytes=size_bytes(run.model),
+        deletable=deletable,
+        deletable_bytes=sum(size_bytes(path) for path in deletable),
+        why=why,
+    )
+
+
+def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
+    """The files that nothing needs, and why those and no others."""
+    for path in (run.path, run.checkpoints):
+        if path.is_symlink():
+            return [], f"left alone: {path.name} is a link to {path.readlink()}, and nothing is deleted through links"
+    checkpoints = sorted(path for path in run.checkpoints.glob("step-*.pt") if CHECKPOINT.fullmatch(path.name))
+    leftovers = sorted(run.checkpoints.glob("*.tmp"))
+    if state == "running":
+        return [], "kept: running"
+    torn = "; a write that was cut short left *.tmp" if leftovers else ""
+    if not checkpoints:
+        return leftovers, f"no checkpoint{torn}"
+    if state != "finished":
+        return leftovers, f"kept: {'no status' if state == 'missing' else state}, resumes from it{torn}"
+    if not any(run.model.glob("*.safetensors")):
+        return leftovers, f"kept: finished, but model/ holds no weights: they stand here alone{torn}"
+    try:
+        check_weights(run.model)
+    except DamagedFile as error:
+        return leftovers, f"kept: finished, but {error}: the weights stand here alone{torn}"
+    return [*checkpoints, *leftovers], f"finished: never resumed, its result is the model{torn}"
+
+
+# ---------------------------------------------------------------------------------------------------- warm starts
+
+
+def _warm_starts(
+    runs_dir: Path, runs: Sequence[_Run], manifests: dict[str, list[str]], chosen: set[str] | None
+) -> list[WarmStartCost]:
+    """Those that `chosen` runs fork from, or all."""
+    folder = runs_dir / "warm_starts"
+    matches = [WARM_START.fullmatch(path.name) for path in folder.glob("*") if path.is_dir()]
+    keys = sorted({match[1] for match in matches if match})
+    if not keys:
+        return []
+    from relora.runs.warmstart import key
+
+    forks = [(found, key(found.config)) for found in runs if found.config is not None]
+    unknown = [
+        f"{found.name} (its config.yaml cannot be read)"
+        for found in runs
+        if found.config is None and found.state != "finished"
+    ]
+    begun = {found.name for found in runs}
+    unknown += [
+        f"{name} (named by study {study}, not begun)"
+        for study, names in manifests.items()
+        for name in names
+        if name not in begun
+    ]
+    costs = [
+        _warm_start_cost(folder / wanted, [found for found, forked in forks if forked == wanted], unknown)
+        for wanted in keys
+    ]
+    return [cost for cost in costs if chosen is None or chosen & set(cost.runs)]
+
+
+def _warm_start_cost(folder: Path, users: Sequence[_Run], unknown: Sequence[str]) -> WarmStartCost:
+    cost = WarmStartCost(folder=folder, runs=[found.name for found in users])
+    cost.warm_start_bytes = size_bytes(folder) + size_bytes(cost.leftover)
+    for path in (folder.parent, folder, cost.leftover, cost.lock_file):
+        if path.is_symlink():
+            cost.why = f"left alone: {path.name} is a link to {path.readlink()}, and nothing is deleted through links"
+            return cost
+    try:
+        locked = cost.lock_file.exists() and _is_locked(cost.lock_file)
+    except OSError as error:
+        cost.why = f"left alone: its lock cannot be read ({error})"
+        return cost
+    unfinished = [f"{found.name} ({found.state})" for found in users if found.state != "finished"]
+    if locked:
+        cost.why = "kept: a run trains it or forks from it now"
+        return cost
+    cost.deletable = [cost.leftover] if cost.leftover.exists() else []
+    if unfinished:
+        cost.why = f"kept: {_some(unfinished)} forks from it"
+    elif unknown:
+        cost.why = f"kept: whether it is forked by {_some(unknown)} is not known"
+    else:
+        cost.why = "every run that forks from it is finished" if users else "no run forks from it"
+        cost.deletable += [folder] if folder.exists() else []
+    cost.deletable_bytes = sum(size_bytes(path) for path in cost.deletable)
+    return cost
+
+
+def _is_locked(file: Path) -> bool:
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file or of all files in a folder, links as such; 0 for what is not there (any more) or is not to be seen."""
+    size = 0
+    for file in [Path(base, name) for base, _, names in os.walk(path) for name in names] or [path]:
+        with suppress(OSError):
+            found = file.lstat()
+            size += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
+    return size

@@ -1,0 +1,158 @@
+"""What makes a reader doubt a study's answer: rates that were not tuned, and figures that are not plausible."""
+
+from collections.abc import Sequence
+
+from relora.config.rates import NOT_TUNED
+from relora.config.run import RunConfig
+from relora.config.tuned import RATES
+from relora.runs.results import Run, mean
+from relora.studies.compare import Arm, Estimate, Study
+from relora.studies.gaps import Baseline
+
+FAR_AHEAD = -0.02
+"""A gap below this is doubted: a method that trains a part of what full rank trains is not expected in front of it, and
+2% is about what another seed changes at laptop/small (docs/results.md)."""
+TRAINING_RISE = 0.1
+"""Nats by which the training loss, in the mean over a tenth of the run, may stand above an earlier tenth."""
+VALIDATION_RISE = 0.02
+"""Nats by which the last validation loss may stand above the lowest one after the warm-up."""
+TENTHS = 10
+
+
+def rates_of(study: Study, arm: Arm) -> str:
+    """How the learning rates of an arm were chosen, for a table; empty where they were tuned, or nothing is known."""
+    if arm.config is None:
+        return ""
+    tried = _tried(study, arm)
+    if len(tried) > 1:
+        return f"{'the best' if _is_best(study, arm) else 'one'} of {len(tried)} rates"
+    return arm.config.rates.words
+
+
+def untuned(study: Study) -> list[Arm]:
+    """The arms whose rates were neither tuned for the setting nor chosen among several; the baseline comes first."""
+    full = study.full_rank()
+    rest = [arm for arm in study.arms if full is None or arm.variant != full.variant]
+    candidates = [*([full] if full is not None else []), *(arm for arm in rest if arm.method != "full")]
+    return [arm for arm in candidates if rates_of(study, arm) == NOT_TUNED]
+
+
+def untuned_words(study: Study) -> list[str]:
+    """The sentence of a headline that names those arms and what differs."""
+    found = untuned(study)
+    if not found:
+        return []
+    full = study.full_rank()
+    names = [
+        f"full rank ({arm.label})" if full is not None and arm.variant == full.variant else arm.label for arm in found
+    ]
+    reasons = dict.fromkeys(reason for arm in found if arm.config for reason in arm.config.rates.differs)
+    return [
+        f"Caution, {NOT_TUNED}: {', '.join(names)} ({'; '.join(reasons)}). The gaps tell about the rates as much as "
+        "about the methods; sweeps=tune_learning_rate searches for rates."
+    ]
+
+
+def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
+    """Sentences on what is not plausible in a study of one setting."""
+    told: list[str] = []
+    choice = study.baseline()
+    if full is not None and choice is not None:
+        told += _rising(full, choice)
+        told += _at_the_edge(f"the baseline ({full.label})", full.config, _tried(study, full))
+    if best is None:
+        return told
+    told += _at_the_edge(best.label, best.config, _tried(study, best))
+    gaps = [(arm.label, arm.gap("tokens")) for arm in study.arms if arm.method != "full"]
+    ahead = [f"{label} ({-gap.relative:.1%})" for label, gap in gaps if gap is not None and gap.relative < FAR_AHEAD]
+    if ahead:
+        told.append(
+            f"Not plausible: ahead of full rank at equal tokens by more than {-FAR_AHEAD:.0%}: {', '.join(ahead)}. "
+            "That is a sign of a full-rank run at bad rates; try others: method=full optimizer.learning_rate=... "
+            "optimizer.embedding_learning_rate=..."
+        )
+    told += _within_seeds(best.label, best.gap("tokens"))
+    return told
+
+
+def _within_seeds(label: str, gap: Estimate | None) -> list[str]:
+    """An interval that holds zero is told elsewhere."""
+    if gap is None or gap.deviation is None or gap.low is not None or abs(gap.relative) > gap.deviation:
+        return []
+    return [
+        f"The gap of {label} ({gap.relative:+.1%}) is within the spread of its seeds (± {gap.deviation:.1%}): no "
+        "difference is shown."
+    ]
+
+
+def _tried(study: Study, arm: Arm) -> list[float]:
+    """The learning rates of the arms that differ from `arm` in their rates alone; of full rank, in all of runs_dir."""
+    configs = [other.config for other in study.arms if other.finished]
+    choice = study.baseline()
+    if arm.method == "full" and choice is not None:
+        configs += [run.config for runs in choice.rivals.values() for run in runs.values()]
+    assert arm.config is not None
+    own = _but_for_rates(arm.config)
+    return sorted({c.optimizer.learning_rate for c in configs if c is not None and _but_for_rates(c) == own})
+
+
+def _but_for_rates(config: RunConfig) -> dict[str, object]:
+    return {name: value for name, value in config.identity.items() if name not in (*RATES, "trainer.seed")}
+
+
+def _is_best(study: Study, arm: Arm) -> bool:
+    """Whether an arm is the best on validation of those that differ from it in their rates alone."""
+    if arm.method == "full":
+        full = study.full_rank()
+        return full is not None and full.variant == arm.variant
+    assert arm.config is not None
+    own = _but_for_rates(arm.config)
+    rivals = [other for other in study.arms if other.finished and other.config and _but_for_rates(other.config) == own]
+    return bool(rivals) and min(rivals, key=_validation).variant == arm.variant
+
+
+def _validation(arm: Arm) -> float:
+    return mean([member.run.validation_loss for member in arm.finished])
+
+
+def _at_the_edge(name: str, config: RunConfig | None, tried: Sequence[float]) -> list[str]:
+    """That the best rate is the lowest or the highest that was tried."""
+    if config is None or len(tried) < 2 or config.optimizer.learning_rate not in (tried[0], tried[-1]):
+        return []
+    rate = config.optimizer.learning_rate
+    side, beyond = ("lowest", rate / 2) if rate == tried[0] else ("highest", rate * 2)
+    return [
+        f"The rate of {name}, {rate:g}, is the {side} of the {len(tried)} that were tried: a better one may lie "
+        f"beyond; try optimizer.learning_rate={beyond:g}."
+    ]
+
+
+def _rising(full: Arm, choice: Baseline) -> list[str]:
+    """That the baseline's loss rises after its warm-up, by its first seed that does."""
+    for _, run in sorted(choice.runs.items()):
+        found = rise(run)
+        if found is not None:
+            kind, low, high = found
+            return [
+                f"Not plausible: the {kind} loss of the baseline ({full.label}, {run.name}) rises after its warm-up, "
+                f"from {low:.3f} to {high:.3f}: its rate is too high, or its training unstable."
+            ]
+    return []
+
+
+def rise(run: Run) -> tuple[str, float, float] | None:
+    """Which loss of a run rises after its warm-up, from where and to where; None where none does."""
+    assert run.config is not None
+    warm = run.config.schedule.warmup_steps
+    evaluated = [row["eval/loss"] for row in run.rows if "eval/loss" in row and row["step"] > warm]
+    if evaluated and evaluated[-1] - min(evaluated) > VALIDATION_RISE:
+        return "validation", min(evaluated), evaluated[-1]
+    losses = [row["train/loss"] for row in run.rows if "train/loss" in row and row["step"] > warm]
+    width = max(1, -(-len(losses) // TENTHS))
+    parts = [mean(losses[start : start + width]) for start in range(0, len(losses) - width + 1, width)]
+    low = float("inf")
+    for part in parts:
+        if part - low > TRAINING_RISE:
+            return "training", low, part
+        low = min(low, part)
+    return None

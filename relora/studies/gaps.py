@@ -1,0 +1,325 @@
+"""What a run loses against full rank at equal tokens, FLOPs and wall-clock, and which full-rank run that is.
+
+Baselines are chosen on `validation`, results are read on `test`. `FullRank` holds the rule for baselines, and whatever
+shows a gap asks it.
+"""
+
+import bisect
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from relora.common.errors import ConfigError, DamagedFile
+from relora.config import compose
+from relora.config.run import RunConfig
+from relora.runs.results import Run, best_on_validation, mean
+from relora.runs.rundir import RunDir
+from relora.runs.spent import differences
+
+OTHER_RATE = "baseline, other rate"
+FEWEST_EVALUATIONS = 4
+"""After the start: a run with fewer cannot tell when it reached a loss."""
+SAME_BUDGET = 0.01
+"""Budgets within this share of each other count as equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Loss difference to full rank, in nats; a relative difference of perplexities is exp(it) - 1."""
+
+    loss: float | None
+    note: str
+    """How it was read, or why there is none."""
+    kind: str = "measured"
+    """"measured" on runs that end there, "interpolated" between them, or read off a "curve"."""
+
+    @property
+    def relative(self) -> float | None:
+        """Perplexity over the baseline's, less 1."""
+        return None if self.loss is None else relative(self.loss)
+
+
+def relative(loss_difference: float) -> float:
+    """Perplexity over another, less 1, of a difference of losses; infinite where that overflows."""
+    return math.expm1(loss_difference) if loss_difference < 700 else math.inf
+
+
+@dataclass(kw_only=True)
+class Compared:
+    """A run of the study with its gaps."""
+
+    run: Run
+    label: str
+    choice: "Baseline | None" = None
+    """The full-rank variant that serves its setting and budget."""
+    baseline: Run | None = None
+    """Of that variant, the run of its seed."""
+    tokens: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
+    flops: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
+    seconds: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
+    speed_note: str = ""
+    """Why its tokens/s cannot be compared with the baseline's; empty where they can, or there is no baseline."""
+    memory_note: str = ""
+    """The same of its peak memory."""
+    tokens_to_baseline: int | None = None
+    """Tokens at the first evaluation that reached the baseline's last validation loss; None: never, or not known."""
+    evaluated_too_rarely: bool = False
+    """Whether it reached that loss and its evaluations are too few to tell when."""
+
+    @property
+    def role(self) -> str:
+        """ "arm" or "baseline"; "baseline, other rate" for a full-rank run that came by itself and was not chosen."""
+        return role_beside(self.run.role, self.run, self.baseline)
+
+
+def role_beside(role: str, run: Run, baseline: Run | None) -> str:
+    """The role of a run that is measured against `baseline`, for people."""
+    return OTHER_RATE if role == "baseline" and baseline is not None and baseline.name != run.name else role
+
+
+def _gap_at_equal_tokens(run: Run, baseline: Run | None, missing: str) -> Gap:
+    if baseline is None:
+        return Gap(loss=None, note=missing)
+    return Gap(loss=run.summary["test_loss"] - baseline.summary["test_loss"], note=f"against {baseline.name}")
+
+
+def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run], missing: str) -> Gap:
+    """Against the full-rank runs `ended` whose schedules end at that budget, or else between, or else on a curve.
+
+    A curve that is read before its learning rate has decayed flatters the other arm, and the note says so.
+    """
+    budget, unit = run.budget(axis), {"flops": "FLOPs", "seconds": "seconds"}[axis]
+    if axis == "seconds":
+        if baseline is not None and (told := differences(run.spent, baseline.spent)):
+            return Gap(loss=None, note=f"wall-clock: {told}")
+        ended = [other for other in ended if not differences(run.spent, other.spent)]
+    if run.config is not None and run.config.method.name == "full" and run is baseline:
+        return Gap(loss=0.0, note="itself")
+    points = sorted((other.budget(axis), other.summary["test_loss"], other.name) for other in ended)
+    near = [point for point in points if abs(point[0] / budget - 1) <= SAME_BUDGET]
+    if near:
+        _, loss, name = min(near, key=lambda point: abs(point[0] / budget - 1))
+        return Gap(loss=run.summary["test_loss"] - loss, note=f"against {name}, whose schedule ends there")
+    at = bisect.bisect([point[0] for point in points], budget)
+    if 0 < at < len(points):
+        low, high = points[at - 1], points[at]
+        loss = _between(low[:2], high[:2], budget)
+        note = f"interpolated between full-rank runs that end at {low[0]:.3g} and {high[0]:.3g} {unit}"
+        return Gap(loss=run.summary["test_loss"] - loss, note=note, kind="interpolated")
+    if baseline is None:
+        return Gap(loss=None, note=missing)
+    curve = [point for point in baseline.curve(axis) if point[0] > 0]
+    at = bisect.bisect([point[0] for point in curve], budget)
+    if at == 0:
+        return Gap(loss=None, note="the full-rank run was not evaluated as early as that")
+    if at == len(curve):
+        return Gap(loss=None, note=f"no full-rank run of this setting took that many {unit}")
+    loss = _between(curve[at - 1], curve[at], budget)
+    note = f"read off the validation curve of {baseline.name} before its learning rate has decayed: flatters this arm"
+    return Gap(loss=run.summary["eval_loss"] - loss, note=note, kind="curve")
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], x: float) -> float:
+    """Linear in log x."""
+    share = math.log(x / low[0]) / math.log(high[0] / low[0])
+    return low[1] + share * (high[1] - low[1])
+
+
+def _tokens_to_reach(run: Run, baseline: Run) -> tuple[int | None, bool]:
+    """Tokens at the first evaluation that reached the baseline's loss; and whether it did with too few to tell."""
+    goal, curve = baseline.summary["eval_loss"], run.curve("tokens")
+    reached = next((int(tokens) for tokens, loss in curve if loss <= goal), None)
+    too_few = reached is not None and sum(tokens > 0 for tokens, _ in curve) < FEWEST_EVALUATIONS
+    return None if too_few else reached, too_few
+
+
+# ------------------------------------------------------------------------------------------------------- baselines
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Baseline:
+    """The full-rank variant that all runs of one setting and budget are measured against."""
+
+    runs: dict[int, Run]
+    """By seed."""
+    rivals: dict[str, dict[int, Run]]
+    """All variants that it was chosen among, itself included, by variant and seed."""
+    needed: frozenset[int]
+    """The seeds that it was chosen for; empty where the study asks for none."""
+
+    @property
+    def variant(self) -> str:
+        """What its runs share."""
+        return _variant(next(iter(self.runs.values())))
+
+    @property
+    def is_of_the_study(self) -> bool:
+        """Whether the study has it as an arm or a baseline."""
+        return any(run.role != "other" for run in self.runs.values())
+
+    def compared_with(self, variant: str) -> tuple[list[int], float, float] | None:
+        """The seeds that a rival shares with it, and the mean validation losses over them: the rival's and its own.
+
+        None where they share no seed, or the rival diverged on one.
+        """
+        runs = self.rivals[variant]
+        seeds = sorted(seed for seed in runs.keys() & self.runs.keys() if seed in self.needed or not self.needed)
+        if not seeds or any(runs[seed].diverged for seed in seeds):
+            return None
+        theirs, ours = (mean([each[seed].validation_loss for seed in seeds]) for each in (runs, self.runs))
+        return seeds, theirs, ours
+
+
+class FullRank:
+    """The finished full-rank runs of a runs_dir that have no warm start, and which of them serve as baselines.
+
+    All of them are asked, those of other studies too. One variant (one set of rates) serves all runs of a setting and
+    budget: the one with the lowest mean validation loss over the seeds that the study's other arms have. Variants that
+    have more of those seeds stand before better ones that have fewer. A variant that diverged is never taken.
+    """
+
+    def __init__(self, runs_dir: Path, own: Sequence[Run]) -> None:
+        """`own`: the runs of the study, however they stand."""
+        names = {run.name for run in own}
+        others = [run for run in finished_full_rank(runs_dir) if run.name not in names]
+        self._found: dict[tuple[Any, ...], dict[int, dict[str, dict[int, Run]]]] = {}
+        for run in [*(run for run in own if run.finished and is_full_rank(run.config)), *others]:
+            by_length = self._found.setdefault(run.setting, defaultdict(lambda: defaultdict(dict)))
+            by_length[_steps(run)][_variant(run)][run.seed] = run
+        self._needed: dict[tuple[str, int | None], set[int]] = defaultdict(set)
+        for run in own:
+            if run.config is not None and not is_full_rank(run.config):
+                for steps in (run.config.total_steps, None):
+                    self._needed[run.config.setting_key, steps].add(run.seed)
+        self._chosen: dict[tuple[tuple[Any, ...], int], Baseline | None] = {}
+
+    def baseline(self, setting: tuple[Any, ...], total_steps: int) -> Baseline | None:
+        """The variant that serves a setting (Run.setting) and budget; None where none is finished, or all diverged."""
+        key = (setting, total_steps)
+        if key not in self._chosen:
+            rivals = {variant: dict(runs) for variant, runs in self._rivals(setting, total_steps).items()}
+            # A budget that the study has not is asked for the seeds of the setting.
+            needed = self._needed.get((setting[0], total_steps)) or self._needed.get((setting[0], None)) or set()
+            losses = {
+                variant: {seed: run.validation_loss for seed, run in runs.items()} for variant, runs in rivals.items()
+            }
+            best = best_on_validation(losses, needed)
+            if best is None:
+                self._chosen[key] = None
+            else:
+                usable = {seed: run for seed, run in rivals[best].items() if not run.diverged}
+                self._chosen[key] = Baseline(runs=usable, rivals=rivals, needed=frozenset(needed))
+        return self._chosen[key]
+
+    def configs_for(self, run: Run) -> list[RunConfig]:
+        """One config of each variant that the baseline of a finished run was chosen among."""
+        rivals = self._rivals(run.setting, _steps(run)).values()
+        return [config for runs in rivals if (config := next(iter(runs.values())).config) is not None]
+
+    def of_any_length(self, setting: tuple[Any, ...], seed: int) -> list[Run]:
+        """The run of `seed` of each budget's baseline."""
+        chosen = (self.baseline(setting, steps) for steps in self._found.get(setting, {}))
+        return [baseline.runs[seed] for baseline in chosen if baseline is not None and seed in baseline.runs]
+
+    def why_none(self, run: Run) -> str:
+        """Why a finished run has no baseline."""
+        chosen = self.baseline(run.setting, _steps(run))
+        if chosen is not None:
+            seeds = ", ".join(map(str, sorted(chosen.runs)))
+            return f"no finished full-rank run of its seed: the best on validation, {chosen.variant}, has seeds {seeds}"
+        if self._rivals(run.setting, _steps(run)):
+            return "no finished full-rank run of the same setting and budget has a finite loss: all diverged"
+        return "no finished full-rank run of the same setting, budget and seed"
+
+    def _rivals(self, setting: tuple[Any, ...], total_steps: int) -> dict[str, dict[int, Run]]:
+        return self._found.get(setting, {}).get(total_steps, {})
+
+
+def finished_full_rank(runs_dir: Path) -> list[Run]:
+    """The finished full-rank runs of a runs_dir that have no warm start; what cannot be read is left out."""
+    found: list[Run] = []
+    # A run's folder is named after its method (RunConfig.name): of many runs, few have to be read.
+    for file in sorted(runs_dir.glob("*-full-*/status.json")):
+        try:
+            about = file.stat()
+        except OSError:
+            continue
+        run = _finished_full_rank(file.parent, about.st_mtime_ns, about.st_size)
+        if run is not None:
+            found.append(run)
+    return found
+
+
+@lru_cache(maxsize=10_000)
+def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run | None:
+    """The run in `path` if it is one; kept for as long as its status stays, for status is asked every few seconds."""
+    folder = RunDir(path)
+    try:
+        status = folder.status
+        if status is None or status.state != "finished":
+            return None
+        config = compose.at_home(folder.config_file)
+    except (ConfigError, DamagedFile):
+        return None
+    run = Run(name=path.name, role="other", path=path, config=config, status=status, state=status.state)
+    return run if is_full_rank(config) else None
+
+
+def is_full_rank(config: RunConfig | None) -> bool:
+    """Whether a run of `config` may serve as a baseline: full rank throughout, without a warm start."""
+    return config is not None and config.method.name == "full" and not config.method.warm_start_steps
+
+
+def _steps(run: Run) -> int:
+    assert run.config is not None
+    return run.config.total_steps
+
+
+def _variant(run: Run) -> str:
+    assert run.config is not None
+    return run.config.variant
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+def gap_at_equal_tokens(run: Run, full: FullRank) -> tuple[Gap, Run | None]:
+    """A finished run's gap to the full-rank run of its seed, and that run."""
+    if run.diverged:
+        return Gap(loss=None, note=_diverged(run)), None
+    chosen = full.baseline(run.setting, _steps(run))
+    baseline = None if chosen is None else chosen.runs.get(run.seed)
+    return _gap_at_equal_tokens(run, baseline, "" if baseline is not None else full.why_none(run)), baseline
+
+
+def _diverged(run: Run) -> str:
+    return f"diverged: validation loss {run.summary['eval_loss']:.3g}, test loss {run.summary['test_loss']:.3g}"
+
+
+def compared(run: Run, label: str, full: FullRank) -> Compared:
+    """Measure a run against what `full` has for it."""
+    found = Compared(run=run, label=label)
+    if not run.finished:
+        found.tokens = found.flops = found.seconds = Gap(loss=None, note=f"{run.state}: {run.message}")
+        return found
+    found.choice = full.baseline(run.setting, _steps(run))
+    found.tokens, found.baseline = gap_at_equal_tokens(run, full)
+    if run.diverged:
+        found.flops = found.seconds = found.tokens
+        return found
+    baseline = found.baseline
+    missing = "" if baseline is not None else full.why_none(run)
+    ended = full.of_any_length(run.setting, run.seed)
+    found.flops = _gap_at_equal("flops", run, baseline, ended, missing)
+    found.seconds = _gap_at_equal("seconds", run, baseline, ended, missing)
+    if baseline is not None:
+        found.tokens_to_baseline, found.evaluated_too_rarely = _tokens_to_reach(run, baseline)
+        if speed := differences(run.spent, baseline.spent):
+            found.speed_note = f"tokens/s: {speed}, than {baseline.name}"
+        if memory := differences(run.spent, baseline.spent, memory=True):
+            found.memory_note = f"peak memory: {memory}, than {baseline.name}"
+    return found

@@ -1,0 +1,187 @@
+"""A study in pictures: the one importer of matplotlib."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from relora.runs.results import Run, mean
+from relora.studies.compare import Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SMOOTHED_SHARE = 0.02
+"""Of a training curve that each drawn point averages over."""
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c00")
+"""Of Okabe and Ito, told apart with any colour vision; their yellow, too light for a line, is an olive."""
+STYLES = ("-", "--", ":", "-.")
+MARKERS = "osD^vP*X"
+
+
+def draw_curves(study: Study) -> "Figure | None":
+    """Training loss and validation perplexity, over tokens and over FLOPs."""
+    drawn = [arm for arm in study.arms if any(len(member.run.rows) > 1 for member in arm.members)]
+    if not drawn:
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for column, axis in enumerate(("tokens", "flops")):
+        for place, (arm, style) in enumerate(zip(drawn, _styles(len(drawn)), strict=True)):
+            marker = MARKERS[place % len(MARKERS)]
+            for number, member in enumerate(arm.members):
+                label = arm.label if number == 0 else None
+                axes[0, column].plot(*_training_curve(member.run, axis), label=label, lw=1, **style)
+                points = [(x, math.exp(loss)) for x, loss in member.run.curve(axis) if x > 0 and loss < 20]
+                axes[1, column].plot(*_columns(points), label=label, marker=marker, ms=4, lw=1.2, **style)
+        axes[1, column].set_yscale("log")
+        _plain_log_ticks(axes[1, column])
+        axes[0, column].set_ylabel("training loss (nats)")
+        axes[1, column].set_ylabel("validation perplexity")
+        for row in (0, 1):
+            axes[row, column].set_xlabel("training FLOPs" if axis == "flops" else "tokens")
+            axes[row, column].xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes[row, column].grid(alpha=0.25)
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def draw_schedule(study: Study) -> "Figure | None":
+    """Learning rate over the updates, one run for each shape of schedule; restarts as marks."""
+    shapes: dict[tuple[Any, ...], tuple[str, Run]] = {}
+    for arm in study.arms:
+        for member in arm.members[:1]:
+            if member.run.config is not None and any("train/lr" in row for row in member.run.rows):
+                shapes.setdefault(_shape(member.run), (arm.label, member.run))
+    if not shapes:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for (label, run), style in zip(shapes.values(), _styles(len(shapes)), strict=True):
+        rates = {row["step"]: row["train/lr"] for row in run.rows if "train/lr" in row}
+        axes.plot(list(rates), list(rates.values()), label=label, lw=1.2, **style)
+        restarts = [row["step"] for row in run.rows if "restart/number" in row]
+        axes.plot(restarts, [0.0] * len(restarts), "|", color=style["color"], ms=12)
+    axes.set_xlabel("update (marks: restarts)")
+    axes.set_ylabel("learning rate")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def draw_gaps(study: Study) -> "Figure | None":
+    """The gap of every arm, its seeds and its interval."""
+    found = [(arm, arm.gap("tokens")) for arm in study.arms if arm.method != "full"]
+    rows = [(arm, gap) for arm, gap in found if gap is not None and math.isfinite(gap.relative)]
+    if not rows:
+        return None
+    from matplotlib.figure import Figure
+
+    rows.sort(key=lambda row: row[1].relative, reverse=True)
+    figure = Figure(figsize=(12, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, (arm, gap) in enumerate(rows):
+        axes.barh(y, 100 * gap.relative, color="#9ab8d4")
+        if gap.low is not None and gap.high is not None:
+            axes.plot([100 * gap.low, 100 * gap.high], [y, y], color="#1f3b57", lw=2)
+        seeds = [100 * gap for member in arm.finished if (gap := member.tokens.relative) is not None]
+        axes.plot(seeds, [y] * len(seeds), "o", color="#1f3b57", ms=4)
+    axes.set_yticks(range(len(rows)), [arm.label for arm, _ in rows], fontsize=8)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_xlabel("test perplexity over full rank's, at equal tokens (%)")
+    return figure
+
+
+def draw_heat_map(study: Study) -> "Figure | None":
+    """Gap (or, without a baseline, test perplexity) by rank and reset interval, where both or one are swept."""
+    cells = heat_map(study)
+    if cells is None:
+        return None
+    from matplotlib.figure import Figure
+
+    ranks = sorted({rank for rank, _ in cells.values})
+    intervals = sorted(
+        {interval for _, interval in cells.values}, key=lambda value: math.inf if value is None else value
+    )
+    grid = [[cells.values.get((rank, interval), math.nan) for interval in intervals] for rank in ranks]
+    figure = Figure(figsize=(2.5 + 1.2 * len(intervals), 1.8 + 0.7 * len(ranks)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="viridis_r", aspect="auto")
+    axes.set_xticks(range(len(intervals)), ["never" if value is None else str(value) for value in intervals])
+    axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
+    axes.set_xlabel("reset interval (updates)")
+    axes.set_ylabel("rank")
+    finite = [value for row in grid for value in row if not math.isnan(value)]
+    middle = (min(finite) + max(finite)) / 2
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            text = "-" if math.isnan(value) else cells.text(value)
+            axes.text(x, y, text, ha="center", va="center", color="white" if value > middle else "black")
+    figure.colorbar(image, label=cells.caption)
+    return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """What is drawn by rank and interval."""
+
+    values: dict[tuple[int, int | None], float]
+    caption: str
+    text: Callable[[float], str]
+
+
+def heat_map(study: Study) -> HeatMap | None:
+    """The ReLoRA arms that differ in rank or interval; None where neither is swept or another setting is, too."""
+    arms = [arm for arm in study.arms if arm.method == "relora" and arm.finished and arm.config is not None]
+    places = [(arm.config.rank, arm.config.reset_interval_steps) for arm in arms if arm.config is not None]
+    if len(set(places)) < max(len(arms), 2):
+        return None
+    gaps = [arm.gap("tokens") for arm in arms]
+    if all(gap is not None for gap in gaps):
+        values = {place: 100 * gap.relative for place, gap in zip(places, gaps, strict=True) if gap is not None}
+        return HeatMap(values=_with_rank(values), caption="gap to full rank (%)", text=lambda value: f"{value:+.1f}%")
+    values = {place: mean(arm.values("test_perplexity")) for place, arm in zip(places, arms, strict=True)}
+    return HeatMap(values=_with_rank(values), caption="test perplexity", text=lambda value: f"{value:.2f}")
+
+
+def _with_rank(values: dict[tuple[int | None, int | None], float]) -> dict[tuple[int, int | None], float]:
+    return {(rank or 0, interval): value for (rank, interval), value in values.items()}
+
+
+def _shape(run: Run) -> tuple[Any, ...]:
+    config = run.config
+    assert config is not None
+    steps = (config.total_steps, config.method.warm_start_steps, config.reset_interval_steps)
+    return (*steps, config.optimizer.learning_rate, config.schedule.warmup_steps, config.schedule.restart_warmup_steps)
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    """A colour each, and a new kind of line whenever the colours are used up."""
+    rounds = [divmod(number, len(COLOURS)) for number in range(count)]
+    return [{"color": COLOURS[colour], "ls": STYLES[turn % len(STYLES)]} for turn, colour in rounds]
+
+
+def _training_curve(run: Run, axis: str) -> tuple[list[float], list[float]]:
+    points = [(row[f"progress/{axis}"], row["train/loss"]) for row in run.rows if "train/loss" in row]
+    width = max(1, round(SMOOTHED_SHARE * len(points)))
+    smooth = [points[start : start + width] for start in range(0, len(points), width)]
+    return _columns([(mean([x for x, _ in part]), mean([y for _, y in part])) for part in smooth])
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _plain_log_ticks(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(LogLocator(subs=()))

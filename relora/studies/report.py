@@ -1,0 +1,383 @@
+"""A study as a page: what came out, tables, pictures."""
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from relora.common.files import publishing
+from relora.runs.results import deviation, mean
+from relora.studies.compare import Arm, Estimate, Study, as_row, study_dir
+from relora.studies.doubts import doubts, rates_of, untuned, untuned_words
+from relora.studies.gaps import FEWEST_EVALUATIONS, SAME_BUDGET, Compared, Gap
+from relora.studies.page import Page
+from relora.studies.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GIB, MIB = 2**30, 2**20
+
+
+# -------------------------------------------------------------------------------------------------------------- words
+
+
+class Notes:
+    """Remarks on figures, each told once and referred to by a letter."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        """The letter of a remark."""
+        if text not in self.texts:
+            self.texts.append(text)
+        number = self.texts.index(text)
+        return chr(ord("a") + number % 26) * (1 + number // 26)
+
+
+def percent(estimate: Estimate | None, seeds: int | None = None) -> str:
+    """A gap, ± its deviation over seeds, its interval where there is one, its seeds where they are not the arm's."""
+    if estimate is None:
+        return "-"
+    text = f"{estimate.relative:+.1%}"
+    if estimate.deviation is not None:
+        text += f" ± {estimate.deviation:.1%}"
+    if estimate.low is not None and estimate.high is not None:
+        text += f" [{estimate.low:+.1%}, {estimate.high:+.1%}]"
+    return text if seeds in (None, estimate.seeds) else f"{text} of {estimate.seeds} seeds"
+
+
+def _spread(values: Sequence[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    parts = [f"{mean(finite):.2f}" + (f" ± {deviation(finite):.2f}" if len(finite) > 1 else "")] if finite else []
+    if len(finite) < len(values):
+        parts.append("diverged" if not finite else f"{len(values) - len(finite)} diverged")
+    return ", ".join(parts) or "-"
+
+
+def _figure(values: Sequence[float], text: Callable[[float], str]) -> str:
+    return text(mean(values)) if values else "-"
+
+
+def answer(study: Study) -> list[str]:
+    """What came out, in sentences; the first thing that a reader wants. Each setting of several is told by itself."""
+    parts = study.settings()
+    if len(parts) == 1:
+        return _answer(study)
+    told: list[str] = []
+    for part in parts:
+        config = next((arm.config for arm in part.arms if arm.config), None)
+        name = f"{config.model.name}, {config.total_steps} updates" if config else "unknown setting"
+        told += [f"{name}: {line}" for line in _answer(part)]
+    return told
+
+
+def _answer(study: Study) -> list[str]:
+    told: list[str] = []
+    full, best = study.full_rank(), study.best()
+    if full is not None and full.finished:
+        told.append(f"Full rank ({full.label}) reaches perplexity {_spread(full.values('test_perplexity'))} on test.")
+    else:
+        told.append("There is no finished full-rank run to measure against.")
+    told += study.baseline_remarks()
+    told += untuned_words(study)
+    if best is not None:
+        told.append(_best_arm(study, best, full))
+    told += doubts(study, best, full)
+    cells = None if untuned(study) else heat_map(study)
+    if best is not None and cells is not None and best.method == "relora" and best.config is not None:
+        interval = best.config.reset_interval_steps
+        told.append(
+            f"Rank and interval: take rank {best.config.rank} and "
+            + ("no restarts." if interval is None else f"a restart every {interval} updates.")
+        )
+    seeds = min((len(arm.finished) for arm in study.arms if arm.finished), default=0)
+    if 0 < seeds < 3:
+        told.append(
+            f"There {'is one seed' if seeds == 1 else 'are two seeds'} for at least one arm: no interval can be given, "
+            f"and a small difference may be chance. Three seeds give one: {_command(study, 'trainer.seed', '0,1,2')}"
+        )
+    if study.unfinished:
+        told.append(f"{len(study.unfinished)} of {len(study.members)} runs have no result; they are listed below.")
+    return told
+
+
+def _command(study: Study, key: str, values: str) -> str:
+    """The study's last launch, with other values of a key."""
+    kept = [text for text in study.launches[-1] if not text.startswith(f"{key}=")]
+    return shlex.join(["python", "run.py", "-m", *kept, f"{key}={values}"])
+
+
+def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
+    """Chosen on validation, read on test."""
+    text = f"Best on validation of the others: {best.label}, test perplexity {_spread(best.values('test_perplexity'))}"
+    gap = best.gap("tokens")
+    if gap is not None:
+        text += f", {percent(gap)} against full rank at equal tokens"
+        if gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high:
+            text += " (the interval holds zero: no difference is shown)"
+    if full is not None and full.finished:
+        ratios = {
+            name: mean(best.values(key)) / mean(full.values(key))
+            for name, key in (("trainable parameters", "trainable_parameters"), ("peak memory", "peak_memory_bytes"))
+        }
+        speed = _speed(best) / _speed(full)
+        text += ". It has " + " and ".join(f"{ratio:.2f} times the {name}" for name, ratio in ratios.items())
+        text += f" of full rank, and runs at {speed:.2f} times its tokens/s"
+        unlike = dict.fromkeys(note for m in best.finished for note in (m.memory_note, m.speed_note) if note)
+        if unlike:
+            text += f" (no fair comparison: {'; '.join(unlike)})"
+    return text + "."
+
+
+def _line(text: str) -> str:
+    """On one line, so that no message becomes a heading."""
+    return " ".join(text.split())
+
+
+def _speed(arm: Arm) -> float:
+    return mean([member.run.summary["tokens"] / member.run.summary["training_seconds"] for member in arm.finished])
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+ARM_COLUMNS = (
+    "arm",
+    "rates",
+    "seeds",
+    "test perplexity",
+    "gap, equal tokens",
+    "gap, equal FLOPs",
+    "gap, equal wall-clock",
+    "tokens to full rank's loss",
+    "trainable",
+    "peak memory",
+    "tokens/s",
+)
+RUN_COLUMNS = (
+    "run",
+    "arm",
+    "role",
+    "seed",
+    "state",
+    "validation",
+    "test",
+    "gap, equal tokens",
+    "gap, equal FLOPs",
+    "gap, equal wall-clock",
+    "measured against",
+    "tokens to full rank's loss",
+    "trainable",
+    "peak memory",
+    "skipped",
+)
+FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
+    ("gaps.png", draw_gaps, "Gap to full rank at equal tokens; points are seeds, dark lines 95% intervals."),
+    ("heat_map.png", draw_heat_map, "By rank and reset interval; lighter is better."),
+    ("curves.png", draw_curves, "Training loss (smoothed) and validation perplexity over tokens and training FLOPs."),
+    ("schedule.png", draw_schedule, "Learning rates, one arm for each shape; marks on the axis are restarts."),
+)
+
+
+TOO_FEW = f"the loss was reached, but fewer than {FEWEST_EVALUATIONS} evaluations after the start cannot tell when"
+
+
+def _rates_cell(study: Study, arm: Arm) -> str:
+    """How an arm's rates were chosen, after what a baseline is to the study."""
+    roles = {member.role for member in arm.members} - {"arm"}
+    return "; ".join(filter(None, [*sorted(roles), rates_of(study, arm)])) or "-"
+
+
+def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
+    cells = [
+        arm.label,
+        _rates_cell(study, arm),
+        f"{len(arm.finished)}/{len(arm.members)}",
+        _spread(arm.values("test_perplexity")),
+    ]
+    for axis in ("tokens", "flops", "seconds"):
+        gap, told = arm.gap(axis), arm.notes(axis)
+        if axis == "tokens":
+            told = [] if gap is not None and gap.seeds == len(arm.finished) else [t for t in told if "no finished" in t]
+        marks = ", ".join(notes.mark(text) for text in told)
+        cells.append(percent(gap, len(arm.finished)) + (f" ({marks})" if marks else ""))
+    measured = [m for m in arm.finished if m.baseline is not None and not m.evaluated_too_rarely]
+    reached = [m.tokens_to_baseline for m in measured if m.tokens_to_baseline is not None]
+    never = len(measured) - len(reached)
+    parts = [f"{mean(reached):,.0f}"] if reached else []
+    if never:
+        parts.append("never" if len(measured) == 1 else f"{never} of {len(measured)} never")
+    if any(m.evaluated_too_rarely for m in arm.finished):
+        parts.append(f"? ({notes.mark(TOO_FEW)})")
+    cells.append(", ".join(parts) or "-")
+    cells.append(_figure(arm.values("trainable_parameters"), lambda value: f"{value / 1e6:.2f}M"))
+    memory, speed = ([getattr(m, name) for m in arm.finished] for name in ("memory_note", "speed_note"))
+    cells.append(_figure(arm.values("peak_memory_bytes"), _memory) + _marks(memory, notes))
+    cells.append((f"{_speed(arm):,.0f}" if arm.finished else "-") + _marks(speed, notes))
+    return cells
+
+
+def _marks(texts: Sequence[str], notes: Notes) -> str:
+    """The letters of the remarks among `texts`, each once."""
+    marks = [notes.mark(text) for text in dict.fromkeys(filter(None, texts))]
+    return f" ({', '.join(marks)})" if marks else ""
+
+
+def _memory(value: float) -> str:
+    return f"{value / GIB:.2f} GiB" if value >= 10 * GIB else f"{value / MIB:,.0f} MiB"
+
+
+OF_THE_ARMS = (
+    *("sweeps=", "study=", "method", "optimizer.learning_rate", "optimizer.embedding_learning_rate"),
+    *("schedule.restart_warmup_steps", "trainer.total_steps", "trainer.total_tokens"),
+)
+
+
+def _missing_budgets(study: Study) -> str | None:
+    """What trains the full-rank runs that the arms of one setting lack for a comparison at equal FLOPs."""
+    steps: set[int] = set()
+    for member in study.members:
+        at_equal_flops, baseline = member.flops, member.baseline
+        if baseline is None or baseline.config is None or at_equal_flops.kind == "interpolated":
+            continue
+        if at_equal_flops.loss is None or at_equal_flops.kind == "curve":
+            steps.add(round(baseline.config.total_steps * member.run.budget("flops") / baseline.budget("flops")))
+    if not steps:
+        return None
+    budgets: list[int] = []
+    for needed in sorted(steps):
+        if not budgets or needed / budgets[-1] - 1 > SAME_BUDGET:
+            budgets.append(needed)
+    kept = [text for text in study.launches[-1] if not text.startswith(OF_THE_ARMS)]
+    wanted = f"trainer.total_steps={','.join(map(str, budgets))}"
+    return shlex.join(["python", "run.py", "-m", "sweeps=baseline_budgets", *kept, wanted])
+
+
+def _run_gap(member: Compared, axis: str, notes: Notes) -> str:
+    """A run's gap, and how it was read where that is not plain."""
+    gap: Gap = getattr(member, axis)
+    mark = f" ({notes.mark(gap.note)})" if axis != "tokens" and member.run.finished else ""
+    return ("-" if gap.relative is None else f"{gap.relative:+.1%}") + mark
+
+
+def _tokens_cell(member: Compared, notes: Notes) -> str:
+    """Tokens to full rank's loss."""
+    if member.baseline is None:
+        return "-"
+    if member.evaluated_too_rarely:
+        return f"? ({notes.mark(TOO_FEW)})"
+    return "never" if member.tokens_to_baseline is None else f"{member.tokens_to_baseline:,}"
+
+
+def _run_row(member: Compared, notes: Notes) -> list[str]:
+    run, finished = member.run, member.run.finished
+    return [
+        run.name,
+        member.label,
+        member.role,
+        str(run.config.trainer.seed) if run.config else "?",
+        "diverged" if run.diverged else run.state,
+        *(_spread([run.summary[name]] if finished else []) for name in ("eval_perplexity", "test_perplexity")),
+        *(_run_gap(member, axis, notes) for axis in ("tokens", "flops", "seconds")),
+        "-" if member.baseline is None else "itself" if member.baseline is run else member.baseline.name,
+        _tokens_cell(member, notes),
+        f"{run.summary['trainable_parameters'] / 1e6:.2f}M" if finished else "-",
+        _memory(run.summary["peak_memory_bytes"]) + _marks([member.memory_note], notes) if finished else "-",
+        str(run.summary["skipped_updates"]) if finished else "-",
+    ]
+
+
+def write_report(study: Study, runs_dir: Path) -> Path:
+    """Write report.md, report.html, results.csv and the pictures; returns their folder, always whole.
+
+    Raises OSError that names the folder.
+    """
+    target = study_dir(runs_dir, study.name) / "report"
+    with FileLock(target.with_name(".lock")), publishing(target) as folder:
+        _write(study, folder)
+    return target
+
+
+def _write(study: Study, folder: Path) -> None:
+    page, notes = Page(f"Study {study.name}"), Notes()
+    if study.question:
+        page.paragraph(study.question)
+    page.heading("What came out")
+    page.listing(answer(study))
+    page.heading("Arms")
+    page.table(ARM_COLUMNS, [_arm_row(part, arm, notes) for part in study.settings() for arm in part.arms])
+    run_rows = [_run_row(member, notes) for member in study.members]
+    page.paragraph(
+        "A gap is test perplexity over that of the full-rank run of the same setting and seed, less 1, averaged over "
+        "seeds as a difference of losses; baselines have no warm start and are chosen on validation. ± is the standard "
+        "deviation over seeds, brackets hold a 95% interval. Wall-clock is that of updates and restarts, and means "
+        "little where runs shared a machine; peak memory on a CPU is all that the process held while it trained."
+    )
+    page.listing([f"({notes.mark(text)}) {text}" for text in notes.texts])
+    for command in filter(None, map(_missing_budgets, study.settings())):
+        page.paragraph(
+            "A gap at equal FLOPs that is missing, or read off a curve, wants a full-rank run whose schedule ends "
+            "there. This trains those; the next report finds them, and compares at equal wall-clock with them too:"
+        )
+        page.code(command)
+    if study.unfinished:
+        page.heading("Runs without a result")
+        page.listing([_line(f"{m.run.name} ({m.label}): {m.run.state}: {m.run.message}") for m in study.unfinished])
+    remarks = [_line(f"{m.run.name} ({m.label}): {text}") for m in study.members for text in m.run.remarks]
+    if remarks:
+        page.heading("Remarks on runs")
+        page.listing(remarks)
+    alone = [m for m in study.members if m.run.finished and m.tokens.loss is None]
+    if alone:
+        page.heading("Runs without a baseline")
+        page.listing([_line(f"{m.run.name} ({m.label}): {m.tokens.note}") for m in alone])
+    page.heading("Pictures")
+    for file, draw, caption in FIGURES:
+        figure = draw(study)
+        if figure is not None:
+            figure.savefig(folder / file, dpi=110)
+            page.figure(file, caption)
+    page.heading("Runs")
+    page.table(RUN_COLUMNS, run_rows)
+    page.heading("To have this again")
+    page.code("\n".join(f"python run.py -m {shlex.join(launch)}" for launch in study.launches))
+    (folder / "report.md").write_text(page.markdown())
+    (folder / "report.html").write_text(page.html(folder))
+    rows = [as_row(member) for member in study.members]
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_json(study: Study) -> str:
+    """The study as one JSON object."""
+    arms = [
+        {
+            "arm": arm.label,
+            "seeds": len(arm.finished),
+            **{f"gap_at_equal_{axis}": _estimate(arm.gap(axis)) for axis in ("tokens", "flops", "seconds")},
+        }
+        for arm in study.arms
+    ]
+    values = {"study": study.name, "answer": answer(study), "arms": arms, "runs": [as_row(m) for m in study.members]}
+    return json.dumps(_finite(values))
+
+
+def _finite(values: Any) -> Any:
+    """JSON knows no infinity: null instead."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _estimate(estimate: Estimate | None) -> dict[str, float | int | None] | None:
+    return None if estimate is None else vars(estimate)

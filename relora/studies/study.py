@@ -1,0 +1,150 @@
+"""A study's runs before they are trained: which there are, what baselines they need, and the manifest of them."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from relora.common.errors import ConfigError, DamagedFile, RunError
+from relora.common.files import reason, set_aside
+from relora.config import compose, credentials
+from relora.config.compose import at_home
+from relora.config.run import RunConfig
+from relora.runs.rundir import RunDir, read_json, write_json
+from relora.runs.state import observe
+from relora.studies.baselines import Baselines
+from relora.studies.compare import manifest_of, study_dir
+from relora.studies.gaps import is_full_rank
+from relora.studies.sweeps import Sweep
+
+CANCELLATIONS = "cancelled.json"
+"""In a study's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run of a study: an arm that was asked for, or a baseline that came by itself."""
+
+    config: RunConfig
+    role: str
+
+    @property
+    def run(self) -> RunDir:
+        """Its folder."""
+        return RunDir(self.config.run_dir)
+
+    @property
+    def state(self) -> str:
+        """How it stands now. Ask `observe` where there are many: each question costs SLURM one."""
+        return observe([self.run])[0].name
+
+
+def plan(sweep: Sweep) -> list[Planned]:
+    """The sweep's runs, and before them the full-rank runs that their comparison keys and seeds lack.
+
+    Full-rank runs of the sweep serve where their rates are tuned for the setting or were given. Else full rank is tried
+    at several rates. Raises ConfigError where a full-rank run that is needed cannot be made.
+    """
+    own = [run for run in sweep.runs if is_full_rank(run)]
+    arms = {run.config_hash for run in sweep.runs}
+    served = {_pairing(run) for run in own if run.rates.basis != "untuned"}
+    bases = {_pairing(run): run for run in own}
+    full_rank = Baselines(sweep)
+    baselines: dict[str, RunConfig] = {}
+    for config in sweep.runs:
+        if is_full_rank(config) or _pairing(config) in served:
+            continue
+        base = bases.get(_pairing(config)) or full_rank.of(config)
+        baselines |= {run.config_hash: run for run in full_rank.ladder(base) if run.config_hash not in arms}
+    found = [Planned(config=config, role="baseline") for config in baselines.values()]
+    return [*found, *(Planned(config=config, role="arm") for config in sweep.runs)]
+
+
+def _pairing(config: RunConfig) -> tuple[str, int]:
+    """What a run and its baseline share."""
+    return (config.comparison_key, config.trainer.seed)
+
+
+def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
+    """Freeze each config into its run's folder, unless another launcher has begun it meanwhile.
+
+    `command`: what stood behind run.py, and resumes the run.
+    """
+    for item in pending:
+        item.run.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(RunError), item.run.locked():
+            compose.freeze(item.config, item.run.config_file)
+            write_json(item.run.launch_file, {"overrides": credentials.without_passwords(command)})
+
+
+def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], overrides: Sequence[str]) -> None:
+    """Add the runs to study.json; a study that is launched again with more arms grows."""
+    folder = study_dir(runs_dir, sweep.study)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        manifest = _earlier_manifest(runs_dir, sweep.study)
+        runs: dict[str, Any] = manifest.get("runs", {})
+        for item in planned:
+            known = runs.get(item.config.name, {})
+            role = "arm" if "arm" in (item.role, known.get("role")) else "baseline"
+            runs[item.config.name] = {
+                "role": role,
+                "config_hash": item.config.config_hash,
+                "comparison_key": item.config.comparison_key,
+                "variant": item.config.variant,
+                "seed": item.config.trainer.seed,
+            }
+        launches = [credentials.without_passwords(launch) for launch in [*manifest.get("launches", []), overrides]]
+        unique = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
+        question = sweep.question or manifest.get("question", "")
+        # A study may be launched again elsewhere: where it was last is what `relora retry` goes by.
+        cluster = asdict(planned[0].config.cluster)
+        values = {"study": sweep.study, "question": question, "launches": unique, "cluster": cluster, "runs": runs}
+        write_json(folder / "study.json", values)
+
+
+def _earlier_manifest(runs_dir: Path, study: str) -> dict[str, Any]:
+    """What earlier launches wrote; a damaged file is kept aside, and this launch begins a new one."""
+    file = study_dir(runs_dir, study) / "study.json"
+    try:
+        return manifest_of(runs_dir, study) if file.exists() else {}
+    except DamagedFile as error:
+        aside = set_aside(file)
+        print(f"note: {error}; it is kept as {aside.name}, and runs of other launches are in no manifest", flush=True)
+        return {}
+
+
+def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
+    """The runs of a study that was launched, as they were frozen. Raises ConfigError for one that was not."""
+    damaged = damaged_of(runs_dir, study)
+    return [
+        Planned(config=at_home(runs_dir / name / "config.yaml"), role=entry["role"])
+        for name, entry in manifest_of(runs_dir, study)["runs"].items()
+        if name not in damaged and (runs_dir / name / "config.yaml").is_file()  # a folder may have been removed
+    ]
+
+
+def damaged_of(runs_dir: Path, study: str) -> dict[str, tuple[str, str]]:
+    """The runs of a study whose frozen config cannot be read: name -> (role, why)."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, entry in manifest_of(runs_dir, study)["runs"].items():
+        file = runs_dir / name / "config.yaml"
+        try:
+            if file.exists():
+                at_home(file)
+        except (ConfigError, DamagedFile) as error:
+            found[name] = (entry["role"], reason(error))
+    return found
+
+
+def note_cancellation(runs_dir: Path, study: str) -> None:
+    """Let launchers of the study know that it was cancelled: what they have not started yet stays so."""
+    write_json(study_dir(runs_dir, study) / CANCELLATIONS, {"times": cancellations(runs_dir, study) + 1})
+
+
+def cancellations(runs_dir: Path, study: str) -> int:
+    """How often the study was cancelled."""
+    return read_json(study_dir(runs_dir, study) / CANCELLATIONS).get("times", 0)

@@ -1,0 +1,242 @@
+"""Sweeps: which runs a question on the command line, or in a file of sweeps/, stands for."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from relora.common.errors import ConfigError, shown
+from relora.config import tuned
+from relora.config.choices import conf_dir
+from relora.config.compose import (
+    Composer,
+    as_values,
+    compose,
+    composed,
+    given_values,
+    leaves,
+    parsed,
+    study_of,
+)
+from relora.config.run import RunConfig
+from relora.config.tuned import Presets
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+MOST_RUNS = 10_000
+"""Of a sweep: each is composed and checked before the first starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A study's arms, in the order of its file and of the command line, each once."""
+
+    study: str
+    question: str
+    """What the file says that it asks, empty for a sweep of the command line."""
+    runs: list[RunConfig]
+    arguments: dict[str, list[str]] = field(default_factory=dict)
+    """Config hash -> the overrides that the run was composed from."""
+    fixed: list[str] = field(default_factory=list)
+    """The overrides of the command line with one value: they hold for every run."""
+    file: str | None = None
+    """The NAME of sweeps=NAME."""
+    baseline_rates: list[float] | None = None
+    """What full rank's rates are multiplied by for the baselines; None leaves it to whether they are tuned."""
+    remarks: list[str] = field(default_factory=list)
+    """What may surprise whoever launches it."""
+
+
+def expand(overrides: Sequence[str]) -> Sweep:
+    """Every run that `overrides` name: `key=a,b` on the command line times the grids of sweeps=NAME.
+
+    A sweeps/ file has one grid under hydra.sweeper.params or a union of grids under `grids`; what else it sets holds
+    for every run. The command line wins over both. Each run is checked. Raises ConfigError, naming the run, for the
+    first that is wrong.
+    """
+    given = parsed(overrides)
+    plain = [text for key, texts in given if len(texts) == 1 for text in texts]
+    name = _sweep_name(given)
+    for key, texts in given:
+        if key.startswith("hydra.sweeper."):
+            raise ConfigError(f"{shown(texts[0])} is for Hydra's own sweeper; write the run's key=a,b,c itself")
+        if key in ("study", "runs_dir") and len(texts) > 1:
+            raise ConfigError(f"{key}={shown(texts[0].partition('=')[2])},... cannot be swept: a study has one {key}")
+    file = composed(plain, with_hydra=True)
+    grids = [{}] if name is None else _grids(file, name)
+    on_the_line = {key for key, _ in given}
+    runs: dict[str, RunConfig] = {}
+    led_to: dict[str, list[str]] = {}
+    remarks: list[str] = []
+    cells = 0
+    swept = [key for key, texts in given if len(texts) > 1]
+    study = study_of(file) or name or "-".join(key.rpartition(".")[2] for key in swept)
+    if not study:
+        raise ConfigError("nothing is swept; write key=a,b,c or sweeps=NAME, or leave -m out for a single run")
+    composer, presets = Composer(), Presets()
+    own = [] if name is None else [f"sweeps={name}"]
+    for grid in grids:
+        rows = parsed([f"{key}={_written(value)}" for key, value in grid.items() if key not in on_the_line])
+        axes = [*rows, *given]
+        if math.prod(len(texts) for _, texts in axes) > MOST_RUNS:
+            sizes = " x ".join(str(len(texts)) for _, texts in axes if len(texts) > 1)
+            raise ConfigError(f"the sweep has {sizes} runs, and {MOST_RUNS:,} are the most; give fewer values")
+        for cell in itertools.product(*(texts for _, texts in axes)):
+            arguments = [text for text in cell if not text.startswith(("sweeps=", "study="))]
+            chosen = [text for (key, texts), text in zip(axes, cell, strict=True) if key in grid or len(texts) > 1]
+            try:
+                config = composer.compose([*own, *arguments, f"study={study}"])
+            except ConfigError as error:
+                raise ConfigError(f"{' '.join(chosen)}: {error}{_other_choices(name, rows, error)}") from error
+            cells += 1
+            if config.config_hash not in runs:
+                runs[config.config_hash] = presets.noted(config, [*own, *arguments])
+                led_to[config.config_hash] = arguments
+    if cells > len(runs):
+        remarks.append(f"{cells} choices are {len(runs)} runs: the others would be the same again in this setting")
+    for key, config in runs.items():
+        remarks += [*without_preset(led_to[key], config), *config.remarks]
+    remarks += tuned.remarks(runs.values())
+    return Sweep(
+        study=study,
+        question=_question(name),
+        runs=list(runs.values()),
+        arguments=led_to,
+        fixed=[text for _, texts in given if len(texts) == 1 for text in texts],
+        file=name,
+        baseline_rates=_baseline_rates(as_values(file.get("baseline_rates"))),
+        remarks=list(dict.fromkeys(remarks)),
+    )
+
+
+def _baseline_rates(given: Any) -> list[float] | None:
+    """The value of baseline_rates. Raises ConfigError."""
+    if given is None:
+        return None
+    values = given if isinstance(given, list) else [given]
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if not values or len(numbers) < len(values) or not all(0 < value < math.inf for value in numbers):
+        raise ConfigError(
+            f"baseline_rates={shown(given)} must be positive factors of full rank's rates, as [0.25,0.5,1,2]; [1] "
+            "takes the rates alone, null leaves the choice to whether they are tuned"
+        )
+    return list(dict.fromkeys(map(float, numbers)))
+
+
+def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], error: ConfigError) -> str:
+    """How to ask the question of a sweeps/ file where its choices do not fit."""
+    swept = [key for key, texts in rows if len(texts) > 1 and key != "method"]
+    at_fault = [key for key in swept if key in str(error)] or swept
+    if not at_fault:
+        return ""
+    others = " ".join(f"{key}=..." for key in at_fault)
+    return f"; where the choices of sweeps={name} do not fit, give others on the command line: {others}"
+
+
+def without_preset(overrides: Sequence[str], config: RunConfig) -> list[str]:
+    """The remark that the experiment of `overrides` has no preset for the run's method, where it has none."""
+    experiment, method = given_values(overrides).get("experiments"), config.method.name
+    if experiment is None or (conf_dir() / "presets" / experiment / f"{method}.yaml").is_file():
+        return []
+    return [
+        f"experiments={experiment} has no preset for method={method}: its rank and rates are those of the default run; "
+        f"write conf/presets/{experiment}/{method}.yaml or set them"
+    ]
+
+
+def _sweep_name(given: Sequence[tuple[str, list[str]]]) -> str | None:
+    """The NAME of sweeps=NAME. Raises ConfigError for several."""
+    names = [text.partition("=")[2] for key, texts in given if key == "sweeps" for text in texts]
+    if len(names) > 1:
+        raise ConfigError(f"sweeps={','.join(names)}: a launch asks one question; launch them one after the other")
+    return names[0] if names else None
+
+
+def _grids(file: "DictConfig", name: str) -> list[dict[str, Any]]:
+    """The grids of a composed sweeps/ file. Raises ConfigError."""
+    grids = as_values(file.hydra.sweeper.params if "grids" not in file else file.grids)
+    grids = [grids or {}] if "grids" not in file else grids
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        raise ConfigError(f"grids={grids} must be a list of grids, each key: choices, as in sweeps/{name}.yaml")
+    return grids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a sweeps/ file with a `tune` key asks for."""
+
+    study: str
+    question: str
+    method: str
+    experiment: str | None
+    trials: int
+    ranges: dict[str, tuple[float, float]]
+    """Dotted key -> lowest and highest value, searched on a log scale."""
+    seeds: list[int]
+    overrides: list[str]
+    """Of every trial's runs."""
+
+
+def search(overrides: Sequence[str]) -> Search | None:
+    """The search that sweeps=NAME describes, None where it is none. Seeds may be swept, nothing else.
+
+    Raises ConfigError.
+    """
+    given = parsed(overrides)
+    plain = [text for _, texts in given if len(texts) == 1 for text in texts]
+    name = _sweep_name(given)
+    if name is None:
+        return None
+    file = composed(plain)
+    if "tune" not in file:
+        return None
+    wanted = as_values(file)["tune"]
+    if not isinstance(wanted, dict) or not isinstance(wanted.get("ranges"), dict) or "trials" not in wanted:
+        raise ConfigError(f"tune={wanted} must hold trials and ranges, as in sweeps/tune_learning_rate.yaml")
+    seeds = [text.partition("=")[2] for key, texts in given if key == "trainer.seed" for text in texts]
+    study = study_of(file) or name
+    not_of_a_run = ("study=", "trainer.seed=", "tune.")
+    plain_overrides = [*(text for text in plain if not text.startswith(not_of_a_run)), f"study={study}"]
+    swept = [key for key, texts in given if len(texts) > 1 and key != "trainer.seed"]
+    if swept:
+        raise ConfigError(f"{swept[0]} cannot be swept in a search; launch one search for each value")
+    ranges: dict[str, tuple[float, float]] = {}
+    for key, limits in leaves(wanted["ranges"]):
+        try:
+            low, high = map(float, limits)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not 0 < low < high:
+            raise ConfigError(f"tune.ranges.{key}={limits} must be two positive numbers, the lower first")
+        ranges[key] = (low, high)
+    if not isinstance(wanted["trials"], int) or wanted["trials"] < 1:
+        raise ConfigError(f"tune.trials={wanted['trials']} must be a whole number of at least 1")
+    checked = [compose([*plain_overrides, f"trainer.seed={seed}"]) for seed in seeds or [file.trainer.seed]]
+    found = Search(
+        study=study,
+        question=_question(name),
+        method=file.method.name,
+        experiment=next((text.partition("=")[2] for text in plain if text.startswith("experiments=")), None),
+        trials=wanted["trials"],
+        ranges=ranges,
+        seeds=[config.trainer.seed for config in checked],
+        overrides=plain_overrides,
+    )
+    compose([*found.overrides, *(f"{key}={low:g}" for key, (low, _) in ranges.items())])
+    return found
+
+
+def _question(name: str | None) -> str:
+    """The comment at the head of a sweeps/ file."""
+    file = conf_dir().parent / "sweeps" / f"{name}.yaml"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.lstrip("# ") for line in comments if "@package" not in line)
+
+
+def _written(value: Any) -> str:
+    """A grid's value as it would stand on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,111 @@
+"""What a person sees of a run: a live progress bar on a terminal, plain lines elsewhere. The one importer of rich."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from relora.runs.metrics import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as ProgressBar
+    from rich.progress import TaskID
+
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+def is_terminal() -> bool:
+    """Whether a person sees what is printed as it is printed."""
+    return sys.stdout.isatty()
+
+
+def duration(seconds: float) -> str:
+    """m:ss, or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def describe(progress: Progress, tokens_per_step: int) -> str:
+    """One line: loss, learning rate, tokens/s, time left, next restart."""
+    left = (progress.total_steps - progress.step) * tokens_per_step / progress.tokens_per_second
+    restart = f"  next restart {progress.next_restart}" if progress.next_restart is not None else ""
+    return (
+        f"loss {progress.loss:.3f}  lr {progress.learning_rate:.2e}  "
+        f"{progress.tokens_per_second:,.0f} tokens/s  {duration(left)} left{restart}"
+    )
+
+
+class Console:
+    """A tracker that shows."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self._bar: ProgressBar | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+        self._live = is_terminal()
+
+    def progress(self, progress: Progress) -> None:
+        """Move the bar; without a terminal, a line every ten seconds."""
+        line = describe(progress, self.tokens_per_step)
+        if self._live:
+            if self._bar is None:
+                self._open(progress)
+            assert self._bar is not None
+            assert self._task is not None
+            self._bar.update(self._task, completed=progress.step, status=line)
+        elif progress.step == progress.total_steps or time.monotonic() - self._last_line >= PLAIN_INTERVAL_SECONDS:
+            self._last_line = time.monotonic()
+            print(f"step {progress.step}/{progress.total_steps}  {line}", flush=True)
+
+    def _open(self, progress: Progress) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as ProgressBar
+
+        self._bar = ProgressBar(BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+        self._task = self._bar.add_task("", total=progress.total_steps, completed=progress.step, status="")
+        self._bar.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Not shown."""
+
+    def say(self, message: str) -> None:
+        """A line, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(message, flush=True)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> None:
+        """Leave the bar where it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class LiveTable:
+    """A table on the terminal that is drawn anew again and again, and taken away in the end."""
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._live = Live(auto_refresh=False, transient=True)
+        self._live.start()
+
+    def draw(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """In the place of what was drawn before."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(*headings, box=None)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self._live.update(table, refresh=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._live.stop()

@@ -1,0 +1,365 @@
+"""The MLflow view of a run, mirrored from its folder.
+
+Metrics are sent from metrics.jsonl with their original timestamps, and the status from status.json. MLflow stores an
+equal point once, so sending again changes nothing, and an MLflow that is down costs a run nothing: what it missed is
+sent when it is back, at the end, or by `relora sync`.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from relora.common.errors import ConfigError, RunError
+from relora.config.run import RunConfig
+from relora.runs.metrics import complete_bytes, decoded, row_metrics
+from relora.runs.rundir import RunDir, Status, read_json, write_json
+from relora.tracking.store import (
+    VALUE_LENGTH,
+    Point,
+    brief,
+    experiment_id,
+    is_deleted,
+    open_store,
+    recorded_run,
+    runs_of_config,
+    send_params,
+    send_points,
+    tell,
+    values_held,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+SYNC_INTERVAL_SECONDS = 5.0
+FIRST_SYNC_SECONDS = 30.0
+"""How long the mirror waits for a first row: importing MLflow takes a core for seconds, and would delay that row."""
+LAST_SYNC_SECONDS = 60.0
+"""How long the end of a run waits for its last metrics to be sent."""
+POINTS_PER_CALL = 1000
+MARK_BYTES = 1024
+"""How much of the metrics file before an offset says that the offset still means the same rows."""
+
+MLFLOW_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "cancelled": "KILLED",
+}
+
+
+def mirrored(run: RunDir) -> dict[str, Any]:
+    """What a run's mlflow.json says, empty where there is none or it is damaged: MLflow itself is asked then."""
+    try:
+        state = read_json(run.mirror_file)
+    except RunError:
+        return {}
+    kinds = {"uri": str, "experiment_id": str, "run_id": str, "tags": dict, "status": str, "sent_bytes": int}
+    return state if all(isinstance(state.get(key), kind) for key, kind in kinds.items()) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What one sync sent."""
+
+    rows: int
+    status: str
+
+
+class Mirror:
+    """One run's MLflow run. `say` is told what a person may wonder about."""
+
+    def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None] = tell) -> None:
+        self.run, self.config, self.say = run, config, say
+        self._client: MlflowClient | None = None
+        self._held: dict[tuple[str, int], float] | None = None
+        """What MLflow held of the run before rows were lost; None where it was not asked."""
+
+    def sync(self) -> Sent:
+        """Send what MLflow does not have yet: run, params, tags, metrics, status. Raises what MLflow raises."""
+        with FileLock(self.run.path / ".mirror.lock"):  # two at once would make two runs of it
+            try:
+                return self._sync()
+            except Exception:
+                self._client = None  # the store, or the run in it, may have been removed: look again
+                raise
+
+    def _sync(self) -> Sent:
+        state, status = mirrored(self.run), self.run.status or Status(state="running")
+        before = json.dumps(state)
+        client = self._client
+        if client is None or state.get("uri") != self.config.mlflow_uri:
+            client = self._client = open_store(self.config.mlflow_uri, Path(self.config.runs_dir))
+            state = self._opened(client, state, status)
+        run_id = state["run_id"]
+        for name, value in self._tags(status, state["tags"]).items():
+            if state["tags"].get(name) != value:
+                client.set_tag(run_id, name, value)
+                state["tags"][name] = value
+        rows = self._send_rows(client, run_id, state)
+        wanted = MLFLOW_STATUS[status.state]
+        ended_ms = None if wanted == "RUNNING" else status.ended_ms
+        if (state["status"], state.get("ended_ms")) != (wanted, ended_ms):
+            if wanted == "RUNNING":
+                client.update_run(run_id, status=wanted)
+            else:
+                client.set_terminated(run_id, status=wanted, end_time=ended_ms)
+            state |= {"status": wanted, "ended_ms": ended_ms}
+        if json.dumps(state) != before:
+            write_json(self.run.mirror_file, state)
+        return Sent(rows=rows, status=wanted)
+
+    def _tags(self, status: Status, known: dict[str, str]) -> dict[str, str]:
+        """Everything about the run that is no parameter, or that may change from attempt to attempt."""
+        config = self.config
+        tags = {
+            "method": config.method.name,
+            "variant": config.variant,
+            "comparison_key": config.comparison_key,
+            "git_commit": status.git_commit or "unknown",
+            "run_dir": str(self.run.path),
+            "attempt": str(status.attempt),
+            **status.corpus,
+        }
+        if config.rates.basis != "unknown":
+            tags["rates"] = config.rates.in_full[:VALUE_LENGTH]
+        if config.study is not None:
+            tags[f"study.{config.study}"] = "1"
+        if status.slurm_job_id:
+            tags["slurm_job_id"] = status.slurm_job_id
+        if status.message or known.get("message"):  # emptied, not removed: a tag cannot be removed twice
+            tags["message"] = status.message[:VALUE_LENGTH]
+        return tags
+
+    # ------------------------------------------------------------------------------------- which run of MLflow it is
+
+    def _opened(self, client: "MlflowClient", state: dict[str, Any], status: Status) -> dict[str, Any]:
+        """The state of the run in a store that was just opened; the run is created where the store lacks it."""
+        experiment = experiment_id(client, self.config)
+        run = recorded_run(client, state["run_id"]) if state else None
+        if run is None or run.info.experiment_id != experiment:
+            return self._start(client, experiment, status)
+        self._restore(client, run)
+        if state["uri"] != self.config.mlflow_uri:  # the store moved with its runs, or has another address
+            state |= {"uri": self.config.mlflow_uri, "sent_bytes": 0}
+        return state | {"tags": dict(run.data.tags), "status": run.info.status, "ended_ms": run.info.end_time}
+
+    def _restore(self, client: "MlflowClient", run: "Run") -> None:
+        if is_deleted(run):
+            client.restore_run(run.info.run_id)
+            self.say(f"{self.run.path.name} was deleted in MLflow; it is restored there, since its folder still exists")
+
+    def _start(self, client: "MlflowClient", experiment: str, status: Status) -> dict[str, Any]:
+        """Create the MLflow run, unless this folder's run is there, and only its mlflow.json was lost."""
+        config, here = self.config, self.run.path.resolve()
+        of_this_path = [
+            run
+            for run in runs_of_config(client, experiment, config.config_hash)
+            if Path(run.data.tags.get("run_dir", "")).resolve() == here
+        ]
+        known = [run for run in of_this_path if run.info.start_time == status.started_ms]
+        if known:
+            self._restore(client, known[0])
+            run_id = known[0].info.run_id
+        else:
+            tags = {"config_hash": config.config_hash, "run_dir": str(self.run.path)}
+            created = client.create_run(experiment, start_time=status.started_ms, tags=tags, run_name=config.name)
+            run_id = created.info.run_id
+        for run in of_this_path:
+            if run not in known and not is_deleted(run):
+                self._retire(client, run, run_id)
+        send_params(client, run_id, config.parameters)
+        state = {
+            "uri": config.mlflow_uri,
+            "experiment_id": experiment,
+            "run_id": run_id,
+            "tags": {name: value for run in known[:1] for name, value in run.data.tags.items()},
+            "status": "",
+            "sent_bytes": 0,
+        }
+        write_json(self.run.mirror_file, state)
+        return state
+
+    def _retire(self, client: "MlflowClient", run: "Run", successor: str) -> None:
+        """Keep the record of a folder that was removed, but in no study: the run of the new folder takes its place."""
+        if "replaced_by" not in run.data.tags:
+            client.set_tag(run.info.run_id, "replaced_by", successor)
+            for name in run.data.tags:
+                if name.startswith("study."):
+                    client.set_tag(run.info.run_id, name, "0")
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+
+    def _send_rows(self, client: "MlflowClient", run_id: str, state: dict[str, Any]) -> int:
+        """Send the complete rows after `sent_bytes`, in calls of a thousand points; each call's progress is kept.
+
+        Where the file is not the one of that offset any more (a power cut took rows, and others are written in their
+        place), rows are from then on compared with what MLflow holds; a step that it has keeps its first value there.
+        """
+        lines, start = self._unsent_lines(state["sent_bytes"], state.get("sent_mark"))
+        if lines and not start:
+            self._held = values_held(client, run_id)
+            state["may_be_held"] = bool(self._held)
+        elif lines and state.get("may_be_held") and self._held is None:
+            self._held = values_held(client, run_id)
+        held = self._held or {}
+        points: list[Point] = []
+        sent_rows, end = 0, start
+        for number, line in enumerate(lines, start=1):
+            fresh = [point for point in _points(line) if not _is_held(point, held)]
+            points += fresh
+            sent_rows += bool(fresh)
+            end += len(line)
+            if len(points) > POINTS_PER_CALL - 50 or number == len(lines):
+                send_points(client, run_id, points)
+                points = []
+                state["sent_bytes"], state["sent_mark"] = end, self._mark(end)
+                write_json(self.run.mirror_file, state)
+        return sent_rows
+
+    def _unsent_lines(self, offset_bytes: int, mark: str | None) -> tuple[list[bytes], int]:
+        """The complete lines behind the offset, and the offset: 0 where the file is another by now."""
+        start = offset_bytes if offset_bytes and self._mark(offset_bytes) == mark else 0
+        if not self.run.metrics_file.exists():
+            return [], start
+        with self.run.metrics_file.open("rb") as file:
+            file.seek(start)
+            text = file.read()
+        return text[: text.rfind(b"\n") + 1].splitlines(keepends=True), start
+
+    def _mark(self, offset_bytes: int) -> str:
+        """A checksum of the end of the rows before an offset, which is at the end of a line; else empty."""
+        if not self.run.metrics_file.exists():
+            return ""
+        with self.run.metrics_file.open("rb") as file:
+            file.seek(max(0, offset_bytes - MARK_BYTES))
+            before = file.read(min(offset_bytes, MARK_BYTES))
+            ends = file.tell() == offset_bytes and before.endswith(b"\n")
+        return hashlib.sha256(before).hexdigest()[:16] if ends else ""
+
+
+def _points(line: bytes) -> list[Point]:
+    """The points of a row; none of a row that is damaged."""
+    row = decoded(line)
+    if row is None:
+        return []
+    return [Point(name, float(value), row["time_ms"], row["step"]) for name, value in row_metrics(row).items()]
+
+
+def _is_held(point: Point, held: dict[tuple[str, int], float]) -> bool:
+    """Whether MLflow needs no such point: of a run's results the newest value counts, of a step the first one."""
+    value = held.get((point.name, point.step))
+    return value is not None and (not point.name.startswith("summary/") or value == point.value)
+
+
+def mirror_all(
+    runs: Sequence[tuple[RunDir, RunConfig]], say: Callable[[str], None], *, held_here: bool = False
+) -> None:
+    """Send what MLflow lacks of runs that do not mirror themselves: dead ones, and SLURM's where the store is a file.
+
+    `held_here`: this process holds their locks, so that none of them mirrors itself. A failure is told once, a store
+    that does not answer is left alone, and what fails with one run costs the others nothing.
+    """
+    broken: set[str] = set()
+    told: set[str] = set()
+    for run, config in runs:
+        uri = config.mlflow_uri
+        try:
+            by_others = run.submission_file.exists() and uri.startswith("sqlite:")
+            if uri not in broken and _is_behind(run, uri) and (by_others or held_here or not run.is_locked):
+                Mirror(run, config, say).sync()
+        except Exception as error:  # whatever MLflow raises
+            ours = isinstance(error, (ConfigError, RunError))
+            why = str(error) if ours else f"MLflow at {uri} fails ({brief(error)})"
+            if _answers(config):
+                if why not in told:
+                    say(f"{config.name} could not be sent to MLflow: {why}; try again with: relora sync {run.path}")
+                told.add(why)
+            else:
+                broken.add(uri)
+                say(f"{why}; relora sync sends the rest later")
+
+
+def _answers(config: RunConfig) -> bool:
+    try:
+        open_store(config.mlflow_uri, Path(config.runs_dir))
+    except Exception:  # whatever MLflow raises
+        return False
+    return True
+
+
+def _is_behind(run: RunDir, uri: str) -> bool:
+    """Whether the run's files have more than was sent."""
+    status, sent = run.status, mirrored(run)
+    if status is None or status.attempt == 0:
+        return False
+    has = (uri, complete_bytes(run.metrics_file), MLFLOW_STATUS[status.state], status.message[:VALUE_LENGTH])
+    told = sent.get("tags", {}).get("message", "")
+    return has != (sent.get("uri"), sent.get("sent_bytes"), sent.get("status"), told)
+
+
+def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
+    """Make a run that MLflow has already a member of one more study. Raises what MLflow raises, and RunError."""
+    if state := mirrored(run):
+        client = open_store(config.mlflow_uri, Path(config.runs_dir))
+        recorded = recorded_run(client, state["run_id"])
+        if recorded is not None and is_deleted(recorded):
+            raise RunError(f"it was deleted there; relora sync {run.path} restores it")
+        client.set_tag(state["run_id"], f"study.{study}", "1")
+
+
+# ---------------------------------------------------------------------------------------------- beside the training
+
+
+class MirrorThread:
+    """Keeps MLflow up to date beside the training thread."""
+
+    def __init__(self, mirror: Mirror, say: Callable[[str], None]) -> None:
+        self.mirror, self.say = mirror, say
+        self.problem: Exception | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        last = self._wait_for_a_row()
+        while True:
+            try:
+                self.mirror.sync()
+                self.problem = None
+            except Exception as error:  # whatever MLflow raises, training goes on
+                if self.problem is None and not last:
+                    self.say(f"MLflow at {self.mirror.config.mlflow_uri} fails ({brief(error)}); training goes on")
+                self.problem = error
+            if last:
+                return
+            last = self._stopping.wait(SYNC_INTERVAL_SECONDS)
+
+    def _wait_for_a_row(self) -> bool:
+        """Until there is something to show, `FIRST_SYNC_SECONDS` at most; return whether the run has ended."""
+        for _ in range(max(1, round(FIRST_SYNC_SECONDS / SYNC_INTERVAL_SECONDS))):
+            if self._stopping.wait(SYNC_INTERVAL_SECONDS):
+                return True
+            if complete_bytes(self.mirror.run.metrics_file):
+                break
+        return False
+
+    def close(self) -> bool:
+        """Send the rest, the final status included; return whether MLflow has it all."""
+        self._stopping.set()
+        self._thread.join(LAST_SYNC_SECONDS)
+        if self._thread.is_alive() or self.problem is not None:
+            why = brief(self.problem) if self.problem else f"no answer in {LAST_SYNC_SECONDS:.0f} s"
+            self.say(
+                f"MLflow did not get everything ({why}); send the rest later with: relora sync {self.mirror.run.path}"
+            )
+            return False
+        return True

@@ -1,0 +1,111 @@
+"""The end of a run: the model as a Hugging Face folder, checked and evaluated, and a sample of what it writes."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from relora.common import signals
+from relora.common.errors import DamagedFile, RunError, TrainingError
+from relora.config.run import RunConfig
+from relora.runs.rundir import RunDir
+from relora.training.evaluate import Evaluation, evaluate
+from relora.training.model import (
+    check_same_weights,
+    load_pretrained,
+    precision_context,
+    sample,
+    save_pretrained,
+    summed_cross_entropy,
+)
+
+if TYPE_CHECKING:
+    from relora.data.corpus import Corpus
+    from relora.training.trainer import Trainer
+
+MERGE_TOLERANCE = {"fp32": 1e-4, "bf16_autocast": 5e-3, "bf16": 5e-3}
+"""How far the merged model's loss may be from the trained one's, in nats per token and as a share of it, by precision.
+
+Storage rounding and another order of summing (a compiled model's) explain so much; the loss is an average over many
+tokens, and hardly depends on the depth.
+"""
+
+SAMPLE_TOKENS = 80
+SAMPLE_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What came of an export."""
+
+    test: Evaluation
+    """Of the model in the folder, on the test split."""
+    doubts: list[str]
+    """What a person should know about the model, one line each; empty where all is well."""
+
+
+def check_finite(name: str, evaluation: Evaluation, config: RunConfig) -> None:
+    """Raise TrainingError where a loss at the end of a run is not finite."""
+    if not math.isfinite(evaluation.loss):
+        raise TrainingError(
+            f"the run diverged: its {name} loss is {evaluation.loss} after {config.total_steps} updates; lower "
+            "optimizer.learning_rate, lengthen schedule.warmup_steps or take trainer.precision=fp32"
+        )
+
+
+def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: dict[str, Any]) -> Exported:
+    """Merge the trainer's model and leave it in `run.model`, a Hugging Face folder; evaluate what is in that folder.
+
+    The folder gets `tokenizer_config` beside the corpus' tokenizer.json. Raises RunError where the folder's weights are
+    not those of the merged model, to the bit, and TrainingError where the loss on the test split is not finite.
+    """
+    config, device, model = trainer.config, trainer.device, trainer.model
+    size, length = trainer.micro.sequences_per_micro_step, config.data.sequence_length_tokens
+    settings: dict[str, Any] = {"sequences_per_batch": size, "precision": config.trainer.precision}
+    indices = np.arange(min(size, trainer.validation.count), dtype=np.int64)
+    inputs_BxT, targets_BxT = (tokens.to(device) for tokens in trainer.validation.batch(indices))
+
+    @torch.no_grad()
+    def loss(of: torch.nn.Module) -> float:
+        with precision_context(config.trainer.precision, device):
+            return summed_cross_entropy(of.eval(), inputs_BxT, targets_BxT).item() / targets_BxT.numel()
+
+    trained_loss = loss(model)
+    trainer.method.finish(model)
+    told = {"run": config.name, "sequence_length_tokens": length, **settings, **corpus.identity}
+    save_pretrained(model, corpus.tokenizer_file, run.model, told, tokenizer_config)
+    try:
+        exported = load_pretrained(run.model, device)
+        check_same_weights(model, exported)
+    except (ValueError, DamagedFile) as error:
+        why = f"{error.path}: {error.why}" if isinstance(error, DamagedFile) else error
+        raise RunError(
+            f"the exported model is not the one that was trained: {why}; look at the disk, and run the same command "
+            f"again: the training state stands in {run.checkpoints}"
+        ) from error
+    doubts: list[str] = []
+    merged_loss, tolerance = loss(exported), MERGE_TOLERANCE[config.trainer.precision]
+    if not math.isclose(merged_loss, trained_loss, rel_tol=tolerance, abs_tol=tolerance):
+        doubts.append(
+            f"the merge may have changed the model: on {targets_BxT.numel():,} tokens of validation its loss is "
+            f"{merged_loss:.5f}, before the merge it was {trained_loss:.5f}, and rounding explains {tolerance:g}; the "
+            f"training state stands in {run.checkpoints}"
+        )
+    test = evaluate(exported, corpus.sequences("test", length), device=device, stop=signals.reason, **settings)
+    check_finite("test", test, config)
+    vocab_size = exported.config.vocab_size
+    if test.loss > math.log(vocab_size) - 1e-3:
+        doubts.append(
+            f"the run diverged, or had too few updates to learn anything: its test loss of {test.loss:.4g} is no lower "
+            f"than that of guessing, ln {vocab_size} = {math.log(vocab_size):.4g}; lower optimizer.learning_rate or "
+            "lengthen schedule.warmup_steps"
+        )
+    return Exported(test=test, doubts=doubts)
+
+
+def closing_sample(folder: Path, prompt: str, seed: int) -> str:
+    """What the model in `folder` writes on from `prompt`."""
+    return sample(folder, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=seed)
