@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from small import REPOSITORY, TINY
 
 from relora.cli import main as cli
+from relora.common.checks import parse_count
 from relora.common.errors import ConfigError
-from relora.config.checks import parse_count
 from relora.config.cluster import SlurmConfig
 from relora.config.compose import Composer, compose, freeze, thaw
 from relora.studies.sweeps import expand

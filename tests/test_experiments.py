@@ -10,8 +10,10 @@ from omegaconf import OmegaConf
 from small import REPOSITORY
 
 from relora.config.compose import compose
-from relora.config.groups import METHODS, LoRAConfig, ReLoRAMethodConfig
 from relora.config.run import RunConfig
+from relora.methods.lora import LoRA
+from relora.methods.registry import BUILT_IN as METHODS
+from relora.methods.relora import ReLoRA
 from relora.studies.baselines import Baselines
 from relora.studies.sweeps import Sweep, expand
 
@@ -184,7 +186,7 @@ def test_every_preset_is_applied_where_it_belongs(preset: str, corpus: Path) -> 
 @pytest.mark.parametrize(("name", "million"), RELORA_TRAINABLE_MILLION.items())
 def test_relora_trains_as_many_parameters_as_in_its_paper(name: str, million: float, corpus: Path) -> None:
     config = composed(name, "relora", corpus)
-    assert isinstance(config.method, ReLoRAMethodConfig)
+    assert isinstance(config.method, ReLoRA)
     assert (config.rank, config.method.alpha, config.schedule.restart_warmup_steps) == (128, 32, 100)
     trained = {method: composed(name, method, corpus).cost(32100) for method in ("relora", "lora", "control")}
     assert trained["relora"].trainable_parameters / 1e6 == pytest.approx(million, abs=0.005)
@@ -211,7 +213,7 @@ def test_relora_has_its_papers_recipe(
     corpus: Path,
 ) -> None:
     config = composed(name, "relora", corpus)
-    assert isinstance(config.method, ReLoRAMethodConfig)
+    assert isinstance(config.method, ReLoRA)
     assert config.reset_interval_steps == interval
     assert config.method.optimizer_reset.mode == "magnitude"
     assert config.method.optimizer_reset.pruning_ratio == pruning_ratio
@@ -240,7 +242,7 @@ def test_full_rank_meets_low_rank_at_the_rates_of_the_probe(corpus: Path) -> Non
         "lora": 5e-3,
         "relora": 5e-3,
     }
-    assert {run.rank for run in runs.values() if isinstance(run.method, LoRAConfig)} == {8}
+    assert {run.rank for run in runs.values() if isinstance(run.method, LoRA)} == {8}
     assert runs["relora"].clock.restarts_before(4000) == 7
     assert runs["relora"].clock.restarts_at(900)
 

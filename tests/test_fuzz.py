@@ -21,8 +21,8 @@ from relora.common.errors import ConfigError
 from relora.config import choices
 from relora.config.cluster import CLUSTERS, LocalConfig
 from relora.config.compose import Composer, cluster_with, compose, freeze, thaw
-from relora.config.groups import METHODS
 from relora.config.run import RunConfig
+from relora.methods.registry import BUILT_IN as METHODS
 from relora.studies.sweeps import expand, search
 
 T = TypeVar("T")

@@ -39,7 +39,7 @@ def relora(lab: Lab, losses: dict[int, float], *overrides: str) -> list[RunConfi
 
 def baselines(study: Study) -> dict[int, str | None]:
     """By seed, what the ReLoRA runs are measured against."""
-    members = [member for arm in study.arms if arm.method == "relora" for member in arm.members]
+    members = [member for arm in study.arms if arm.label.split()[0] == "relora" for member in arm.members]
     return {member.run.seed: member.baseline and member.baseline.name for member in members}
 
 

@@ -26,7 +26,7 @@ from relora.cli import main as cli
 from relora.config.compose import compose
 from relora.core.lowrank import low_rank_layers, unwrap
 from relora.data.corpus import prepare
-from relora.methods import builtin as methods
+from relora.methods.lora import LoRA
 from relora.runs.checkpoint import latest_step
 from relora.runs.metrics import read_rows, row_metrics
 from relora.runs.rundir import RunDir
@@ -115,7 +115,7 @@ def test_a_merge_that_changes_the_model_is_a_warning_and_no_lost_run(
 ) -> None:
     overrides = [*tiny, f"trainer.precision={precision}", "method=lora", "optimizer.learning_rate=5e-2"]
     overrides = [item for item in overrides if "reset_interval" not in item]
-    monkeypatch.setattr(methods.LowRank, "finish", lambda self, model: zero_factors_and_unwrap(model))
+    monkeypatch.setattr(LoRA, "finish", lambda self, model, run: zero_factors_and_unwrap(model))
     status = launch(compose(overrides), overrides)
     assert status.state == "finished"
     assert "the merge may have changed the model" in status.message
@@ -503,8 +503,8 @@ KILL_AT = {
         Console.progress = lambda self, progress: kill() if progress.step == 2 else None
     """,
     "before a merge": """
-        import relora.methods.builtin
-        relora.methods.builtin.merge_and_reinit = lambda *args, **settings: kill()
+        import relora.core.lowrank
+        relora.core.lowrank.merge_and_reinit = lambda *args, **settings: kill()
     """,
     "in a merge": """
         from relora.core.lowrank import LowRankLinear
@@ -512,8 +512,8 @@ KILL_AT = {
         LowRankLinear.merge = lambda self: kill() if len(merged) == 5 else (merged.append(0), merge(self))[1]
     """,
     "between the merge and the reset": """
-        import relora.methods.builtin
-        relora.methods.builtin.reset_optimizer = lambda *args, **settings: kill()
+        import relora.core.reset
+        relora.core.reset.reset_optimizer = lambda *args, **settings: kill()
     """,
     "in a re-warm-up": """
         from relora.tracking.console import Console

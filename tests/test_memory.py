@@ -13,7 +13,7 @@ from relora.config.plan import plan
 from relora.config.run import RunConfig
 from relora.core.lowrank import low_rank_layers
 from relora.data.sequences import TokenSequences
-from relora.methods.builtin import LowRank
+from relora.methods.lora import LoRA
 from relora.runs.metrics import Progress
 from relora.training.distributed import World
 from relora.training.model import build
@@ -134,7 +134,7 @@ def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
     kept = kept_bytes(trainer)
     measured = kept + most_allocated_bytes(lambda: update(1))
     planned = plan(config)
-    assert isinstance(trainer.method, LowRank) == (method == "lora")
+    assert isinstance(trainer.method, LoRA) == (method == "lora")
     assert planned.weight_bytes + planned.merged_weight_bytes + planned.optimizer_bytes == kept
     assert planned.peak_bytes == pytest.approx(measured, rel=0.05)
 

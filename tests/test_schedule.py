@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     def clock(self) -> RestartClock:
         return RestartClock(
             total_steps=self.warm_start + self.phase,
-            restart_interval_steps=self.interval,
+            reset_interval_steps=self.interval,
             warm_start_steps=self.warm_start,
         )
 
@@ -118,12 +118,12 @@ def test_the_warm_start_ends_at_one_step_and_the_low_rank_phase_has_the_rest(pla
 
 
 def test_the_first_restart_is_not_skipped_when_the_warm_start_is_longer_than_the_interval() -> None:
-    clock = RestartClock(total_steps=100, restart_interval_steps=10, warm_start_steps=75)
+    clock = RestartClock(total_steps=100, reset_interval_steps=10, warm_start_steps=75)
     assert [step for step in range(100) if clock.restarts_at(step)] == [85, 95]
 
 
 def test_a_restart_that_would_fall_on_the_end_does_not_happen() -> None:
-    clock = RestartClock(total_steps=30, restart_interval_steps=10)
+    clock = RestartClock(total_steps=30, reset_interval_steps=10)
     assert [step for step in range(100) if clock.restarts_at(step)] == [10, 20]
     assert clock.restarts_before(100) == 2
     assert clock.next_restart(20) is None
@@ -137,15 +137,15 @@ def test_a_restart_that_would_fall_on_the_end_does_not_happen() -> None:
         (10, 5, 11, "warm_start_steps=11"),
         (0, None, 0, "total_steps=0"),
         (-3, None, 0, "total_steps=-3"),
-        (10, 0, 0, "restart_interval_steps=0"),
-        (10, -5, 0, "restart_interval_steps=-5"),
+        (10, 0, 0, "reset_interval_steps=0"),
+        (10, -5, 0, "reset_interval_steps=-5"),
     ],
 )
 def test_a_clock_with_an_empty_phase_or_no_positive_interval_is_an_error(
     total: int, interval: int | None, warm_start: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        RestartClock(total_steps=total, restart_interval_steps=interval, warm_start_steps=warm_start)
+        RestartClock(total_steps=total, reset_interval_steps=interval, warm_start_steps=warm_start)
 
 
 # ------------------------------------------------------------------------------------------------- learning rate
@@ -160,7 +160,7 @@ def test_the_factor_is_the_formula_at_every_step(plan: Plan) -> None:
 
 
 def test_the_factor_takes_the_values_computed_by_hand() -> None:
-    clock = RestartClock(total_steps=18, restart_interval_steps=4, warm_start_steps=10)
+    clock = RestartClock(total_steps=18, reset_interval_steps=4, warm_start_steps=10)
     schedule = JaggedCosine(clock, warmup_steps=0, restart_warmup_steps=2, min_lr_ratio=0.0)
     eighth = math.sqrt(2) / 4
     assert [schedule(step) for step in (10, 12, 14, 15, 16, 18, 19)] == pytest.approx(
@@ -222,9 +222,9 @@ def test_the_factor_is_a_function_of_the_step_and_not_of_earlier_calls(plan: Pla
     ("warmup", "rewarm", "floor", "message"),
     [
         (-1, 0, 0.1, "warmup_steps=-1"),
-        (26, 0, 0.1, "warmup_steps=26 exceeds restart_interval_steps=25"),
+        (26, 0, 0.1, "warmup_steps=26 exceeds reset_interval_steps=25"),
         (0, -1, 0.1, "restart_warmup_steps=-1"),
-        (0, 26, 0.1, "restart_warmup_steps=26 exceeds restart_interval_steps=25"),
+        (0, 26, 0.1, "restart_warmup_steps=26 exceeds reset_interval_steps=25"),
         (0, 0, -0.01, "min_lr_ratio=-0.01"),
         (0, 0, 1.01, "min_lr_ratio=1.01"),
         (0, 0, math.nan, "min_lr_ratio=nan"),
@@ -233,7 +233,7 @@ def test_the_factor_is_a_function_of_the_step_and_not_of_earlier_calls(plan: Pla
 def test_a_schedule_that_does_not_fit_into_the_phase_or_the_interval_is_an_error(
     warmup: int, rewarm: int, floor: float, message: str
 ) -> None:
-    clock = RestartClock(total_steps=105, restart_interval_steps=25, warm_start_steps=5)
+    clock = RestartClock(total_steps=105, reset_interval_steps=25, warm_start_steps=5)
     with pytest.raises(ValueError, match=f"^{message}"):
         JaggedCosine(clock, warmup_steps=warmup, restart_warmup_steps=rewarm, min_lr_ratio=floor)
 
@@ -245,14 +245,14 @@ def test_a_warm_up_as_long_as_the_phase_is_an_error_without_restarts_too(warmup:
 
 
 def test_warm_ups_as_long_as_the_interval_are_allowed() -> None:
-    clock = RestartClock(total_steps=100, restart_interval_steps=25)
+    clock = RestartClock(total_steps=100, reset_interval_steps=25)
     schedule = JaggedCosine(clock, warmup_steps=25, restart_warmup_steps=25)
     assert [schedule(step) for step in (0, 25, 50, 75)] == [0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("interval", [None, 100, 200])
 def test_a_warm_up_longer_than_an_interval_that_never_ends_is_allowed(interval: int | None) -> None:
-    clock = RestartClock(total_steps=100, restart_interval_steps=interval)
+    clock = RestartClock(total_steps=100, reset_interval_steps=interval)
     assert JaggedCosine(clock, warmup_steps=99, restart_warmup_steps=300)(99) == 1.0
 
 

@@ -15,6 +15,7 @@ from relora.config.compose import compose
 from relora.config.run import RunConfig
 from relora.core.lowrank import LowRankLinear, low_rank_layers
 from relora.data.sequences import TokenSequences
+from relora.methods.lora import LoRA
 from relora.runs import checkpoint
 from relora.runs.metrics import MetricsLog, Progress, read_rows, row_metrics
 from relora.training.distributed import World
@@ -141,7 +142,7 @@ def test_full_rank_equals_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
         assert torch.allclose(ours, plain, atol=2e-6, rtol=1e-4), name
 
 
-def test_relora_equals_a_plain_implementation_of_its_cycle(tmp_path: Path) -> None:
+def test_relora_equals_a_plain_implementation_of_its_cycle(tmp_path: Path, monkeypatch: Any) -> None:
     """Factors kept outside of the model, W + s B A formed by hand, Adam written out; only A's draws are taken over."""
     settings = ("method.optimizer_reset.mode=zero", "method.warm_start_steps=0", "optimizer.max_grad_norm=null")
     config = config_of(*settings, "optimizer.learning_rate=5e-3")
@@ -154,13 +155,13 @@ def test_relora_equals_a_plain_implementation_of_its_cycle(tmp_path: Path) -> No
                 first_draws[step] = {n: layer.lora_A.detach().clone() for n, layer in low_rank_layers(trainer.model)}
 
     trainer = trainer_of(config, tmp_path, tracker=Watcher())
-    begin = trainer.method.begin
+    begin = LoRA.begin
 
-    def begin_and_note(model: nn.Module) -> None:
-        begin(model)
+    def begin_and_note(method: LoRA, model: nn.Module, run: RunConfig) -> None:
+        begin(method, model, run)
         first_draws[0] = {n: layer.lora_A.detach().clone() for n, layer in low_rank_layers(model)}
 
-    trainer.method.begin = begin_and_note  # type: ignore[method-assign]
+    monkeypatch.setattr(LoRA, "begin", begin_and_note)
     trainer.train()
 
     model = build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0)
@@ -623,7 +624,7 @@ def test_every_arm_learns_and_continues_to_the_bit(tmp_path: Path, arm: list[str
 def test_the_control_arm_trains_as_many_parameters_as_the_factors_would(tmp_path: Path) -> None:
     control = trainer_of(compose([*WITHOUT_METHOD, "method=control", "method.rank=2"]), tmp_path)
     low_rank = trainer_of(compose([*WITHOUT_METHOD, "method=lora", "method.rank=2"]), tmp_path)
-    low_rank.method.begin(low_rank.model)
+    low_rank.method.begin(low_rank.model, low_rank.config)
     counts = [sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) for trainer in (control, low_rank)]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
     assert counts[0] == control.method_cost.trainable_parameters

@@ -198,8 +198,8 @@ class Cost:
     """Forward and backward of one token through everything but the wrapped matrices; no optimizer."""
     merge_flops: int
     """One merge of every wrapped matrix."""
-    projection_flops: int
-    """GaLore's, in one update: to the subspace and back, and its share of the decompositions."""
+    optimizer_flops: int
+    """Of an update's matrix products in the optimizer; 0 for AdamW, which has none."""
     weight_bytes: int
     """Factors included."""
     trainable_scaling: bool
@@ -250,7 +250,7 @@ class Cost:
             for shape in self.wrapped
         )
         wrapped_flops = 2 * sum(min(each.values()) for each in ways)
-        return self.unwrapped_flops_per_token * tokens + wrapped_flops + self.projection_flops
+        return self.unwrapped_flops_per_token * tokens + wrapped_flops + self.optimizer_flops
 
 
 def cost(
@@ -262,17 +262,11 @@ def cost(
     target_modules: str | Sequence[str] = (),
     trainable_scaling: bool = False,
     mergeable: bool = True,
-    galore_rank: int | None = None,
-    galore_interval_steps: int = 1,
 ) -> Cost:
     """The cost of training `shape` at full rank (`rank=None`) or with factors of `rank` in `target_modules`.
 
-    With `galore_rank` the targeted matrices are trained whole and their optimizer state is low-rank: two moments of
-    r x max(i, o) and a projector of r x min(i, o).
-
     Per token, a trained linear of i x o takes 2io forward and 4io backward, a wrapped one what `way_multiply_adds`
-    says. Attention takes 4 * sequence * hidden per layer forward (scores and mixture) and twice that backward. A
-    singular value decomposition of m x n, m >= n, takes 6mn^2 + 20n^3 (Golub and Van Loan, Matrix Computations, R-SVD).
+    says. Attention takes 4 * sequence * hidden per layer forward (scores and mixture) and twice that backward.
     """
     linears = shape.linears()
     wrapped = {name for name in linears if rank is not None and module_matches(name, target_modules)}
@@ -291,15 +285,6 @@ def cost(
     attention_flops = 4 * sequence_length_tokens * shape.hidden_size * shape.layers
     unwrapped = 2 * sum(n for name, n in weights.items() if name not in wrapped)
 
-    projected = {name for name in linears if galore_rank is not None and module_matches(name, target_modules)}
-    projection_flops, state_numel = 0.0, ADAM_MOMENTS * trainable
-    for name in projected:
-        assert galore_rank is not None
-        short, long = sorted(linears[name])
-        decomposition = 6 * long * short**2 + 20 * short**3
-        projection_flops += 4 * galore_rank * short * long + decomposition / galore_interval_steps
-        state_numel += galore_rank * (short + ADAM_MOMENTS * long) - ADAM_MOMENTS * short * long
-
     element_bytes = STORAGE_BYTES[precision]
     trained_tensors = len(trained_numel) + len(factors_numel)
     return Cost(
@@ -315,9 +300,9 @@ def cost(
         computed_bytes=COMPUTE_BYTES[precision],
         gradient_bytes=trainable * element_bytes,
         largest_gradient_bytes=max(*trained_numel, *factors_numel) * element_bytes,
-        projection_flops=round(projection_flops),
-        optimizer_step_bytes=0 if galore_rank is None else 2 * max(trained_numel) * element_bytes,
-        optimizer_bytes=state_numel * element_bytes + ADAM_STEP_BYTES * trained_tensors,
+        optimizer_flops=0,
+        optimizer_step_bytes=0,
+        optimizer_bytes=ADAM_MOMENTS * trainable * element_bytes + ADAM_STEP_BYTES * trained_tensors,
     )
 
 

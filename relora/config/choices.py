@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from relora.methods import registry
+
 CHARACTERS_LISTED = 120
 
 
@@ -22,6 +24,17 @@ def home() -> Path:
     return package if (package / "conf").is_dir() else package.parent
 
 
+def conf_dirs() -> list[Path]:
+    """The folders that hold choices of config groups: relora's, and those of packages that bring methods."""
+    return [conf_dir(), *registry.conf_dirs()]
+
+
+def preset_file(experiment: str, method: str) -> Path | None:
+    """What a method is tuned to in an experiment; None where it has no preset there."""
+    files = (folder / "presets" / experiment / f"{method}.yaml" for folder in conf_dirs())
+    return next((file for file in files if file.is_file()), None)
+
+
 def groups() -> set[str]:
     """The config groups."""
     own = {path.name for path in conf_dir().iterdir() if path.is_dir()} - {"hydra"}
@@ -30,7 +43,7 @@ def groups() -> set[str]:
 
 def options(group: str) -> list[str]:
     """The choices of a config group, those of experiments in their folders."""
-    folders = (conf_dir() / group, home() / group)
+    folders = (*(folder / group for folder in conf_dirs()), home() / group)
     paths = [path.relative_to(folder).with_suffix("") for folder in folders for path in folder.rglob("*.yaml")]
     return sorted({path.as_posix() for path in paths})
 
@@ -78,13 +91,13 @@ def _abbreviates(short: str, name: str) -> bool:
 
 def known_keys() -> tuple[str, ...]:
     """Every dotted key that some choice of groups has."""
-    return _known_keys(conf_dir())
+    return _known_keys(tuple(conf_dirs()))
 
 
 @lru_cache(maxsize=4)
-def _known_keys(folder: Path) -> tuple[str, ...]:
+def _known_keys(folders: tuple[Path, ...]) -> tuple[str, ...]:
     names: set[str] = {"runs_dir", "study", "baseline_rates"}
-    for path in folder.glob("*/*.yaml"):
+    for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
         text = path.read_text()
         prefix = "" if "@package _global_" in text else path.parent.name
         names.update(_keys(yaml.safe_load(text), prefix))

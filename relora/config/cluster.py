@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from relora.common.checks import at_least, at_most, one_of, positive
 from relora.common.errors import ConfigError, shown
-from relora.config.checks import at_least, at_most, one_of, positive
 
 LARGEST = {
     "timeout_minutes": 5_256_000,

@@ -22,7 +22,6 @@ from relora.common.files import write_whole
 from relora.config import choices, credentials
 from relora.config.cluster import CLUSTERS, ClusterConfig
 from relora.config.groups import (
-    METHODS,
     DataConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -31,6 +30,7 @@ from relora.config.groups import (
     check_files,
 )
 from relora.config.run import RunConfig
+from relora.methods import registry
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -47,8 +47,10 @@ MOST_VALUES = 10_000
 
 
 def _search_path() -> str:
-    """The override that makes experiments/ and sweeps/ config groups."""
-    return f"hydra.searchpath=['file://{choices.home()}']"
+    """The override that adds experiments/, sweeps/ and the conf/ folders of packages that bring methods."""
+    folders = [choices.home(), *registry.conf_dirs()]
+    quoted = [f"'file://{folder}'" for folder in folders]
+    return f"hydra.searchpath=[{','.join(quoted)}]"
 
 
 def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
@@ -199,7 +201,7 @@ def preset_run(experiment: str | None, method: str, data: DataConfig) -> RunConf
 
 def full_rank(overrides: Sequence[str]) -> tuple[OptimizerConfig, ScheduleConfig]:
     """Optimizer and schedule of full rank under `overrides`, which may leave the rest open. Raises ConfigError."""
-    values = _resolved(composed([*overrides, "method=full"]))
+    values = _resolved(composed([*overrides, f"method={registry.BASELINE}"]))
     try:
         schema = {"optimizer": OmegaConf.structured(OptimizerConfig), "schedule": OmegaConf.structured(ScheduleConfig)}
         made = OmegaConf.merge(OmegaConf.create(schema), {name: values[name] for name in schema})
@@ -378,12 +380,13 @@ def _structured(values: Any) -> DictConfig:
     if missing:
         raise ConfigError(f"a value is missing: {shown(missing[0])}")
     schema = OmegaConf.structured(RunConfig)
-    for group, kinds in (("method", METHODS), ("cluster", CLUSTERS)):
+    for group, kinds in (("method", registry.names()), ("cluster", CLUSTERS)):
         chosen = values.get(group) or {}
         name = chosen.get("name") if isinstance(chosen, dict) else None
         if not isinstance(name, str) or name not in kinds:
             raise ConfigError(f"{group}.name={shown(name)} is not one of {', '.join(kinds)}")
-        schema[group] = OmegaConf.structured(kinds[name])
+        kind = registry.method_class(name) if group == "method" else CLUSTERS[name]
+        schema[group] = OmegaConf.structured(kind)
     try:
         return cast(DictConfig, OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:

@@ -1,4 +1,4 @@
-"""What can be set: one dataclass per config group, each checked for what can be wrong with it alone.
+"""What can be set: one dataclass per config group but the method, each checked for what can be wrong with it alone.
 
 Fields with the metadata UNHASHED do not change the mathematics of a run and stay out of its hash. All errors are
 ConfigError: the value, the rule, the remedy.
@@ -9,17 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relora.budget.cost import MERGED_WEIGHTS, STORAGE_BYTES, LlamaShape
+from relora.budget.cost import STORAGE_BYTES, LlamaShape
+from relora.common.checks import (
+    MOST_STEPS,
+    UNHASHED,
+    at_least,
+    at_most,
+    check_name,
+    fraction,
+    one_of,
+    parse_count,
+    positive,
+)
 from relora.common.errors import ConfigError, shown
-from relora.config.checks import at_least, at_most, check_name, fraction, one_of, parse_count, positive
 
 SOURCES = ("stdlib", "text")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".parquet")
 TRACKERS = ("mlflow", "jsonl")
-REINITS = ("kaiming", "orthogonal")
-RESET_MODES = ("none", "zero", "random", "magnitude")
-RESET_MOMENTS = ("joint", "independent")
 
 LARGEST_MODEL = {
     "hidden_size": 2**16,
@@ -31,10 +38,6 @@ LARGEST_MODEL = {
 }
 """Above what anyone trains, and small enough for the arithmetic of costs, which goes through every layer."""
 MOST_SEQUENCES = 2**20
-MOST_STEPS = 10**12
-
-UNHASHED = {"identity": False}
-"""Metadata of a field that does not change the mathematics."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,137 +75,6 @@ class ModelConfig:
             heads=self.heads,
             vocab_size=vocab_size,
         )
-
-
-@dataclass(kw_only=True, slots=True)
-class OptimizerResetConfig:
-    """How a restart prunes the optimizer state of the factors (relora.core.reset)."""
-
-    mode: str = "magnitude"
-    pruning_ratio: float = 0.99
-    moments: str = "joint"
-    reset_step: bool = True
-
-    def __post_init__(self) -> None:
-        one_of("method.optimizer_reset.mode", self.mode, RESET_MODES)
-        one_of("method.optimizer_reset.moments", self.moments, RESET_MOMENTS)
-        fraction("method.optimizer_reset.pruning_ratio", self.pruning_ratio)
-
-    @property
-    def effective(self) -> "OptimizerResetConfig":
-        """The same reset, fields without effect at their defaults: a ratio of 1 is mode "zero", of 0 prunes nothing."""
-        mode, ratio = self.mode, self.pruning_ratio
-        if mode == "none" or (mode != "zero" and ratio == 0 and not self.reset_step):
-            return OptimizerResetConfig(mode="none")
-        if mode == "zero" or ratio == 1:
-            return OptimizerResetConfig(mode="zero", reset_step=self.reset_step)
-        if ratio == 0:
-            return OptimizerResetConfig(mode="magnitude", pruning_ratio=0.0)
-        return self
-
-
-@dataclass(kw_only=True, slots=True)
-class MethodConfig:
-    """What every arm has: its name, and full-rank training before it begins."""
-
-    name: str
-    warm_start_steps: int = 0
-    warm_start_learning_rate: float | None = None
-
-    def __post_init__(self) -> None:
-        at_least("method.warm_start_steps", self.warm_start_steps, 0)
-        at_most("method.warm_start_steps", self.warm_start_steps, MOST_STEPS, "no run has as many updates")
-        positive("method.warm_start_learning_rate", self.warm_start_learning_rate)
-
-
-@dataclass(kw_only=True, slots=True)
-class FullConfig(MethodConfig):
-    """Full-rank training, the baseline."""
-
-
-def _default_targets() -> list[str]:
-    return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass(kw_only=True, slots=True)
-class TargetedConfig(MethodConfig):
-    """A method that a rank and a choice of the decoder's matrices belong to."""
-
-    rank: int
-    target_modules: list[str] = field(default_factory=_default_targets)
-
-    def __post_init__(self) -> None:
-        MethodConfig.__post_init__(self)
-        at_least("method.rank", self.rank, 1)
-
-
-@dataclass(kw_only=True, slots=True)
-class ControlConfig(TargetedConfig):
-    """Full-rank training of a smaller model: as many trainable parameters as factors of `rank` would leave."""
-
-
-@dataclass(kw_only=True, slots=True)
-class GaLoreConfig(TargetedConfig):
-    """Full-rank weights, Adam in a subspace of `rank` that is taken anew every `update_interval_steps`."""
-
-    update_interval_steps: int = 200
-    scale: float = 0.25
-
-    def __post_init__(self) -> None:
-        TargetedConfig.__post_init__(self)
-        at_least("method.update_interval_steps", self.update_interval_steps, 1)
-        positive("method.scale", self.scale)
-        at_most("method.scale", self.scale, 1e6, "the update would be nothing but the scale")
-
-
-@dataclass(kw_only=True, slots=True)
-class LoRAConfig(TargetedConfig):
-    """One set of factors for the whole run. `alpha=None` means 0.25 * rank.
-
-    `merged_weight` chooses among exact ways to compute, faster or smaller (relora.core.lowrank.refresh).
-    """
-
-    alpha: float | None = None
-    dropout: float = 0.0
-    reinit: str = "kaiming"
-    trainable_scaling: bool = False
-    merged_weight: str = field(default="resident", metadata=UNHASHED)
-
-    def __post_init__(self) -> None:
-        TargetedConfig.__post_init__(self)
-        positive("method.alpha", self.alpha)
-        at_most("method.alpha", self.alpha, 1e6, "alpha / rank scales what the factors add to the weights")
-        one_of("method.reinit", self.reinit, REINITS)
-        one_of("method.merged_weight", self.merged_weight, MERGED_WEIGHTS)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"method.dropout={shown(self.dropout)} must be at least 0 and below 1")
-
-    @property
-    def merged_weight_in_use(self) -> str:
-        """`merged_weight`; "never" with dropout, which the factors' part of the input has for itself."""
-        return "never" if self.dropout > 0 else self.merged_weight
-
-
-@dataclass(kw_only=True, slots=True)
-class ReLoRAMethodConfig(LoRAConfig):
-    """Factors that are merged, redrawn and reset every `reset_interval_steps` (None: never)."""
-
-    reset_interval_steps: int | None
-    optimizer_reset: OptimizerResetConfig = field(default_factory=OptimizerResetConfig)
-
-    def __post_init__(self) -> None:
-        LoRAConfig.__post_init__(self)
-        at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
-        at_most("method.reset_interval_steps", self.reset_interval_steps, MOST_STEPS, "no run has as many updates")
-
-
-METHODS: dict[str, type[MethodConfig]] = {
-    "full": FullConfig,
-    "lora": LoRAConfig,
-    "relora": ReLoRAMethodConfig,
-    "control": ControlConfig,
-    "galore": GaLoreConfig,
-}
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,9 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
-from relora.budget.cost import Cost, LlamaShape, break_even_rank
+from relora.budget.cost import Cost, LlamaShape
 from relora.budget.memory import peak_bytes, summed_gradient_bytes
-from relora.config.groups import LoRAConfig
 from relora.config.run import RunConfig, fitting
 
 
@@ -44,7 +43,7 @@ def plan(config: RunConfig) -> Plan:
     vocab_size = config.model.vocab_size or config.data.vocab_size
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
     steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
-    restart_count, merged_weight = restarts(steps), _merged_weight(config)
+    restart_count, merged_weight = restarts(steps), config.method.merged_weight_in_use
     tokens_at_a_time = _sequences_at_a_time(config) * config.data.sequence_length_tokens
     micro_steps = _micro_steps(config)
     of_update = own.flops_per_update(
@@ -71,7 +70,9 @@ def plan(config: RunConfig) -> Plan:
         bytes_at_full_rank=full.weight_bytes + _gradient_bytes(config, full) + full.optimizer_bytes,
         peak_bytes=_peak_bytes(config, config.trained_shape(vocab_size), own),
         peak_bytes_at_full_rank=_peak_bytes(config, config.model.shape(vocab_size), full),
-        break_even_rank=_break_even_rank(config, vocab_size),
+        break_even_rank=config.method.break_even_rank(
+            config.model.shape(vocab_size), config, micro_steps=config.processes * micro_steps
+        ),
     )
 
 
@@ -135,15 +136,11 @@ def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost) -> int:
         sequence_length_tokens=config.data.sequence_length_tokens,
         micro_steps=_micro_steps(config),
         precision=settings.precision,
-        merged_weight=_merged_weight(config),
+        merged_weight=config.method.merged_weight_in_use,
         activation_checkpointing=settings.activation_checkpointing,
         update_in_backward=settings.update_in_backward,
         ranks=config.processes,
     )
-
-
-def _merged_weight(config: RunConfig) -> str:
-    return config.method.merged_weight_in_use if isinstance(config.method, LoRAConfig) else "never"
 
 
 def _sequences_at_a_time(config: RunConfig) -> int:
@@ -153,19 +150,6 @@ def _sequences_at_a_time(config: RunConfig) -> int:
 def _micro_steps(config: RunConfig) -> int:
     """Of one update in one process."""
     return config.sequences_per_process // _sequences_at_a_time(config)
-
-
-def _break_even_rank(config: RunConfig, vocab_size: int) -> int | None:
-    if not isinstance(config.method, LoRAConfig):
-        return None
-    return break_even_rank(
-        config.model.shape(vocab_size),
-        sequence_length_tokens=config.data.sequence_length_tokens,
-        target_modules=config.method.target_modules,
-        tokens_per_update=config.tokens_per_step,
-        merged_weight=config.method.merged_weight_in_use,
-        micro_steps=config.processes * _micro_steps(config),
-    )
 
 
 def _size(count_bytes: int) -> str:

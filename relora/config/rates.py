@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from relora.config.checks import one_of
+from relora.common.checks import one_of
 
 BASES = ("unknown", "tuned", "untuned", "hand", "ladder")
 

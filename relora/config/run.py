@@ -12,30 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relora.budget.cost import Cost, LlamaShape, control_shape, cost
+from relora.budget.cost import Cost, LlamaShape
+from relora.common.checks import MOST_STEPS, UNHASHED, at_most, check_name, check_strings, parse_count
 from relora.common.errors import ConfigError, shown
-from relora.config.checks import at_most, check_name, check_strings, parse_count
 from relora.config.cluster import ClusterConfig, LocalConfig, SlurmConfig
 from relora.config.groups import (
-    MOST_STEPS,
-    UNHASHED,
-    ControlConfig,
     DataConfig,
-    GaLoreConfig,
-    LoRAConfig,
-    MethodConfig,
     ModelConfig,
     OptimizerConfig,
-    ReLoRAMethodConfig,
     ScheduleConfig,
-    TargetedConfig,
     TrackerConfig,
     TrainerConfig,
 )
 from relora.config.rates import RatesConfig
 from relora.core.schedule import RestartClock
+from relora.methods.base import Method
 
-OF_A_RESTART = ("schedule.restart_warmup_steps", "method.optimizer_reset.")
 NAME_BYTES = 255
 RUNS_DIR_BYTES = 3500
 """Of the 4096 bytes of a path."""
@@ -47,7 +39,7 @@ class RunConfig:
 
     model: ModelConfig
     data: DataConfig
-    method: MethodConfig
+    method: Method
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     trainer: TrainerConfig
@@ -63,8 +55,7 @@ class RunConfig:
         if self.study is not None:
             check_name("study", self.study)
         check_strings("", self)
-        self._check_targets()
-        self._check_control()
+        self.method.check(self)
         self._check_clock()
         self._check_processes()
         self._check_update_in_backward()
@@ -80,38 +71,6 @@ class RunConfig:
                 "leave model.vocab_size null or lower data.vocab_size"
             )
         self._check_length_of_paths()
-
-    def _check_targets(self) -> None:
-        method = self.method
-        if not isinstance(method, TargetedConfig):
-            return
-        linears = self.model.shape(vocab_size=1).linears()
-        endings = sorted({name.rpartition(".")[2] for name in linears})
-        if not method.target_modules:
-            raise ConfigError(f"method.target_modules is empty; name some of {', '.join(endings)}")
-        known = {ending for name in linears for ending in _endings(name)}
-        for ending in method.target_modules:
-            if ending not in known:
-                raise ConfigError(
-                    f"method.target_modules: {shown(repr(ending))} matches no linear layer; the model has "
-                    f"{', '.join(endings)}"
-                )
-        chosen = set(method.target_modules)
-        for name, (i, o) in linears.items():
-            if method.rank > min(i, o) and not chosen.isdisjoint(_endings(name)):
-                raise ConfigError(
-                    f"rank={shown(method.rank)} exceeds min(in, out)={min(i, o)} of {name}; lower method.rank"
-                )
-
-    def _check_control(self) -> None:
-        """Before the tokenizer is there, the vocabulary is the one that the config asks for."""
-        if isinstance(self.method, ControlConfig):
-            if self.method.warm_start_steps:
-                raise ConfigError(
-                    "method=control has no warm start: the whole model cannot become a smaller one; "
-                    "set method.warm_start_steps=0"
-                )
-            self.trained_shape(self.model.vocab_size or self.data.vocab_size)
 
     def _check_clock(self) -> None:
         warm, total = self.method.warm_start_steps, self.total_steps
@@ -231,19 +190,19 @@ class RunConfig:
     @property
     def rank(self) -> int | None:
         """The method's rank, None at full rank."""
-        return self.method.rank if isinstance(self.method, TargetedConfig) else None
+        return getattr(self.method, "rank", None)
 
     @property
     def reset_interval_steps(self) -> int | None:
         """Updates between restarts, None where the method never restarts."""
-        return self.method.reset_interval_steps if isinstance(self.method, ReLoRAMethodConfig) else None
+        return getattr(self.method, "reset_interval_steps", None)
 
     @property
     def clock(self) -> RestartClock:
         """The run's clock."""
         return RestartClock(
             total_steps=self.total_steps,
-            restart_interval_steps=self.reset_interval_steps,
+            reset_interval_steps=self.reset_interval_steps,
             warm_start_steps=self.method.warm_start_steps,
         )
 
@@ -253,38 +212,14 @@ class RunConfig:
         return self.method.warm_start_learning_rate or self.optimizer.learning_rate
 
     def trained_shape(self, vocab_size: int) -> LlamaShape:
-        """The sizes that are trained: the configured ones, but for the control arm, which is sized to match.
-
-        Raises ConfigError where no such control exists.
-        """
-        shape, method = self.model.shape(vocab_size), self.method
-        if not isinstance(method, ControlConfig):
-            return shape
-        matched = cost(
-            shape,
-            sequence_length_tokens=self.data.sequence_length_tokens,
-            rank=method.rank,
-            target_modules=method.target_modules,
-        )
-        try:
-            return control_shape(shape, matched.trainable_parameters)
-        except ValueError as error:
-            raise ConfigError(f"method=control, method.rank={method.rank}: {error}") from error
+        """The sizes of the model that is trained, which a method may change. Raises ConfigError."""
+        return self.method.trained_shape(self.model.shape(vocab_size), self)
 
     def cost(self, vocab_size: int, *, warm_start: bool = False) -> Cost:
         """What the run's model and method take; with `warm_start`, what the model takes at full rank."""
-        method: MethodConfig | None = None if warm_start else self.method
-        return cost(
-            self.model.shape(vocab_size) if warm_start else self.trained_shape(vocab_size),
-            sequence_length_tokens=self.data.sequence_length_tokens,
-            precision=self.trainer.precision,
-            rank=method.rank if isinstance(method, LoRAConfig) else None,
-            target_modules=method.target_modules if isinstance(method, TargetedConfig) else (),
-            trainable_scaling=isinstance(method, LoRAConfig) and method.trainable_scaling,
-            mergeable=not isinstance(method, LoRAConfig) or method.dropout == 0,
-            galore_rank=method.rank if isinstance(method, GaLoreConfig) else None,
-            galore_interval_steps=method.update_interval_steps if isinstance(method, GaLoreConfig) else 1,
-        )
+        if warm_start:
+            return Method.cost(self.method, self.model.shape(vocab_size), self)
+        return self.method.cost(self.trained_shape(vocab_size), self)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -292,20 +227,10 @@ class RunConfig:
 
         Values that mean the same are written the same, and fields that have no effect beside the others are left out.
         """
-        fields = self._fields_of_the_first_version
-        phase_steps = self.total_steps - self.method.warm_start_steps
-        if isinstance(self.method, TargetedConfig):
-            fields["method.target_modules"] = self._targeted()
-        if isinstance(self.method, GaLoreConfig) and self.method.update_interval_steps > phase_steps:
-            fields["method.update_interval_steps"] = phase_steps
-        if self.reset_interval_steps is None or self.reset_interval_steps >= phase_steps:  # nothing is restarted
-            fields = {name: value for name, value in fields.items() if not name.startswith(OF_A_RESTART)}
-            if isinstance(self.method, ReLoRAMethodConfig):
-                fields["method.reset_interval_steps"] = None
-        elif isinstance(self.method, ReLoRAMethodConfig):
-            fields = {name: value for name, value in fields.items() if not name.startswith("method.optimizer_reset.")}
-            reset = _flat_fields(self.method.optimizer_reset.effective)
-            fields |= {f"method.optimizer_reset.{name}": value for name, value in reset.items()}
+        interval, phase_steps = self.reset_interval_steps, self.total_steps - self.method.warm_start_steps
+        fields = self.method.canonical(self._fields_of_the_first_version, self)
+        if interval is None or interval >= phase_steps:  # nothing is restarted
+            fields.pop("schedule.restart_warmup_steps", None)
         if self.data.tokenizer is not None:
             fields.pop("data.vocab_size", None)
         if self.data.name == "stdlib":
@@ -321,8 +246,7 @@ class RunConfig:
         """
         fields = _flat_fields(self)
         fields["trainer.total_steps"] = self.total_steps
-        if isinstance(self.method, LoRAConfig):
-            fields["method.alpha"] = float(self.method.alpha or 0.25 * self.method.rank)
+        fields |= self.method.written_out
         if self.method.warm_start_steps:
             fields["method.warm_start_learning_rate"] = self.warm_start_learning_rate
         else:
@@ -335,19 +259,6 @@ class RunConfig:
         if rates == {self.optimizer.embedding_learning_rate}:
             fields.pop("optimizer.embedding_learning_rate")
         return dict(sorted(fields.items()))
-
-    def _targeted(self) -> list[str]:
-        """`target_modules` in the model's order, each matrix once: by its ending, or whole where not all layers are."""
-        assert isinstance(self.method, TargetedConfig)
-        chosen = set(self.method.target_modules)
-        by_ending: dict[str, list[str]] = {}
-        for name in self.model.shape(vocab_size=1).linears():
-            by_ending.setdefault(name.rpartition(".")[2], []).append(name)
-        targeted: list[str] = []
-        for ending, names in by_ending.items():
-            found = [name for name in names if not chosen.isdisjoint(_endings(name))]
-            targeted += [ending] if found == names else found
-        return targeted
 
     @property
     def config_hash(self) -> str:
@@ -424,12 +335,6 @@ class RunConfig:
 def fitting(share: int, wanted: int | None) -> int:
     """The most sequences at a time, up to `wanted` (None: any number), that divide a process's `share` evenly."""
     return next(count for count in range(wanted or share, 0, -1) if share % count == 0)
-
-
-def _endings(name: str) -> list[str]:
-    """What a name in `target_modules` may be to match the module `name` (relora.budget.cost.module_matches)."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from relora.common.errors import shown
-from relora.config.choices import conf_dir
+from relora.config.choices import preset_file
 from relora.config.compose import given_values, preset_run, sweep_settings
 from relora.config.rates import NOT_TUNED, RatesConfig
 from relora.config.run import RunConfig
@@ -29,7 +29,7 @@ class Presets:
         given = given_values(overrides)
         given = {**{key: str(value) for key, value in sweep_settings(overrides).items()}, **given}
         experiment, method = given.get("experiments"), config.method.name
-        if experiment is not None and not (conf_dir() / "presets" / experiment / f"{method}.yaml").is_file():
+        if experiment is not None and preset_file(experiment, method) is None:
             experiment = None
         source = f"conf/presets/{experiment}/{method}.yaml" if experiment else f"conf/method/{method}.yaml"
         own = self._run(experiment, config)

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from relora.budget.cost import MERGED_WEIGHTS, PLAIN, PROJECTED, cheapest_way, module_matches
+from relora.core.choices import REINITS, SCALING
 from relora.core.merged import MergedLinear, materialise, row_chunks
-
-REINITS = ("kaiming", "orthogonal")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,7 +79,7 @@ class ReLoRAConfig:
     @property
     def scaling(self) -> float:
         """alpha / rank."""
-        return 0.25 if self.alpha is None else self.alpha / self.rank
+        return SCALING if self.alpha is None else self.alpha / self.rank
 
 
 class LowRankLinear(nn.Module):

@@ -9,10 +9,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from relora.core.choices import PRUNING_RATIO, RESET_MODES, RESET_MOMENTS
 from relora.core.lowrank import keyed_generator, wrapped_layers
 
-MODES = ("none", "zero", "random", "magnitude")
-MOMENTS = ("joint", "independent")
 COUNTS = {"step": 0, "mu_product": 1}
 """State of torch's optimizers that counts updates and is no moment, by name, with the value that it begins with.
 
@@ -75,7 +74,7 @@ def reset_optimizer(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     mode: str = "magnitude",
-    pruning_ratio: float = 0.99,
+    pruning_ratio: float = PRUNING_RATIO,
     *,
     moments: str = "joint",
     reset_step: bool = True,
@@ -97,10 +96,10 @@ def reset_optimizer(
     ValueError for an unknown mode, a ratio outside [0, 1], mode="random" without seed or restart, an unwrapped model
     or an optimizer of other parameters, TypeError for quantised state.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is not one of {', '.join(MODES)}")
-    if moments not in MOMENTS:
-        raise ValueError(f"moments={moments!r} is not one of {', '.join(MOMENTS)}")
+    if mode not in RESET_MODES:
+        raise ValueError(f"mode={mode!r} is not one of {', '.join(RESET_MODES)}")
+    if moments not in RESET_MOMENTS:
+        raise ValueError(f"moments={moments!r} is not one of {', '.join(RESET_MOMENTS)}")
     if not 0.0 <= pruning_ratio <= 1.0:
         raise ValueError(f"pruning_ratio={pruning_ratio} must be between 0 and 1")
     missing = [name for name, value in (("seed", seed), ("restart", restart)) if value is None]

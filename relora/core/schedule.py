@@ -12,14 +12,14 @@ class RestartClock:
     """When the low-rank phase begins and when it restarts.
 
     Steps count updates from 0. The first `warm_start_steps` updates train at full rank; the low-rank phase has a time
-    of its own, t = step - warm_start_steps, and restarts at every t = k * restart_interval_steps, k >= 1, before the
-    last step (Lialin et al. 2023, Algorithm 1). `restart_interval_steps=None` never restarts: plain LoRA.
+    of its own, t = step - warm_start_steps, and restarts at every t = k * reset_interval_steps, k >= 1, before the
+    last step (Lialin et al. 2023, Algorithm 1). `reset_interval_steps=None` never restarts: plain LoRA.
 
     Raises ValueError for an empty phase or an interval that is not positive.
     """
 
     total_steps: int
-    restart_interval_steps: int | None = None
+    reset_interval_steps: int | None = None
     warm_start_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -27,10 +27,8 @@ class RestartClock:
             raise ValueError(
                 f"warm_start_steps={self.warm_start_steps} must be at least 0 and below total_steps={self.total_steps}"
             )
-        if self.restart_interval_steps is not None and self.restart_interval_steps < 1:
-            raise ValueError(
-                f"restart_interval_steps={self.restart_interval_steps} must be at least 1 (None: no restarts)"
-            )
+        if self.reset_interval_steps is not None and self.reset_interval_steps < 1:
+            raise ValueError(f"reset_interval_steps={self.reset_interval_steps} must be at least 1 (None: no restarts)")
 
     @property
     def low_rank_steps(self) -> int:
@@ -45,24 +43,22 @@ class RestartClock:
         """Whether a restart comes before the update of `step`."""
         t = step - self.warm_start_steps
         return (
-            self.restart_interval_steps is not None
-            and 0 < t < self.low_rank_steps
-            and t % self.restart_interval_steps == 0
+            self.reset_interval_steps is not None and 0 < t < self.low_rank_steps and t % self.reset_interval_steps == 0
         )
 
     def restarts_before(self, step: int) -> int:
         """How many restarts come before the updates of steps 0 .. step - 1."""
-        if self.restart_interval_steps is None:
+        if self.reset_interval_steps is None:
             return 0
         last_t = min(step, self.total_steps) - 1 - self.warm_start_steps
-        return max(last_t, 0) // self.restart_interval_steps
+        return max(last_t, 0) // self.reset_interval_steps
 
     def next_restart(self, step: int) -> int | None:
         """The first step after `step` at which a restart comes, None when there is none left."""
-        if self.restart_interval_steps is None:
+        if self.reset_interval_steps is None:
             return None
         t = max(step - self.warm_start_steps, 0)
-        following = self.warm_start_steps + (t // self.restart_interval_steps + 1) * self.restart_interval_steps
+        following = self.warm_start_steps + (t // self.reset_interval_steps + 1) * self.reset_interval_steps
         return following if following < self.total_steps else None
 
 
@@ -83,7 +79,7 @@ class JaggedCosine:
     def __init__(
         self, clock: RestartClock, *, warmup_steps: int, restart_warmup_steps: int = 0, min_lr_ratio: float = 0.1
     ) -> None:
-        total, interval = clock.low_rank_steps, clock.restart_interval_steps
+        total, interval = clock.low_rank_steps, clock.reset_interval_steps
         if not 0 <= warmup_steps < total:
             raise ValueError(f"warmup_steps={warmup_steps} must be at least 0 and below the phase's {total} steps")
         if restart_warmup_steps < 0:
@@ -93,7 +89,7 @@ class JaggedCosine:
         if interval is not None and interval < total:
             for name, value in (("warmup_steps", warmup_steps), ("restart_warmup_steps", restart_warmup_steps)):
                 if value > interval:
-                    raise ValueError(f"{name}={value} exceeds restart_interval_steps={interval}")
+                    raise ValueError(f"{name}={value} exceeds reset_interval_steps={interval}")
         self.clock = clock
         self.warmup_steps = warmup_steps
         self.restart_warmup_steps = restart_warmup_steps
@@ -112,8 +108,8 @@ class JaggedCosine:
             return self.min_lr_ratio
         if t < self.warmup_steps:
             return t / self.warmup_steps
-        if self.clock.restart_interval_steps is not None:
-            restarts, since = divmod(t, self.clock.restart_interval_steps)
+        if self.clock.reset_interval_steps is not None:
+            restarts, since = divmod(t, self.clock.reset_interval_steps)
             if restarts >= 1 and since < self.restart_warmup_steps:
                 target = min(t - since + self.restart_warmup_steps, total)
                 return since / self.restart_warmup_steps * self._cosine(target)

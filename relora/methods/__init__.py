@@ -1,4 +1,4 @@
-"""What the trainer asks a method: its parameters, its optimizer, its restarts, its end.
+"""What a method is: one file each, which answers all questions about its settings, its cost and its training.
 
-Imports `config`, `core`, `budget`, `optimizers` and torch.
+Imports `core`, `budget`, `common` and `optimizers`. torch and what needs it are imported inside hooks.
 """

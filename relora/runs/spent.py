@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from relora.config.groups import LoRAConfig
 from relora.config.run import RunConfig
 
 SECONDS = "seconds"
@@ -23,16 +22,14 @@ def conditions(
 
     In the warm start the method's own switches do nothing, so they are left out, as is a micro-batch that is not known.
     """
-    settings, method = config.trainer, config.method
+    settings = config.trainer
     found = {name: machine[name] for name in MACHINE if machine.get(name) not in ("", None)}
     found["trainer.compile"] = settings.compile
     found["trainer.activation_checkpointing"] = settings.activation_checkpointing
     found["trainer.update_in_backward"] = settings.update_in_backward
     if sequences_per_micro_step is not None:
         found["trainer.sequences_per_micro_step"] = sequences_per_micro_step
-    if isinstance(method, LoRAConfig) and not warm_start:
-        found["method.merged_weight"] = method.merged_weight_in_use
-    return found
+    return found if warm_start else {**found, **config.method.switches}
 
 
 def spend(record: list[dict[str, Any]], under: Mapping[str, Any], seconds: float) -> None:

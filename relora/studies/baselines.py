@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from relora.common.errors import ConfigError
 from relora.config.compose import full_rank, parsed
-from relora.config.groups import FullConfig, OptimizerConfig, ScheduleConfig
+from relora.config.groups import OptimizerConfig, ScheduleConfig
 from relora.config.plan import plan as cost_of
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
+from relora.methods.registry import BASELINE, method_class
 from relora.studies.sweeps import Sweep
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
@@ -42,7 +43,7 @@ class Baselines:
             optimizer, schedule = self._own[overrides]
             made = replace(
                 config,
-                method=FullConfig(name="full"),
+                method=method_class(BASELINE)(name=BASELINE),
                 optimizer=replace(optimizer),
                 schedule=replace(schedule, restart_warmup_steps=0),
             )
@@ -51,7 +52,7 @@ class Baselines:
                 f"the full-rank baseline of {config.name} cannot be made: {error}; give the key "
                 "one value, which then holds for full rank too, or name full-rank runs of your own: method=full,..."
             ) from error
-        return self._presets.noted(made, [*overrides, "method=full"])
+        return self._presets.noted(made, [*overrides, f"method={BASELINE}"])
 
     def ladder(self, base: RunConfig) -> list[RunConfig]:
         """The full-rank run `base` at multiples of its learning rate, so that a bad rate is never the reference.
@@ -104,7 +105,7 @@ def launch_notes(baselines: Sequence[RunConfig], everything: Sequence[RunConfig]
     notes = list(dict.fromkeys(in_words(run) for run in baselines if run.rates.basis != "ladder"))
     ladder = [run for run in baselines if run.rates.basis == "ladder"]
     if ladder:
-        rates = sorted({run.optimizer.learning_rate for run in everything if run.method.name == "full"})
+        rates = sorted({run.optimizer.learning_rate for run in everything if run.method.is_full_rank})
         total_flops = sum(cost_of(run).total_flops for run in everything)
         share = sum(cost_of(run).total_flops for run in ladder) / total_flops
         notes.append(

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relora.common.checks import check_name
 from relora.common.errors import ConfigError, DamagedFile
 from relora.config import credentials
-from relora.config.checks import check_name
 from relora.config.run import RunConfig
 from relora.runs.results import Run, best_on_validation, deviation, mean
 from relora.runs.rundir import RunDir, read_json
@@ -71,7 +71,6 @@ class Arm:
 
     label: str
     variant: str
-    method: str
     members: list[Compared]
 
     @property
@@ -83,6 +82,11 @@ class Arm:
     def config(self) -> RunConfig | None:
         """That of its first run that has one."""
         return next((member.run.config for member in self.members if member.run.config), None)
+
+    @property
+    def is_full_rank(self) -> bool:
+        """Whether its method is the one that others are measured against."""
+        return self.config is not None and self.config.method.is_full_rank
 
     def values(self, name: str) -> list[float]:
         """A figure of every finished run."""
@@ -145,7 +149,7 @@ class Study:
 
     def best(self) -> Arm | None:
         """The arm that is not full rank with the lowest mean validation loss, as best_on_validation has it."""
-        arms = {arm.variant: arm for arm in self.arms if arm.method != "full" and arm.finished}
+        arms = {arm.variant: arm for arm in self.arms if not arm.is_full_rank and arm.finished}
         best = best_on_validation(
             {variant: {m.run.seed: m.run.validation_loss for m in arm.finished} for variant, arm in arms.items()}
         )
@@ -165,7 +169,7 @@ class Study:
             Compared(run=run, label=label, choice=choice, baseline=run, tokens=itself, flops=itself, seconds=itself)
             for _, run in sorted(choice.runs.items())
         ]
-        return Arm(label=label, variant=choice.variant, method="full", members=members)
+        return Arm(label=label, variant=choice.variant, members=members)
 
     def baseline(self) -> Baseline | None:
         """The choice of a baseline that serves most runs."""
@@ -212,15 +216,7 @@ def load_study(runs_dir: Path, name: str) -> Study:
     for run in own:
         variant = manifest["runs"][run.name]["variant"]
         by_variant[variant].append(compared(run, labels.get(variant) or variant, full))
-    arms = [
-        Arm(
-            label=members[0].label,
-            variant=variant,
-            method=next((member.run.config.method.name for member in members if member.run.config), "unknown"),
-            members=members,
-        )
-        for variant, members in by_variant.items()
-    ]
+    arms = [Arm(label=members[0].label, variant=variant, members=members) for variant, members in by_variant.items()]
     # As they were written before passwords were taken out.
     launches = [credentials.without_passwords(launch) for launch in manifest["launches"]]
     return Study(name=name, question=manifest.get("question", ""), launches=launches, arms=arms, labels=labels)

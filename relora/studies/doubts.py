@@ -33,7 +33,7 @@ def untuned(study: Study) -> list[Arm]:
     """The arms whose rates were neither tuned for the setting nor chosen among several; the baseline comes first."""
     full = study.full_rank()
     rest = [arm for arm in study.arms if full is None or arm.variant != full.variant]
-    candidates = [*([full] if full is not None else []), *(arm for arm in rest if arm.method != "full")]
+    candidates = [*([full] if full is not None else []), *(arm for arm in rest if not arm.is_full_rank)]
     return [arm for arm in candidates if rates_of(study, arm) == NOT_TUNED]
 
 
@@ -63,7 +63,7 @@ def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
     if best is None:
         return told
     told += _at_the_edge(best.label, best.config, _tried(study, best))
-    gaps = [(arm.label, arm.gap("tokens")) for arm in study.arms if arm.method != "full"]
+    gaps = [(arm.label, arm.gap("tokens")) for arm in study.arms if not arm.is_full_rank]
     ahead = [f"{label} ({-gap.relative:.1%})" for label, gap in gaps if gap is not None and gap.relative < FAR_AHEAD]
     if ahead:
         told.append(
@@ -89,7 +89,7 @@ def _tried(study: Study, arm: Arm) -> list[float]:
     """The learning rates of the arms that differ from `arm` in their rates alone; of full rank, in all of runs_dir."""
     configs = [other.config for other in study.arms if other.finished]
     choice = study.baseline()
-    if arm.method == "full" and choice is not None:
+    if arm.is_full_rank and choice is not None:
         configs += [run.config for runs in choice.rivals.values() for run in runs.values()]
     assert arm.config is not None
     own = _but_for_rates(arm.config)
@@ -102,7 +102,7 @@ def _but_for_rates(config: RunConfig) -> dict[str, object]:
 
 def _is_best(study: Study, arm: Arm) -> bool:
     """Whether an arm is the best on validation of those that differ from it in their rates alone."""
-    if arm.method == "full":
+    if arm.is_full_rank:
         full = study.full_rank()
         return full is not None and full.variant == arm.variant
     assert arm.config is not None

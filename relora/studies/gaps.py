@@ -16,6 +16,7 @@ from typing import Any
 from relora.common.errors import ConfigError, DamagedFile
 from relora.config import compose
 from relora.config.run import RunConfig
+from relora.methods.registry import BASELINE
 from relora.runs.results import Run, best_on_validation, mean
 from relora.runs.rundir import RunDir
 from relora.runs.spent import differences
@@ -97,7 +98,7 @@ def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run
         if baseline is not None and (told := differences(run.spent, baseline.spent)):
             return Gap(loss=None, note=f"wall-clock: {told}")
         ended = [other for other in ended if not differences(run.spent, other.spent)]
-    if run.config is not None and run.config.method.name == "full" and run is baseline:
+    if run is baseline:
         return Gap(loss=0.0, note="itself")
     points = sorted((other.budget(axis), other.summary["test_loss"], other.name) for other in ended)
     near = [point for point in points if abs(point[0] / budget - 1) <= SAME_BUDGET]
@@ -243,7 +244,7 @@ def finished_full_rank(runs_dir: Path) -> list[Run]:
     """The finished full-rank runs of a runs_dir that have no warm start; what cannot be read is left out."""
     found: list[Run] = []
     # A run's folder is named after its method (RunConfig.name): of many runs, few have to be read.
-    for file in sorted(runs_dir.glob("*-full-*/status.json")):
+    for file in sorted(runs_dir.glob(f"*-{BASELINE}-*/status.json")):
         try:
             about = file.stat()
         except OSError:
@@ -271,7 +272,7 @@ def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run |
 
 def is_full_rank(config: RunConfig | None) -> bool:
     """Whether a run of `config` may serve as a baseline: full rank throughout, without a warm start."""
-    return config is not None and config.method.name == "full" and not config.method.warm_start_steps
+    return config is not None and config.method.may_be_baseline
 
 
 def _steps(run: Run) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from relora.config.run import RunConfig
 from relora.runs.results import Run, mean
 from relora.studies.compare import Study
 
@@ -78,7 +79,7 @@ def draw_schedule(study: Study) -> "Figure | None":
 
 def draw_gaps(study: Study) -> "Figure | None":
     """The gap of every arm, its seeds and its interval."""
-    found = [(arm, arm.gap("tokens")) for arm in study.arms if arm.method != "full"]
+    found = [(arm, arm.gap("tokens")) for arm in study.arms if not arm.is_full_rank]
     rows = [(arm, gap) for arm, gap in found if gap is not None and math.isfinite(gap.relative)]
     if not rows:
         return None
@@ -138,8 +139,8 @@ class HeatMap:
 
 
 def heat_map(study: Study) -> HeatMap | None:
-    """The ReLoRA arms that differ in rank or interval; None where neither is swept or another setting is, too."""
-    arms = [arm for arm in study.arms if arm.method == "relora" and arm.finished and arm.config is not None]
+    """The arms of a method with rank and restarts; None where neither is swept, or another setting is, too."""
+    arms = [arm for arm in study.arms if arm.finished and arm.config is not None and restarts(arm.config)]
     places = [(arm.config.rank, arm.config.reset_interval_steps) for arm in arms if arm.config is not None]
     if len(set(places)) < max(len(arms), 2):
         return None
@@ -149,6 +150,11 @@ def heat_map(study: Study) -> HeatMap | None:
         return HeatMap(values=_with_rank(values), caption="gap to full rank (%)", text=lambda value: f"{value:+.1f}%")
     values = {place: mean(arm.values("test_perplexity")) for place, arm in zip(places, arms, strict=True)}
     return HeatMap(values=_with_rank(values), caption="test perplexity", text=lambda value: f"{value:.2f}")
+
+
+def restarts(config: RunConfig) -> bool:
+    """Whether a run's method has a rank and may restart."""
+    return config.rank is not None and hasattr(config.method, "reset_interval_steps")
 
 
 def _with_rank(values: dict[tuple[int | None, int | None], float]) -> dict[tuple[int, int | None], float]:

@@ -16,7 +16,7 @@ from relora.studies.compare import Arm, Estimate, Study, as_row, study_dir
 from relora.studies.doubts import doubts, rates_of, untuned, untuned_words
 from relora.studies.gaps import FEWEST_EVALUATIONS, SAME_BUDGET, Compared, Gap
 from relora.studies.page import Page
-from relora.studies.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map
+from relora.studies.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map, restarts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ def _answer(study: Study) -> list[str]:
         told.append(_best_arm(study, best, full))
     told += doubts(study, best, full)
     cells = None if untuned(study) else heat_map(study)
-    if best is not None and cells is not None and best.method == "relora" and best.config is not None:
+    if best is not None and cells is not None and best.config is not None and restarts(best.config):
         interval = best.config.reset_interval_steps
         told.append(
             f"Rank and interval: take rank {best.config.rank} and "

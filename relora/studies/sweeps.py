@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora.common.errors import ConfigError, shown
 from relora.config import tuned
-from relora.config.choices import conf_dir
+from relora.config.choices import conf_dir, preset_file
 from relora.config.compose import (
     Composer,
     as_values,
@@ -139,7 +139,7 @@ def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], erro
 def without_preset(overrides: Sequence[str], config: RunConfig) -> list[str]:
     """The remark that the experiment of `overrides` has no preset for the run's method, where it has none."""
     experiment, method = given_values(overrides).get("experiments"), config.method.name
-    if experiment is None or (conf_dir() / "presets" / experiment / f"{method}.yaml").is_file():
+    if experiment is None or preset_file(experiment, method) is not None:
         return []
     return [
         f"experiments={experiment} has no preset for method={method}: its rank and rates are those of the default run; "

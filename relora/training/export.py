@@ -74,7 +74,7 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
             return summed_cross_entropy(of.eval(), inputs_BxT, targets_BxT).item() / targets_BxT.numel()
 
     trained_loss = loss(model)
-    trainer.method.finish(model)
+    trainer.method.finish(model, config)
     told = {"run": config.name, "sequence_length_tokens": length, **settings, **corpus.identity}
     save_pretrained(model, corpus.tokenizer_file, run.model, told, tokenizer_config)
     try:

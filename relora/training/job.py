@@ -406,7 +406,7 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
     if config.tracker.name == "mlflow":
         rows.append(("MLflow UI", _verb("ui", run=run)))
     # In a study the baselines come by themselves.
-    if config.method.name != "full" and "-m" not in _overrides(run):
+    if not config.method.is_full_rank and "-m" not in _overrides(run):
         rows.append(("baseline", baseline_command(run)))
     if status.message:
         rows.append(("warning", status.message))

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from relora.budget.memory import WIDE_BYTES
 from relora.common.errors import RunError, TrainingError
-from relora.config.groups import LoRAConfig
 from relora.config.run import RunConfig, fitting
 from relora.core.lowrank import keyed_generator
 from relora.data.sequences import TokenSequences
@@ -143,9 +142,9 @@ class MicroSteps:
         inputs_BxT, targets_BxT = self.training.training_batch(
             step, settings.sequences_per_step, settings.seed, rank=rank, ranks=self.world.size
         )
-        if isinstance(self.config.method, LoRAConfig) and self.config.method.dropout > 0:
-            key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
-            torch.manual_seed(keyed_generator(key).initial_seed())
+        # What a method draws in a forward pass, as dropout does, is a function of seed, step and rank.
+        key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
+        torch.manual_seed(keyed_generator(key).initial_seed())
         size = self.sequences_per_micro_step
         for tokens in zip(inputs_BxT.split(size), targets_BxT.split(size), strict=True):
             inputs, targets = (self._on_device(each) for each in tokens)
@@ -180,14 +179,10 @@ class MicroSteps:
 
     def _smaller(self) -> list[str]:
         """The options that save memory and are not taken yet."""
-        settings, method = self.config.trainer, self.config.method
-        options = {
-            "trainer.activation_checkpointing=true": not settings.activation_checkpointing,
-            "method.merged_weight=rebuilt": isinstance(method, LoRAConfig)
-            and method.merged_weight_in_use == "resident",
-            "trainer.precision=bf16": settings.precision != "bf16",
-        }
-        return [option for option, helps in options.items() if helps]
+        settings = self.config.trainer
+        options = [] if settings.activation_checkpointing else ["trainer.activation_checkpointing=true"]
+        options += self.config.method.memory_options
+        return options if settings.precision == "bf16" else [*options, "trainer.precision=bf16"]
 
     def _halve(self) -> None:
         size = self.sequences_per_micro_step

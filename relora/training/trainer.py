@@ -13,11 +13,12 @@ from relora.common.errors import Interrupted, Stopped, TrainingError
 from relora.config.run import RunConfig
 from relora.core.inbackward import UpdateInBackward, step_where_finite
 from relora.data.sequences import TokenSequences
-from relora.methods.builtin import build_method, build_optimizer, learning_rate_factor
+from relora.methods.base import build_adamw
 from relora.runs import checkpoint, spent
 from relora.runs.metrics import MICRO_STEP, Progress, Tracker
 from relora.training.distributed import World, digest
 from relora.training.evaluate import ALONE, Evaluation, evaluate
+from relora.training.learning_rate import learning_rate_factor
 from relora.training.microsteps import MicroSteps
 from relora.training.model import compile_layers, fits, peak_memory_bytes
 from relora.training.underway import UnderWay, Update
@@ -77,8 +78,7 @@ class Trainer:
             parameter.data = parameter.data.to(torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32)
         if config.trainer.compile:
             compile_layers(model)
-        self.method = build_method(config)
-        self.clock = self.method.clock
+        self.method, self.clock = config.method, config.clock
         self.factor = learning_rate_factor(config)
         self.warm_start_cost = config.cost(vocab_size, warm_start=True)
         self.method_cost = config.cost(vocab_size)
@@ -87,7 +87,8 @@ class Trainer:
         )
         self.counters = Counters()
         self.in_backward: UpdateInBackward | None = None
-        self._take(build_optimizer(self.model, config, config.warm_start_learning_rate, warm_start=True))
+        self.has_begun = False
+        self._take(build_adamw(self.model, config, config.warm_start_learning_rate))
         self.first_step = 0
         self.under_way = UnderWay(device)
         self._own_wish: str | None = None
@@ -154,7 +155,7 @@ class Trainer:
         """Merge, re-initialise and reset; the schedule ramps up again by itself."""
         self.tell()
         number = self.clock.restarts_before(step + 1)
-        done = self.method.restart(self.model, self.optimizer, number)
+        done = self.method.restart(self.model, self.optimizer, self.config, number)
         self._refresh()
         self.check_ranks(step)
         factor = self.factor(step)
@@ -196,6 +197,8 @@ class Trainer:
         if self.in_backward is not None:
             norm = self.in_backward.take_norm()
         else:
+            if self.has_begun:
+                self.method.before_update(self.model, self.config, step)
             parameters = self._parameters
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.config.optimizer.max_grad_norm is not None:
@@ -203,12 +206,15 @@ class Trainer:
             step_where_finite(self.optimizer, norm.isfinite() & loss.isfinite())
             self.optimizer.zero_grad(set_to_none=True)
 
+        if self.has_begun:
+            self.method.after_update(self.model, self.config, step)
         self.under_way.add(step, loss, norm, self.optimizer.param_groups[0]["lr"])
 
     def _begin(self) -> None:
         """The method's factors, and its optimizer in place of the warm start's."""
-        self.method.begin(self.model)
-        self._take(build_optimizer(self.model, self.config, self.config.optimizer.learning_rate))
+        self.method.begin(self.model, self.config)
+        self.has_begun = True
+        self._take(self.method.build_optimizer(self.model, self.config))
 
     def _take(self, optimizer: torch.optim.Optimizer) -> None:
         if self.in_backward is not None:
@@ -218,9 +224,11 @@ class Trainer:
         self.in_backward = UpdateInBackward(optimizer) if self.config.trainer.update_in_backward else None
 
     def _refresh(self) -> None:
-        """Form the merged weights again, after the weights or the size of a micro-step changed."""
-        size, count = self.micro.sequences_per_micro_step, self.micro.count
-        if not fits(lambda: self.method.refresh(self.model, size, count)):
+        """Let the method prepare the forward pass, after the weights or the size of a micro-step changed."""
+        if not self.has_begun:
+            return
+        sizes = {"sequences_per_micro_step": self.micro.sequences_per_micro_step, "micro_steps": self.micro.count}
+        if not fits(lambda: self.method.refresh(self.model, self.config, **sizes)):
             raise TrainingError(
                 f"out of memory on {self.device} while the merged weights were formed; "
                 "take method.merged_weight=rebuilt, a smaller model or trainer.precision=bf16"

@@ -92,9 +92,9 @@ def killed_at_step_9(rank: int) -> None:
 
 
 def killed_in_a_merge(rank: int) -> None:
-    import relora.methods.builtin
+    import relora.core.reset
 
-    relora.methods.builtin.reset_optimizer = kill
+    relora.core.reset.reset_optimizer = kill
 
 
 def one_fails(rank: int) -> None:

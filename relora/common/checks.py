@@ -15,6 +15,10 @@ NO_TEXT = ("Cc", "Cs", "Zl", "Zp")
 """Unicode's control characters, halves of characters (bytes that are no UTF-8 arrive as those) and line ends."""
 LINES_OF_A_SCRIPT = ("cluster.setup",)
 MOST_TOKENS = 10**18
+MOST_STEPS = 10**12
+
+UNHASHED = {"identity": False}
+"""Metadata of a dataclass's field that does not change the results of a run, and stays out of its hash."""
 
 
 def at_least(name: str, value: float | None, minimum: float, remedy: str = "") -> None:

@@ -1,0 +1,116 @@
+"""LoRA: one set of low-rank factors for the whole run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from relora.budget.cost import MERGED_WEIGHTS, Cost, LlamaShape, break_even_rank, cost
+from relora.common.checks import UNHASHED, at_most, one_of, positive
+from relora.common.errors import ConfigError, shown
+from relora.core.choices import REINITS, SCALING
+from relora.methods.base import Targeted
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from relora.config.run import RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRA(Targeted):
+    """Factors in the targeted matrices, everything else at full rank. `alpha=None` means 0.25 * rank.
+
+    `merged_weight` chooses among exact ways to compute, faster or smaller (relora.core.lowrank.refresh).
+    """
+
+    alpha: float | None = None
+    dropout: float = 0.0
+    reinit: str = "kaiming"
+    trainable_scaling: bool = False
+    merged_weight: str = field(default="resident", metadata=UNHASHED)
+
+    def __post_init__(self) -> None:
+        Targeted.__post_init__(self)
+        positive("method.alpha", self.alpha)
+        at_most("method.alpha", self.alpha, 1e6, "alpha / rank scales what the factors add to the weights")
+        one_of("method.reinit", self.reinit, REINITS)
+        one_of("method.merged_weight", self.merged_weight, MERGED_WEIGHTS)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"method.dropout={shown(self.dropout)} must be at least 0 and below 1")
+
+    @property
+    def written_out(self) -> dict[str, Any]:
+        """The scale."""
+        return {"method.alpha": float(self.alpha or SCALING * self.rank)}
+
+    def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:
+        """That of a model with factors."""
+        return cost(
+            shape,
+            sequence_length_tokens=run.data.sequence_length_tokens,
+            precision=run.trainer.precision,
+            rank=self.rank,
+            target_modules=self.target_modules,
+            trainable_scaling=self.trainable_scaling,
+            mergeable=self.dropout == 0,
+        )
+
+    def break_even_rank(self, shape: LlamaShape, run: "RunConfig", *, micro_steps: int) -> int | None:
+        """The highest rank at which an update takes fewer FLOPs than at full rank."""
+        return break_even_rank(
+            shape,
+            sequence_length_tokens=run.data.sequence_length_tokens,
+            target_modules=self.target_modules,
+            tokens_per_update=run.tokens_per_step,
+            merged_weight=self.merged_weight_in_use,
+            micro_steps=micro_steps,
+        )
+
+    @property
+    def merged_weight_in_use(self) -> str:
+        """`merged_weight`; "never" with dropout, which applies to the factors' input alone."""
+        return "never" if self.dropout > 0 else self.merged_weight
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """The exact way to compute."""
+        return {"method.merged_weight": self.merged_weight_in_use}
+
+    @property
+    def memory_options(self) -> Sequence[str]:
+        """A merged weight that is not kept."""
+        return ("method.merged_weight=rebuilt",) if self.merged_weight_in_use == "resident" else ()
+
+    def begin(self, model: "nn.Module", run: "RunConfig") -> None:
+        """Freeze the targeted matrices and give them factors."""
+        from relora.core.lowrank import ReLoRAConfig, wrap
+
+        factors = ReLoRAConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=self.target_modules,
+            reinit=self.reinit,
+            trainable_scaling=self.trainable_scaling,
+        )
+        wrap(model, factors, seed=run.trainer.seed)
+
+    def refresh(self, model: "nn.Module", run: "RunConfig", *, sequences_per_micro_step: int, micro_steps: int) -> None:
+        """Compute by the cheapest exact way for so many tokens at a time."""
+        import torch
+
+        from relora.core.lowrank import refresh
+
+        refresh(
+            model,
+            merged_weight=self.merged_weight_in_use,
+            tokens_per_micro_step=sequences_per_micro_step * run.data.sequence_length_tokens,
+            micro_steps=micro_steps,
+            dtype=torch.float32 if run.trainer.precision == "fp32" else torch.bfloat16,
+        )
+
+    def finish(self, model: "nn.Module", run: "RunConfig") -> None:
+        """Merge the factors into plain matrices."""
+        from relora.core.lowrank import unwrap
+
+        unwrap(model)
