@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from relora.common.checks import at_least, at_most, one_of, positive
+from relora.common.checks import at_least, at_most, positive
 from relora.common.errors import ConfigError, shown
 
 LARGEST = {
@@ -45,7 +45,7 @@ class ClusterConfig:
     max_parallel: int = 1
 
     def __post_init__(self) -> None:
-        one_of("cluster.name", self.name, tuple(CLUSTERS))
+        cluster_class(self.name)
         at_least("cluster.max_parallel", self.max_parallel, 1)
         at_most("cluster.max_parallel", self.max_parallel, 10**6, "no cluster takes as many jobs")
 
@@ -150,3 +150,10 @@ class SlurmConfig(ClusterConfig):
 
 
 CLUSTERS: dict[str, type[ClusterConfig]] = {"local": LocalConfig, "debug": DebugConfig, "slurm": SlurmConfig}
+
+
+def cluster_class(name: object) -> type[ClusterConfig]:
+    """The class of a cluster's settings. Raises ConfigError for a name that is unknown."""
+    if not isinstance(name, str) or name not in CLUSTERS:
+        raise ConfigError(f"cluster.name={shown(name)} is not one of {', '.join(CLUSTERS)}")
+    return CLUSTERS[name]

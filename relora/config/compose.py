@@ -20,7 +20,7 @@ from yaml import YAMLError
 from relora.common.errors import ConfigError, shown
 from relora.common.files import write_whole
 from relora.config import choices, credentials
-from relora.config.cluster import CLUSTERS, ClusterConfig
+from relora.config.cluster import ClusterConfig, cluster_class
 from relora.config.groups import (
     DataConfig,
     OptimizerConfig,
@@ -344,7 +344,7 @@ def cluster_with(values: dict[str, Any], overrides: Sequence[str]) -> ClusterCon
         chosen = next((str(item.value()) for item in given if item.key_or_group == "cluster"), None)
         if chosen is not None:
             values = as_values(composed([f"cluster={chosen}"]).cluster)
-        made = OmegaConf.merge(OmegaConf.structured(CLUSTERS[values["name"]]), values)
+        made = OmegaConf.merge(OmegaConf.structured(cluster_class(values["name"])), values)
         config = OmegaConf.create({"cluster": made})  # so that errors name the whole key
         for item in given:
             if item.key_or_group != "cluster":
@@ -380,13 +380,9 @@ def _structured(values: Any) -> DictConfig:
     if missing:
         raise ConfigError(f"a value is missing: {shown(missing[0])}")
     schema = OmegaConf.structured(RunConfig)
-    for group, kinds in (("method", registry.names()), ("cluster", CLUSTERS)):
+    for group, kind_of in (("method", registry.method_class), ("cluster", cluster_class)):
         chosen = values.get(group) or {}
-        name = chosen.get("name") if isinstance(chosen, dict) else None
-        if not isinstance(name, str) or name not in kinds:
-            raise ConfigError(f"{group}.name={shown(name)} is not one of {', '.join(kinds)}")
-        kind = registry.method_class(name) if group == "method" else CLUSTERS[name]
-        schema[group] = OmegaConf.structured(kind)
+        schema[group] = OmegaConf.structured(kind_of(chosen.get("name") if isinstance(chosen, dict) else None))
     try:
         return cast(DictConfig, OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from relora.common.errors import ConfigError, first_line
+from relora.common.errors import ConfigError, first_line, shown
 from relora.methods.base import Method
 from relora.methods.control import Control
 from relora.methods.full import Full
@@ -43,17 +43,18 @@ def names() -> list[str]:
     return [*BUILT_IN, *(name for name in installed() if name not in BUILT_IN)]
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: object) -> type[Method]:
     """The class of a method. Raises ConfigError for one that is unknown or cannot be loaded."""
     points = installed()
+    if not isinstance(name, str) or name not in names():
+        raise ConfigError(
+            f"method.name={shown(name)} is not one of {', '.join(names())}; where a package brings it, install that "
+            "package"
+        )
     if name in BUILT_IN:
         if name in points:
             raise ConfigError(f"method={name} is relora's own, and {_source(points[name])} has one of that name too")
         return BUILT_IN[name]
-    if name not in points:
-        raise ConfigError(
-            f"method.name={name} is not one of {', '.join(names())}; where a package brings it, install that package"
-        )
     try:
         found = points[name].load()
     except Exception as error:  # whatever the package's code raises
