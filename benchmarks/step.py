@@ -31,7 +31,8 @@ from relora.budget.cost import Cost, cost
 from relora.budget.memory import peak_bytes
 from relora.config.compose import composed
 from relora.config.groups import ModelConfig
-from relora.core.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, refresh, wrap
+from relora.core.exact_ways import refresh
+from relora.core.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, wrap
 from relora.core.reset import reset_optimizer
 from relora.training.model import build, precision_context, summed_cross_entropy
 

@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from relora.core.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, refresh, unwrap, wrap
+    from relora.core.exact_ways import refresh
+    from relora.core.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, unwrap, wrap
     from relora.core.reset import reset_optimizer
     from relora.core.schedule import JaggedCosine, RestartClock
 
@@ -32,7 +33,7 @@ _HOME = {
     "ReLoRAConfig": "relora.core.lowrank",
     "RestartClock": "relora.core.schedule",
     "merge_and_reinit": "relora.core.lowrank",
-    "refresh": "relora.core.lowrank",
+    "refresh": "relora.core.exact_ways",
     "reset_optimizer": "relora.core.reset",
     "unwrap": "relora.core.lowrank",
     "wrap": "relora.core.lowrank",

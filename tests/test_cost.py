@@ -23,7 +23,8 @@ from relora.budget.cost import (
     way_multiply_adds,
 )
 from relora.config.groups import ModelConfig
-from relora.core.lowrank import ReLoRAConfig, merge_and_reinit, refresh, wrap
+from relora.core.exact_ways import refresh
+from relora.core.lowrank import ReLoRAConfig, merge_and_reinit, wrap
 from relora.training.model import llama_config
 
 CONF = Path(__file__).parents[1] / "conf" / "model"

@@ -217,3 +217,21 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="warp"):
         relora.warp  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
     assert set(relora.__all__) <= set(dir(relora))
+
+
+def test_the_plain_formula_installs_no_hook_on_optimizers() -> None:
+    source = """
+import json, torch
+from torch.optim import optimizer
+from relora import ReLoRAConfig, refresh, wrap
+model = wrap(torch.nn.Sequential(torch.nn.Linear(8, 8)), ReLoRAConfig(rank=2, target_modules=["0"]))
+model(torch.ones(1, 8)).sum().backward()
+torch.optim.SGD(model.parameters(), lr=0.1).step()
+refresh(model, merged_weight="rebuilt")
+counts = [len(optimizer._global_optimizer_pre_hooks)]
+for _ in range(2):
+    refresh(model)
+    counts.append(len(optimizer._global_optimizer_pre_hooks))
+print(json.dumps(counts))
+"""
+    assert run_python(source) == [0, 1, 1]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from relora.budget.cost import FACTORED, PLAIN, PROJECTED
-from relora.core.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, refresh, wrap, wrapped_layers
+from relora.core.exact_ways import refresh
+from relora.core.lowrank import LowRankLinear, ReLoRAConfig, merge_and_reinit, wrap, wrapped_layers
 from relora.core.merged import MergedLinear, materialise
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=40)

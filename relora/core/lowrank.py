@@ -7,19 +7,18 @@ folds the product into W and draws a new A, so that the sum of many low-rank upd
 import hashlib
 import math
 import re
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from relora.budget.cost import MERGED_WEIGHTS, PLAIN, PROJECTED, cheapest_way, module_matches
+from relora.budget.cost import module_matches
 from relora.core.choices import REINITS, SCALING
-from relora.core.merged import MergedLinear, materialise, row_chunks
+from relora.core.exact_ways import ExactWays
+from relora.core.merged import row_chunks
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,7 +81,7 @@ class ReLoRAConfig:
         return SCALING if self.alpha is None else self.alpha / self.rank
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(ExactWays):
     """A frozen linear layer plus trainable factors: y = x W^T + b + scaling * drop(x) A^T B^T.
 
     weight: out x in, frozen; bias: out, trainable, or None; lora_A: rank x in; lora_B: out x rank, zero after every
@@ -99,78 +98,21 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rank, self.reinit = config.rank, config.reinit
         self.initial_scaling = config.scaling
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = linear.bias
+        linear.weight.requires_grad_(False)
+        self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Parameter(self.weight.new_empty(self.rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, self.rank))
         self.scaling: nn.Parameter | float = self.initial_scaling
         if config.trainable_scaling:
             self.scaling = nn.Parameter(self.weight.new_tensor(self.initial_scaling))
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        self._way = PLAIN
-        self._merged: Tensor | None = None
-        self._compute_dtype = self.weight.dtype
-        self._versions: tuple[tuple[int, int], ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """... x in -> ... x out."""
-        if self._way != PLAIN and (converted := self._on_merged_weight(x)) is not None:
-            projected = self._way == PROJECTED
-            factors = (self.lora_A, self.lora_B, self.scaling)
-            return MergedLinear.apply(converted, self._merged, self.weight, self.bias, *factors, projected)
+        if (faster := self._faster(x)) is not None:
+            return faster
         low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
-
-    def _on_merged_weight(self, x: Tensor) -> Tensor | None:
-        """x in the dtype that is computed in, or None where only the plain way will do."""
-        if (self.training and isinstance(self.dropout, nn.Dropout)) or self.weight.requires_grad:
-            return None
-        dtype, device = x.dtype, x.device.type
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        if dtype != self._compute_dtype:
-            return None
-        if self._merged is not None and not torch.compiler.is_compiling() and self._versions != self._versions_now():
-            return None
-        return x.to(dtype)
-
-    def _versions_now(self) -> tuple[tuple[int, int], ...]:
-        """Which tensors and torch's counts of their changes in place. Fused optimizers do not count: hence the hook."""
-        tensors = (self.weight, self.lora_A, self.lora_B, self.scaling)
-        return tuple((id(tensor), tensor._version) for tensor in tensors if isinstance(tensor, Tensor))
-
-    @torch.inference_mode(False)  # what is made in it has no gradient ever after
-    @torch.no_grad()
-    def refresh(self, way: str, *, resident: bool, dtype: torch.dtype) -> None:
-        """Compute by `way` from here on, in `dtype`; where `resident`, on a merged weight that is made now and kept."""
-        self._way, self._compute_dtype = way, dtype
-        if way == PLAIN or not resident:
-            self._merged = None
-            return
-        factors = (self.lora_A, self.lora_B, self.scaling)
-        self._merged = materialise(self.weight, *factors, out=self._merged, dtype=dtype)
-        self._versions = self._versions_now()
-        for tensor in (self.weight, *factors):
-            if isinstance(tensor, Tensor):
-                _resident[id(tensor)] = self
-
-    def outdate(self) -> None:
-        """A merged weight that is kept is out of date: compute the plain way until the next refresh."""
-        if self._merged is not None:
-            self._way = PLAIN
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.outdate()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "LowRankLinear":
-        # Moved or converted: the merged weight is no part of the state and stays behind.
-        self._way, self._merged = PLAIN, None
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no merged weight: no hook would tell it that its own is out of date."""
-        return dict(super().__getstate__()) | {"_way": PLAIN, "_merged": None}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -213,23 +155,6 @@ class LowRankLinear(nn.Module):
             lost = delta - (self.weight[rows].to(wide) - old)
             squares += torch.stack([part.norm().double() ** 2 for part in (old, delta, lost)])
         return squares.sqrt()
-
-
-_resident: "weakref.WeakValueDictionary[int, LowRankLinear]" = weakref.WeakValueDictionary()
-"""The layer of each tensor, by its id, that a resident merged weight was made of."""
-
-
-def _outdate_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """The layers with a tensor that `optimizer` steps: one that it holds and that has a gradient."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and (layer := _resident.pop(id(parameter), None)) is not None:
-                layer.outdate()
-
-
-# Before it, as a hook of the optimizer's own may drop the gradients after it; after it, as a closure makes them in it.
-register_optimizer_step_pre_hook(_outdate_stepped)
-register_optimizer_step_post_hook(_outdate_stepped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,41 +290,6 @@ def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeRepor
             for name, (weight, delta, lost) in zip(norms, told, strict=True)
         }
     )
-
-
-def refresh(
-    model: nn.Module,
-    *,
-    merged_weight: str = "resident",
-    tokens_per_micro_step: int | None = None,
-    micro_steps: int = 1,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Let every low-rank layer compute by the cheapest of the exact ways until its weights change: call it again then.
-
-    merged_weight: "resident" keeps W + scaling * B A of each layer in memory, made here; "rebuilt" makes it in each
-        forward and backward pass and keeps none; "never" takes the plain way.
-    tokens_per_micro_step, micro_steps: how many tokens pass the model at a time, and how often until the next refresh
-        (relora.budget.cost.cheapest_way weighs them); None stands for many.
-    dtype: what layers compute in, e.g. torch.bfloat16 under autocast; None means that of the weights.
-
-    What is out of date is not used: after an optimizer's step, a merge, a load or a change in place, layers whose
-    merged weight is resident compute the plain way. (A change through `.data` is not noticed, nor one in place in
-    compiled code.) Raises ValueError if
-    nothing is wrapped or `merged_weight` is another word.
-    """
-    if merged_weight not in MERGED_WEIGHTS:
-        raise ValueError(f"merged_weight={merged_weight!r} is not one of {', '.join(MERGED_WEIGHTS)}")
-    for layer in wrapped_layers(model).values():
-        way = cheapest_way(
-            layer.in_features,
-            layer.out_features,
-            layer.rank,
-            merged_weight=merged_weight,
-            tokens_per_micro_step=tokens_per_micro_step,
-            micro_steps=micro_steps,
-        )
-        layer.refresh(way, resident=merged_weight == "resident", dtype=dtype or layer.weight.dtype)
 
 
 def unwrap(model: M) -> M:

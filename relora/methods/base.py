@@ -96,7 +96,7 @@ class Method:
 
     @property
     def merged_weight_in_use(self) -> str:
-        """Whether matrix products use a merged weight: resident, rebuilt or never (relora.core.lowrank.refresh)."""
+        """Whether matrix products use a merged weight: resident, rebuilt or never (relora.core.exact_ways.refresh)."""
         return "never"
 
     @property

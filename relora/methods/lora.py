@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class LoRA(Targeted):
     """Factors in the targeted matrices, everything else at full rank. `alpha=None` means 0.25 * rank.
 
-    `merged_weight` chooses among exact ways to compute, faster or smaller (relora.core.lowrank.refresh).
+    `merged_weight` chooses among exact ways to compute, faster or smaller (relora.core.exact_ways.refresh).
     """
 
     alpha: float | None = None
@@ -99,7 +99,7 @@ class LoRA(Targeted):
         """Compute by the cheapest exact way for so many tokens at a time."""
         import torch
 
-        from relora.core.lowrank import refresh
+        from relora.core.exact_ways import refresh
 
         refresh(
             model,
