@@ -24,7 +24,7 @@ class ExactWays(nn.Module):
     in_features: int
     out_features: int
     rank: int
-    weight: nn.Parameter
+    weight: Tensor
     bias: nn.Parameter  # or None, which torch leaves out of the type of nn.Linear too
     lora_A: nn.Parameter
     lora_B: nn.Parameter
