@@ -82,8 +82,8 @@ MOMENTS = {
     "checkpoint, before its rename": Moment("rename", r"checkpoints/step-\d+\.pt$", number=2),
     "status, before its rename": Moment("rename", r"/status\.json$", number=2),
     "evaluation": Moment("call", "evaluate.py:evaluate", number=2),
-    "export": Moment("call", "model.py:save_pretrained"),
-    "sample": Moment("call", "model.py:sample"),
+    "export": Moment("call", "pretrained.py:save_pretrained"),
+    "sample": Moment("call", "sampling.py:sample"),
     "exit": Moment("exit", ""),
 }
 

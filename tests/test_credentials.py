@@ -12,7 +12,7 @@ from relora.common.errors import ConfigError
 from relora.config import credentials
 from relora.config.compose import at_home, compose, freeze
 from relora.runs.rundir import RunDir
-from relora.training.job import relaunch_command
+from relora.training.summary import relaunch_command
 
 PASSWORD = "geheim-7%2Fx"
 

@@ -24,7 +24,7 @@ from relora.config.run import RunConfig
 from relora.runs.metrics import read_rows, recorded
 from relora.runs.state import observe
 from relora.runs.warmstart import folder_of
-from relora.training.model import load_pretrained
+from relora.training.pretrained import load_pretrained
 
 
 def values_of(case: Case) -> dict[tuple[int, str], float]:

@@ -38,7 +38,7 @@ HOMES = {
     "mlflow": {"tracking.store"},
     "datasets": {"data.corpus"},
     "tokenizers": {"data.corpus"},
-    "transformers": {"training.model"},
+    "transformers": {"training.model", "training.pretrained"},
     "rich": {"tracking.console"},
     "matplotlib": {"studies.pictures"},
     "optuna": {"launching.tune"},

@@ -30,8 +30,9 @@ from relora.methods.lora import LoRA
 from relora.runs.checkpoint import latest_step
 from relora.runs.metrics import read_rows, row_metrics
 from relora.runs.rundir import RunDir
-from relora.training import model as models
+from relora.training.device_memory import peak_memory_bytes
 from relora.training.job import launch
+from relora.training.pretrained import save_pretrained
 
 
 def digest(folder: Path) -> str:
@@ -86,10 +87,9 @@ def test_every_precision_ends_with_a_model_of_the_logged_perplexity(
 def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(
     tiny: list[str], monkeypatch, capsys, has_checksum: bool, told: str
 ) -> None:
-    save = models.save_pretrained
 
     def corrupt(model, tokenizer_file: Path, folder: Path, *others: dict[str, Any]) -> None:
-        save(model, tokenizer_file, folder, *others)
+        save_pretrained(model, tokenizer_file, folder, *others)
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] *= 1.0000002  # its last bit
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -262,7 +262,7 @@ def zero_factors_and_unwrap(model) -> None:
 def test_the_peak_memory_is_the_runs_own(tiny: list[str]) -> None:
     """Not that of what the process did before: another run of cluster=debug, or a corpus that had to be prepared."""
     block = np.ones(2**29, dtype=np.uint8)
-    high = models.peak_memory_bytes(torch.device("cpu"))
+    high = peak_memory_bytes(torch.device("cpu"))
     del block
     status = launch(compose(tiny), tiny)
     assert 50e6 < status.summary["peak_memory_bytes"] < high - 2**28
@@ -530,8 +530,8 @@ KILL_AT = {
         torch.save = half
     """,
     "in the export": """
-        import relora.training.model, shutil
-        relora.training.model.shutil.copyfile = lambda *names: kill()
+        import relora.training.pretrained, shutil
+        relora.training.pretrained.shutil.copyfile = lambda *names: kill()
     """,
 }
 

@@ -153,12 +153,12 @@ def test_a_signal_in_the_export_is_answered_before_the_evaluation_and_the_run_ca
     done = run_py(
         tiny,
         """
-import relora.training.model
-save = relora.training.model.save_pretrained
+import relora.training.pretrained, relora.training.sampling
+save = relora.training.pretrained.save_pretrained
 def and_send(*args):
     save(*args); send()
-relora.training.model.save_pretrained = and_send
-relora.training.model.sample = lambda *args, **settings: 1 / 0
+relora.training.pretrained.save_pretrained = and_send
+relora.training.sampling.sample = lambda *args, **settings: 1 / 0
 """,
     )
     assert done.returncode == 130, done.stdout + done.stderr

@@ -278,7 +278,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from relora.data.corpus import prepare
     from relora.training.evaluate import evaluate
-    from relora.training.model import load_pretrained
+    from relora.training.pretrained import load_pretrained
     from relora.training.processes import choose_device
 
     def say(message: str) -> None:
@@ -320,7 +320,7 @@ def _as_trained(folder: Path, run: dict[str, Any], limit: int) -> list[str]:
 def _sample(arguments: argparse.Namespace) -> int:
     folder = _model_folder(arguments.folder)
 
-    from relora.training.model import sample
+    from relora.training.sampling import sample
 
     try:
         text = sample(

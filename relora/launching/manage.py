@@ -23,7 +23,7 @@ from relora.studies.publish import mirror_runs
 from relora.studies.status import Standing, render_plain, standings, unreadable
 from relora.studies.study import Planned, note_cancellation, of_manifest
 from relora.tracking.console import is_terminal
-from relora.training.job import relaunch_command
+from relora.training.summary import relaunch_command
 
 WATCH_SECONDS = 5.0
 NAMES_TOLD = 20

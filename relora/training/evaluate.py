@@ -10,8 +10,9 @@ from torch import nn
 
 from relora.common.errors import Stopped
 from relora.data.sequences import TokenSequences
+from relora.training.device_memory import fits
 from relora.training.distributed import World
-from relora.training.model import fits, precision_context, summed_cross_entropy
+from relora.training.model import precision_context, summed_cross_entropy
 
 ALONE = World()
 

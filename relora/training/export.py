@@ -13,14 +13,9 @@ from relora.common.errors import DamagedFile, RunError, TrainingError
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
 from relora.training.evaluate import Evaluation, evaluate
-from relora.training.model import (
-    check_same_weights,
-    load_pretrained,
-    precision_context,
-    sample,
-    save_pretrained,
-    summed_cross_entropy,
-)
+from relora.training.model import precision_context, summed_cross_entropy
+from relora.training.pretrained import check_same_weights, load_pretrained, save_pretrained
+from relora.training.sampling import sample
 
 if TYPE_CHECKING:
     from relora.data.corpus import Corpus

@@ -1,8 +1,6 @@
 """One run from its folder to its end: the callable that every launcher runs."""
 
 import os
-import shlex
-import subprocess
 import sys
 import time
 import traceback
@@ -11,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relora.common import signals
-from relora.common.errors import ConfigError, DamagedFile, Interrupted, RunError, Stopped, WarmStartTrained
-from relora.common.files import reason, set_aside
+from relora.common.errors import ConfigError, Interrupted, RunError, Stopped, WarmStartTrained
+from relora.common.files import reason
+from relora.common.git import git_commit
 from relora.config import compose, credentials
 from relora.config.plan import plan, warning
 from relora.config.run import RunConfig
 from relora.runs import slurm
-from relora.runs.metrics import Broadcast, MetricsLog, read_rows, row_metrics
-from relora.runs.results import RESULTS
+from relora.runs.metrics import Broadcast, MetricsLog
+from relora.runs.recovery import previous_status
 from relora.runs.rundir import PROBE_SECONDS, Attempt, RunDir, Status, read_json, write_json
-from relora.runs.spent import other_switches
 from relora.runs.state import observe
 from relora.tracking.console import Console
 from relora.training.distributed import PeerLost, World
@@ -33,6 +31,7 @@ from relora.training.processes import (
     take_part,
     then_stop,
 )
+from relora.training.summary import finished_already, prompt_for, relaunch_command, summary_text
 
 if TYPE_CHECKING:
     from relora.tracking.mirror import MirrorThread
@@ -75,9 +74,9 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
         with signals.held():
             return take_part(run, world, warm_start_only=warm_start_only)
     with signals.held(), run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
-        config, previous = compose.thaw(run.config_file), _previous_status(run)
+        config, previous = compose.thaw(run.config_file), previous_status(run)
         if previous is not None and previous.state == "finished":
-            print(_already_done(run, config, previous))
+            print(finished_already(run, config, previous, commit=git_commit()))
             print(summary_text(run, config, previous))
             if _is_mirrored(config, on_node=on_node):
                 from relora.tracking.mirror import mirror_all
@@ -97,27 +96,6 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
         run.remove_leftovers()
         _Attempt(run, config, status, world, on_node=on_node, warm_start_only=warm_start_only).run_to_end()
         return status
-
-
-def _previous_status(run: RunDir) -> Status | None:
-    """What the last attempt left. Where that is damaged, the results of a finished run are read from its metrics."""
-    try:
-        return run.status
-    except DamagedFile as error:
-        told = f"{error.path} cannot be read: {error.why}; kept as {set_aside(run.status_file).name}"
-        rows = [row_metrics(row) for row in read_rows(run.metrics_file)]
-        prefix = "summary/"
-        known = {name.removeprefix(prefix): row[name] for row in rows for name in row if name.startswith(prefix)}
-        if not run.model.is_dir() or not all(name in known for name in RESULTS):
-            print(f"note: {told}, going on without it", flush=True)
-            return None
-        print(f"note: {told}, its results are read from metrics.jsonl; where it was trained is lost", flush=True)
-        about = read_json(run.model / "relora.json")
-        corpus = {name: about[name] for name in ("corpus_digest", "tokenizer_digest") if name in about}
-        counts = ("tokens", "parameters", "trainable_parameters", "restarts", "skipped_updates", "peak_memory_bytes")
-        summary = {name: int(value) if name in counts else value for name, value in known.items()}
-        run.status = Status(state="finished", host="", pid=0, corpus=corpus, summary={"sample": "", **summary})
-        return run.status
 
 
 class _Attempt:
@@ -199,9 +177,10 @@ class _Attempt:
         with signals.held():  # an interrupted import fails with whatever the library makes of it, or aborts
             from relora.data import corpus as corpora
             from relora.runs import warmstart
+            from relora.training.device_memory import peak_memory_bytes, reset_peak_memory
             from relora.training.export import check_finite, export
             from relora.training.microsteps import share
-            from relora.training.model import loadable_tokenizer_config, peak_memory_bytes, reset_peak_memory
+            from relora.training.pretrained import loadable_tokenizer_config
 
         signals.check()
         config, say, world = self.config, self.console.say, self.world
@@ -313,109 +292,8 @@ class _Attempt:
         self.status.message = "; ".join(filter(None, (self.status.message, doubt)))
 
 
-# ------------------------------------------------------------------------------------------------ small questions
-
-
 def _is_mirrored(config: RunConfig, *, on_node: bool) -> bool:
     return config.tracker.name == "mlflow" and not (on_node and config.mlflow_uri.startswith("sqlite:"))
-
-
-def prompt_for(config: RunConfig) -> str:
-    """What a trained model is asked to go on from: a Python definition, or the beginning of a text."""
-    return "def " if config.data.name == "stdlib" else ""
-
-
-def git_commit() -> str | None:
-    """The commit of this package's checkout, with "-dirty" where it is changed; None outside one."""
-    command = [
-        "git",
-        "-C",
-        os.fspath(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-# --------------------------------------------------------------------------------------------- what a person reads
-
-
-def _already_done(run: RunDir, config: RunConfig, status: Status) -> str:
-    text = f"{run.path} is finished already; change a setting or trainer.seed for another run, or remove the folder"
-    commit = git_commit()
-    if commit != status.git_commit:
-        text += f"\nnote: it was trained by commit {status.git_commit}, this is {commit}"
-    if switches := other_switches(config, status.spent):
-        text += f"\nnote: it was trained with {switches}; its speed and memory are theirs"
-    return text
-
-
-def _overrides(run: RunDir) -> list[str]:
-    return credentials.without_passwords(read_json(run.launch_file).get("overrides", []))
-
-
-def relaunch_command(run: RunDir) -> str:
-    """What resumes the run."""
-    return shlex.join(["python", "run.py", *_overrides(run)])
-
-
-def baseline_command(run: RunDir) -> str:
-    """The full-rank run that compares with this one: its overrides less what belongs to the method."""
-    rates = ("optimizer.learning_rate", "optimizer.embedding_learning_rate")
-    own = ("method", "+method", *rates, "schedule.restart_warmup_steps")
-    kept = [override for override in _overrides(run) if not override.startswith(own)]
-    return shlex.join(["python", "run.py", "method=full", *kept])
-
-
-def _verb(verb: str, *arguments: str, run: RunDir) -> str:
-    """A relora command, with the overrides that say where this run's store is."""
-    where = [override for override in _overrides(run) if override.startswith(("runs_dir=", "tracker."))]
-    return shlex.join(["relora", verb, *arguments, *where])
-
-
-def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
-    """What a finished run says of itself."""
-    found = status.summary
-    rows = [
-        ("perplexity", f"{found['test_perplexity']:.2f} on test, {found['eval_perplexity']:.2f} on validation"),
-        ("tokens", f"{found['tokens']:,} in {config.total_steps} updates, {found['skipped_updates']} skipped"),
-        ("restarts", f"{found['restarts']}"),
-        (
-            "parameters",
-            f"{found['parameters'] / 1e6:.2f}M, {found['trainable_parameters'] / 1e6:.2f}M trainable",
-        ),
-        (
-            "wall-clock",
-            f"{found['wall_clock_seconds']:.0f} s"
-            + (f" in attempt {status.attempt}" if status.attempt > 1 else "")
-            + f", {found['training_seconds']:.0f} s of it in updates"
-            + f" ({found['tokens'] / found['training_seconds']:,.0f} tokens/s)",
-        ),
-        *(("machine", f"another one from step {step} on: {machine}") for step, machine in status.machine_changes),
-        ("peak memory", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"),
-        ("model", f"{run.model}"),
-        ("run", f"{run.path}"),
-        ("write more", _verb("sample", os.fspath(run.model), "--prompt", prompt_for(config), run=run)),
-    ]
-    if config.tracker.name == "mlflow":
-        rows.append(("MLflow UI", _verb("ui", run=run)))
-    # In a study the baselines come by themselves.
-    if not config.method.is_full_rank and "-m" not in _overrides(run):
-        rows.append(("baseline", baseline_command(run)))
-    if status.message:
-        rows.append(("warning", status.message))
-    width = max(len(name) for name, _ in rows)
-    lines = ["", *(f"{name:<{width}}  {value}" for name, value in rows)]
-    if "sample" in found:
-        text = "\n".join(f"  | {line}" for line in found["sample"].splitlines())
-        lines = ["", "the model writes:", text, *lines]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from relora.common.errors import RunError, TrainingError
 from relora.config.run import RunConfig, fitting
 from relora.core.lowrank import keyed_generator
 from relora.data.sequences import TokenSequences
+from relora.training.device_memory import fits
 from relora.training.distributed import World, gradient_buffer, raise_unless
-from relora.training.model import fits, precision_context, summed_cross_entropy
+from relora.training.model import precision_context, summed_cross_entropy
 
 T = TypeVar("T")
 

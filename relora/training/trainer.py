@@ -16,11 +16,12 @@ from relora.data.sequences import TokenSequences
 from relora.methods.base import build_adamw
 from relora.runs import checkpoint, spent
 from relora.runs.metrics import MICRO_STEP, Progress, Tracker
+from relora.training.device_memory import fits, peak_memory_bytes
 from relora.training.distributed import World, digest
 from relora.training.evaluate import ALONE, Evaluation, evaluate
 from relora.training.learning_rate import learning_rate_factor
 from relora.training.microsteps import MicroSteps
-from relora.training.model import compile_layers, fits, peak_memory_bytes
+from relora.training.model import compile_layers
 from relora.training.underway import UnderWay, Update
 
 MICRO_STEP_KEY = "sequences_per_micro_step"

@@ -1,0 +1,162 @@
+"""Models and tokenizers as Hugging Face folders: written whole, read with care."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from relora.common.errors import RunError, first_line
+from relora.common.files import check_weight_sums, crc32_of, publishing
+
+logging.disable_progress_bar()
+
+RUN_FILE = "relora.json"
+"""Beside the weights of an exported model: what it takes to evaluate it as its run did."""
+
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+TOKENIZER_PROBE = "def main(n: int) ->  str:\n    return f'{n + 1} Grüße, 世界!'\n"
+"""A text in which tokenizers differ."""
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""How folders are loaded: nothing is fetched, and no code that a folder brings along is run, nor is anyone asked."""
+
+
+def save_pretrained(
+    model: nn.Module, tokenizer_file: Path, folder: Path, run: dict[str, Any], tokenizer_config: dict[str, Any]
+) -> None:
+    """Write a plain Hugging Face folder (weights, config, tokenizer) plus `run` as relora.json.
+
+    Through a sibling folder that is renamed when it is complete and on the disk: a folder of that name is whole.
+    """
+    with publishing(folder) as temporary:
+        model.save_pretrained(temporary)  # type: ignore[operator]
+        shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
+        (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+        sums = {path.name: crc32_of(path) for path in sorted(temporary.glob("*.safetensors"))}
+        (temporary / RUN_FILE).write_text(json.dumps({**run, "crc32": sums}, indent=2) + "\n")
+
+
+@contextmanager
+def _loading(folder: Path, what: str) -> Iterator[None]:
+    """Inside, what transformers raises for a folder that it cannot load is one line, and it writes no report of it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
+        raise RunError(
+            f"the {what} in {folder} cannot be loaded: {first_line(error)} (a folder's own code is never run)"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of a local Hugging Face folder, in its stored precision, in evaluation mode.
+
+    Code in the folder is never run. Raises RunError where it cannot be loaded, where the weights are not those that
+    were exported, and where they are not the ones that its config.json describes.
+    """
+    check_weight_sums(folder)
+    with _loading(folder, "model"):
+        settings: dict[str, Any] = {**LOCAL, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)
+    model, info = loaded
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise RunError(
+            f"the model in {folder} cannot be loaded: {name} has the shape {tuple(found)}, and by its config.json "
+            f"{tuple(wanted)}; restore the file that was changed"
+        )
+    if info["missing_keys"]:
+        raise RunError(
+            f"the model in {folder} cannot be loaded: its config.json asks for {min(info['missing_keys'])}, which the "
+            "weights do not hold; restore the file that was changed"
+        )
+    model = model.eval()
+    nn.Module.to(model, device)
+    return model
+
+
+def check_same_weights(model: nn.Module, other: nn.Module) -> None:
+    """Raise ValueError unless both have the same parameters and buffers, by name, shape, type and every bit."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"only one of them has {', '.join(sorted(ours.keys() ^ theirs.keys()))}")
+    for name, value in ours.items():
+        found = theirs[name]
+        if (value.dtype, value.shape) != (found.dtype, found.shape):
+            raise ValueError(
+                f"{name} is {found.dtype} of {tuple(found.shape)}, not {value.dtype} of {tuple(value.shape)}"
+            )
+        if not torch.equal(value, found) and not torch.equal(*(_bits(each) for each in (value, found))):
+            raise ValueError(f"{name} differs in {int((value != found).sum()):,} of {value.numel():,} values")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """What torch.equal compares where a value may be NaN, which equals nothing."""
+    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local Hugging Face folder, by the class that its tokenizer_config.json names.
+
+    Code in the folder is never run. Raises RunError where it cannot be loaded.
+    """
+    with _loading(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
+
+
+def loadable_tokenizer_config(tokenizer_file: Path) -> tuple[dict[str, Any], str | None]:
+    """The tokenizer_config.json for an exported model, and why it is not the one beside `tokenizer_file`, if so.
+
+    The one there may name code of its own (auto_map), or a class that cannot be loaded or that makes other tokens than
+    `tokenizer_file`, which the text was encoded with: then transformers' general class takes its place. Raises RunError
+    where that cannot load the file either.
+    """
+    settings = json.loads(tokenizer_file.with_name(TOKENIZER_CONFIG).read_text())
+    reason = _tokenizer_problem(tokenizer_file, settings)
+    if reason is None:
+        return settings, None
+    general = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    general.pop("auto_map", None)
+    least = {name: general[name] for name in ("tokenizer_class", "eos_token")}
+    for candidate in (general, least):
+        if (last := _tokenizer_problem(tokenizer_file, candidate)) is None:
+            return candidate, (
+                f"note: the class {settings.get('tokenizer_class')} that the tokenizer_config.json of data.tokenizer "
+                f"names does not serve ({reason}); the exported model gets PreTrainedTokenizerFast instead, which "
+                "makes the same tokens as its tokenizer.json"
+            )
+    raise RunError(f"transformers cannot load the tokenizer of data.tokenizer: {last}; take another tokenizer.json")
+
+
+def _tokenizer_problem(tokenizer_file: Path, settings: dict[str, Any]) -> str | None:
+    """Why transformers cannot use `tokenizer_file` with `settings`, None where it can."""
+    if "auto_map" in settings:
+        return "it names code of its own in auto_map, which is never run"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings))
+        try:
+            tokens = AutoTokenizer.from_pretrained(folder, **LOCAL)(TOKENIZER_PROBE, add_special_tokens=False)
+        except Exception as error:  # a class that does not fit raises whatever it comes upon
+            return f"{type(error).__name__}: {first_line(error)}".replace(f"{folder}/", "")
+    plain = PreTrainedTokenizerFast(tokenizer_file=os.fspath(tokenizer_file))
+    if tokens["input_ids"] != plain(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]:
+        return "it makes other tokens than the tokenizer.json"
+    return None

@@ -1,0 +1,86 @@
+"""The messages that a run leaves for its user: how it ended, and the commands that go on from there."""
+
+import os
+import shlex
+
+from relora.config import credentials
+from relora.config.run import RunConfig
+from relora.runs.rundir import RunDir, Status, read_json
+from relora.runs.spent import other_switches
+
+
+def finished_already(run: RunDir, config: RunConfig, status: Status, *, commit: str | None) -> str:
+    """What a launch of a finished run says. `commit`: that of the code which is launched."""
+    text = f"{run.path} is finished already; change a setting or trainer.seed for another run, or remove the folder"
+    if commit != status.git_commit:
+        text += f"\nnote: it was trained by commit {status.git_commit}, this is {commit}"
+    if switches := other_switches(config, status.spent):
+        text += f"\nnote: it was trained with {switches}; its speed and memory are theirs"
+    return text
+
+
+def _overrides(run: RunDir) -> list[str]:
+    return credentials.without_passwords(read_json(run.launch_file).get("overrides", []))
+
+
+def relaunch_command(run: RunDir) -> str:
+    """What resumes the run."""
+    return shlex.join(["python", "run.py", *_overrides(run)])
+
+
+def baseline_command(run: RunDir) -> str:
+    """The full-rank run that compares with this one: its overrides less what belongs to the method."""
+    rates = ("optimizer.learning_rate", "optimizer.embedding_learning_rate")
+    own = ("method", "+method", *rates, "schedule.restart_warmup_steps")
+    kept = [override for override in _overrides(run) if not override.startswith(own)]
+    return shlex.join(["python", "run.py", "method=full", *kept])
+
+
+def _verb(verb: str, *arguments: str, run: RunDir) -> str:
+    """A relora command, with the overrides that say where this run's store is."""
+    where = [override for override in _overrides(run) if override.startswith(("runs_dir=", "tracker."))]
+    return shlex.join(["relora", verb, *arguments, *where])
+
+
+def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
+    """What a finished run says of itself."""
+    found = status.summary
+    rows = [
+        ("perplexity", f"{found['test_perplexity']:.2f} on test, {found['eval_perplexity']:.2f} on validation"),
+        ("tokens", f"{found['tokens']:,} in {config.total_steps} updates, {found['skipped_updates']} skipped"),
+        ("restarts", f"{found['restarts']}"),
+        (
+            "parameters",
+            f"{found['parameters'] / 1e6:.2f}M, {found['trainable_parameters'] / 1e6:.2f}M trainable",
+        ),
+        (
+            "wall-clock",
+            f"{found['wall_clock_seconds']:.0f} s"
+            + (f" in attempt {status.attempt}" if status.attempt > 1 else "")
+            + f", {found['training_seconds']:.0f} s of it in updates"
+            + f" ({found['tokens'] / found['training_seconds']:,.0f} tokens/s)",
+        ),
+        *(("machine", f"another one from step {step} on: {machine}") for step, machine in status.machine_changes),
+        ("peak memory", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+        ("model", f"{run.model}"),
+        ("run", f"{run.path}"),
+        ("write more", _verb("sample", os.fspath(run.model), "--prompt", prompt_for(config), run=run)),
+    ]
+    if config.tracker.name == "mlflow":
+        rows.append(("MLflow UI", _verb("ui", run=run)))
+    # In a study the baselines come by themselves.
+    if not config.method.is_full_rank and "-m" not in _overrides(run):
+        rows.append(("baseline", baseline_command(run)))
+    if status.message:
+        rows.append(("warning", status.message))
+    width = max(len(name) for name, _ in rows)
+    lines = ["", *(f"{name:<{width}}  {value}" for name, value in rows)]
+    if "sample" in found:
+        text = "\n".join(f"  | {line}" for line in found["sample"].splitlines())
+        lines = ["", "the model writes:", text, *lines]
+    return "\n".join(lines)
+
+
+def prompt_for(config: RunConfig) -> str:
+    """What a trained model is asked to go on from: a Python definition, or the beginning of a text."""
+    return "def " if config.data.name == "stdlib" else ""
