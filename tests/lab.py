@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from relora.config.compose import Composer, freeze
+from relora.config.compose import Composer
+from relora.config.frozen import freeze
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
 from relora.launching.launch import plan, write_manifest

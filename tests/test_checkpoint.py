@@ -10,7 +10,8 @@ import torch
 from damaged import flip
 from small import fill
 
-from relora.config.compose import compose, freeze
+from relora.config.compose import compose
+from relora.config.frozen import freeze
 from relora.runs.checkpoint import KEPT, CheckpointError, load, load_latest, save
 from relora.runs.rundir import write_json
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from small import TINY
 
 from relora.cli import main as cli
-from relora.config.compose import compose, freeze
+from relora.config.compose import compose
+from relora.config.frozen import freeze
 from relora.config.run import RunConfig
 from relora.runs.checkpoint import load_latest, save
 from relora.runs.rundir import RunDir, Status, write_json

@@ -13,7 +13,8 @@ from relora.cli import main as cli
 from relora.common.checks import parse_count
 from relora.common.errors import ConfigError
 from relora.config.cluster import SlurmConfig
-from relora.config.compose import Composer, compose, freeze, thaw
+from relora.config.compose import Composer, compose
+from relora.config.frozen import freeze, thaw
 from relora.studies.sweeps import expand
 
 WRONG = [

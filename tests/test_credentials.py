@@ -10,7 +10,8 @@ import pytest
 from relora.cli import main as cli
 from relora.common.errors import ConfigError
 from relora.config import credentials
-from relora.config.compose import at_home, compose, freeze
+from relora.config.compose import compose
+from relora.config.frozen import at_home, freeze
 from relora.runs.rundir import RunDir
 from relora.training.summary import relaunch_command
 

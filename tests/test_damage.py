@@ -19,7 +19,8 @@ from relora.cli import main as cli
 from relora.cli.ui import submitted_runs
 from relora.common.errors import ConfigError, RunError
 from relora.common.files import check_weights
-from relora.config.compose import compose, thaw
+from relora.config.compose import compose
+from relora.config.frozen import thaw
 from relora.config.run import RunConfig
 from relora.runs.metrics import read_rows, recorded
 from relora.runs.state import observe

@@ -33,8 +33,8 @@ MODULES = sorted(
 )
 
 HOMES = {
-    "hydra": {"config.compose"},
-    "omegaconf": {"config.compose"},
+    "hydra": {"config.compose", "config.overrides"},
+    "omegaconf": {"config.compose", "config.overrides", "config.typed"},
     "mlflow": {"tracking.store"},
     "datasets": {"data.corpus"},
     "tokenizers": {"data.corpus"},

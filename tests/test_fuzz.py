@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from relora.common.errors import ConfigError
 from relora.config import choices
 from relora.config.cluster import CLUSTERS, LocalConfig
-from relora.config.compose import Composer, cluster_with, compose, freeze, thaw
+from relora.config.compose import Composer, cluster_with, compose
+from relora.config.frozen import freeze, thaw
 from relora.config.run import RunConfig
 from relora.methods.registry import BUILT_IN as METHODS
 from relora.studies.sweeps import expand, search

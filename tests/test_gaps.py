@@ -9,7 +9,7 @@ import pytest
 from lab import FULL, RELORA, Lab
 
 from relora.cli import main as cli
-from relora.config import compose
+from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.metrics import read_rows, row_metrics
 from relora.runs.results import best_on_validation
@@ -131,13 +131,13 @@ def test_every_config_is_read_once_and_those_of_other_methods_not_at_all(
     planned = of_manifest(lab.runs_dir, "mine")
     standings(planned)
     read: list[str] = []
-    thaw = compose.thaw
+    thaw = frozen.thaw
 
     def counted(path: Path) -> RunConfig:
         read.append(path.parent.name)
         return thaw(path)
 
-    monkeypatch.setattr(compose, "thaw", counted)
+    monkeypatch.setattr(frozen, "thaw", counted)
     standings(planned)
     assert read == [], "what has not changed is not read again"
     moved = lab.runs_dir.rename(lab.runs_dir.with_name("moved"))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from relora.config.compose import Composer, at_home, compose, freeze
+from relora.config.compose import Composer, compose
+from relora.config.frozen import at_home, freeze
 from relora.config.run import RunConfig
 
 COMPOSER = Composer()

@@ -8,7 +8,7 @@ from lab import FULL, RELORA, Lab
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from relora.config.compose import at_home
+from relora.config.frozen import at_home
 from relora.config.rates import NOT_TUNED
 from relora.config.run import RunConfig
 from relora.studies.publish import publish_report

@@ -12,7 +12,8 @@ import pytest
 from small import REPOSITORY
 
 from relora.common import signals
-from relora.config.compose import compose, freeze
+from relora.config.compose import compose
+from relora.config.frozen import freeze
 from relora.launching import launch
 from relora.runs.checkpoint import latest_step
 from relora.runs.rundir import RunDir, Status, write_json

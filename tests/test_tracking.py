@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from relora.cli import main as cli
-from relora.config.compose import at_home, compose, freeze, thaw
+from relora.config.compose import compose
+from relora.config.frozen import at_home, freeze, thaw
 from relora.config.rates import NOT_TUNED
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
@@ -530,7 +531,7 @@ SYNC_AT_ONCE = """
 import os, sys
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
-from relora.config.compose import thaw
+from relora.config.frozen import thaw
 from relora.runs.rundir import RunDir
 from relora.tracking.mirror import Mirror
 

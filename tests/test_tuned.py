@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from relora.cli import main as cli
-from relora.config.compose import compose, freeze, thaw
+from relora.config.compose import compose
+from relora.config.frozen import freeze, thaw
 from relora.config.rates import NOT_TUNED, RatesConfig
 from relora.config.tuned import Presets, remarks
 from relora.studies.baselines import FACTORS

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from relora.common import signals
 from relora.common.errors import ConfigError, RunError, printable
 from relora.common.files import read_json
-from relora.config import compose, credentials, tuned
+from relora.config import compose, credentials, frozen, tuned
 from relora.config.tuned import Presets
 from relora.runs.rundir import RunDir
 from relora.studies import sweeps
@@ -348,7 +348,7 @@ def _sync(arguments: argparse.Namespace) -> int:
     for path in arguments.runs:
         run = RunDir(path.absolute())
         try:
-            config = compose.at_home(run.config_file)
+            config = frozen.at_home(run.config_file)
             observe([run])
             with failures_told(config):
                 sent = Mirror(run, config).sync()

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from relora.common.errors import ConfigError, RunError
-from relora.config import compose, credentials
+from relora.config import credentials, frozen
 from relora.config.run import RunConfig
 from relora.studies.compare import studies
 from relora.studies.publish import mirror_runs
@@ -74,7 +74,7 @@ def submitted_runs(runs_dir: Path, told: set[Path]) -> list[Planned]:
     planned: list[Planned] = []
     for file in _submissions(runs_dir):
         try:
-            planned.append(Planned(config=compose.at_home(file), role="arm"))
+            planned.append(Planned(config=frozen.at_home(file), role="arm"))
         except ConfigError as error:
             if file not in told:
                 tell(f"{error}; MLflow gets nothing of this run")

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from relora.common.errors import shown
 from relora.config.choices import preset_file
-from relora.config.compose import given_values, preset_run, sweep_settings
+from relora.config.compose import preset_run, sweep_settings
+from relora.config.overrides import given_values
 from relora.config.rates import NOT_TUNED, RatesConfig
 from relora.config.run import RunConfig
 

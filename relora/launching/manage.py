@@ -12,7 +12,7 @@ from pathlib import Path
 
 from relora.common.errors import ConfigError, RunError, shown
 from relora.config import compose
-from relora.config.compose import at_home
+from relora.config.frozen import at_home
 from relora.launching.launch import launch_again
 from relora.launching.submit import BESIDE
 from relora.runs import slurm

@@ -20,7 +20,7 @@ from typing import Any
 
 from relora.common import signals
 from relora.common.errors import RunError, WarmStartTrained
-from relora.config import compose
+from relora.config import frozen
 from relora.config.cluster import SlurmConfig
 from relora.runs import slurm, warmstart
 from relora.runs.rundir import RunDir, Status, read_json, write_json
@@ -76,7 +76,7 @@ class RunTask:
 
     def _go_on(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
         """Requeue a job that SLURM stopped before its run was done, unless it would come no further the next time."""
-        number, cluster = slurm.own_job(), compose.thaw(run.config_file).cluster
+        number, cluster = slurm.own_job(), frozen.thaw(run.config_file).cluster
         assert isinstance(cluster, SlurmConfig)
         at_its_end = seconds > 0.5 * (60 * cluster.timeout_minutes - cluster.signal_delay_seconds)
         if status.stopped_by == "SIGUSR2" and at_its_end and not progressed:
@@ -124,7 +124,7 @@ class CorpusTask:
         signals.hold()  # and nobody asks: there is nothing to save
         from relora.data.corpus import prepare
 
-        config = compose.thaw(RunDir(self.path).config_file)
+        config = frozen.thaw(RunDir(self.path).config_file)
         prepare(config.data, Path(config.runs_dir) / "corpora", print)
 
 

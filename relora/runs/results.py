@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from relora.common.errors import ConfigError, DamagedFile
 from relora.common.files import reason
-from relora.config import compose
+from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.metrics import read_rows, recorded
 from relora.runs.rundir import RunDir, Status
@@ -46,7 +46,7 @@ class Run:
         if not folder.config_file.exists():
             return nothing
         try:
-            config = compose.at_home(folder.config_file)
+            config = frozen.at_home(folder.config_file)
         except (ConfigError, DamagedFile) as error:
             return replace(nothing, state="unreadable", problem=reason(error))
         return cls.read(path, role, config, state)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from relora.common.errors import ConfigError
-from relora.config.compose import full_rank, parsed
+from relora.config.compose import full_rank
 from relora.config.groups import OptimizerConfig, ScheduleConfig
+from relora.config.overrides import parsed
 from relora.config.plan import plan as cost_of
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from relora.common.errors import ConfigError, DamagedFile, RunError, first_line
 from relora.common.files import check_weights
-from relora.config import compose
+from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
 from relora.studies.compare import manifest_of
@@ -144,7 +144,7 @@ def _is_run(path: Path) -> bool:
 def _read(run: RunDir) -> _Run:
     config, state, problems = None, "unreadable", []
     try:
-        config = compose.thaw(run.config_file)
+        config = frozen.thaw(run.config_file)
     except Exception as error:  # a file that is no config can break anywhere
         problems.append(f"its config.yaml cannot be read ({first_line(error)})")
     try:

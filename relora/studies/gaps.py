@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from relora.common.errors import ConfigError, DamagedFile
-from relora.config import compose
+from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.methods.registry import BASELINE
 from relora.runs.results import Run, best_on_validation, mean
@@ -263,7 +263,7 @@ def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run |
         status = folder.status
         if status is None or status.state != "finished":
             return None
-        config = compose.at_home(folder.config_file)
+        config = frozen.at_home(folder.config_file)
     except (ConfigError, DamagedFile):
         return None
     run = Run(name=path.name, role="other", path=path, config=config, status=status, state=status.state)

@@ -10,8 +10,8 @@ from filelock import FileLock
 
 from relora.common.errors import ConfigError, DamagedFile, RunError
 from relora.common.files import reason, set_aside
-from relora.config import compose, credentials
-from relora.config.compose import at_home
+from relora.config import credentials, frozen
+from relora.config.frozen import at_home
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir, read_json, write_json
 from relora.runs.state import observe
@@ -76,7 +76,7 @@ def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
     for item in pending:
         item.run.path.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(RunError), item.run.locked():
-            compose.freeze(item.config, item.run.config_file)
+            frozen.freeze(item.config, item.run.config_file)
             write_json(item.run.launch_file, {"overrides": credentials.without_passwords(command)})
 
 

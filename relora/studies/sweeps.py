@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 from relora.common.errors import ConfigError, shown
 from relora.config import tuned
 from relora.config.choices import conf_dir, preset_file
-from relora.config.compose import (
-    Composer,
-    as_values,
-    compose,
-    composed,
-    given_values,
-    leaves,
-    parsed,
-    study_of,
-)
+from relora.config.compose import Composer, as_values, compose, composed, study_of
+from relora.config.overrides import given_values, leaves, parsed
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
 

@@ -12,7 +12,7 @@ from relora.common import signals
 from relora.common.errors import ConfigError, Interrupted, RunError, Stopped, WarmStartTrained
 from relora.common.files import reason
 from relora.common.git import git_commit
-from relora.config import compose, credentials
+from relora.config import credentials, frozen
 from relora.config.plan import plan, warning
 from relora.config.run import RunConfig
 from relora.runs import slurm
@@ -55,7 +55,7 @@ def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
             )
         with run.locked():
             run.submission_file.unlink(missing_ok=True)
-            compose.freeze(config, run.config_file)
+            frozen.freeze(config, run.config_file)
             write_json(run.launch_file, {"overrides": credentials.without_passwords(overrides)})
     return job(run.path)
 
@@ -74,7 +74,7 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
         with signals.held():
             return take_part(run, world, warm_start_only=warm_start_only)
     with signals.held(), run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
-        config, previous = compose.thaw(run.config_file), previous_status(run)
+        config, previous = frozen.thaw(run.config_file), previous_status(run)
         if previous is not None and previous.state == "finished":
             print(finished_already(run, config, previous, commit=git_commit()))
             print(summary_text(run, config, previous))

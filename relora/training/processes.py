@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from relora.common import signals
 from relora.common.errors import ConfigError, Interrupted, RunError, WarmStartTrained
 from relora.common.files import write_whole
-from relora.config import compose
+from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.metrics import Broadcast, Tracker
 from relora.runs.rundir import PROBE_SECONDS, Attempt, RunDir, Status
@@ -85,7 +85,7 @@ def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
     with signals.held():
         from relora.data import corpus as corpora
 
-    config = compose.thaw(run.config_file)
+    config = frozen.thaw(run.config_file)
     device = choose_device(config.trainer.device, world)
     check_devices(device, world)
     folder, trains_warm_start = world.told_by_first(("", False))

@@ -1,0 +1,84 @@
+"""From plain values to a RunConfig: types and checks by OmegaConf and by the dataclasses, paths made absolute."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from relora.common.errors import ConfigError, shown
+from relora.config import credentials
+from relora.config.cluster import cluster_class
+from relora.config.groups import TrackerConfig
+from relora.config.overrides import explain, leaves
+from relora.config.run import RunConfig
+from relora.methods import registry
+
+OF_A_LAUNCH = ("baseline_rates",)
+"""Keys that are settings of a study and of no run."""
+OF_A_SWEEP = ("grids", "tune")
+"""Keys of sweeps/ files that are no settings of a run."""
+
+
+def resolved(composed: DictConfig) -> Any:
+    """Plain values, references between them resolved. Raises ConfigError."""
+    try:
+        return OmegaConf.to_container(composed, resolve=True)
+    except Exception as error:  # values that refer to each other without an end are a RecursionError
+        raise ConfigError(explain(error)) from error
+
+
+def structured(values: Any) -> DictConfig:
+    """The values in their fields, with types. Raises ConfigError for unknown keys and wrong types."""
+    values = {key: value for key, value in values.items() if key not in ("hydra", *OF_A_LAUNCH, *OF_A_SWEEP)}
+    missing = [key for key, value in leaves(values) if value == "???"]
+    if missing:
+        raise ConfigError(f"a value is missing: {shown(missing[0])}")
+    schema = OmegaConf.structured(RunConfig)
+    for group, kind_of in (("method", registry.method_class), ("cluster", cluster_class)):
+        chosen = values.get(group) or {}
+        schema[group] = OmegaConf.structured(kind_of(chosen.get("name") if isinstance(chosen, dict) else None))
+    try:
+        return cast(DictConfig, OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    except OverflowError as error:
+        key, value = next(
+            (key, value) for key, value in leaves(values) if isinstance(value, int) and value > sys.maxsize
+        )
+        raise ConfigError(f"{key}={shown(value)} is too large for a number") from error
+
+
+def checked(structured: DictConfig) -> RunConfig:
+    """The config itself, its paths absolute. Raises ConfigError."""
+    try:
+        config = OmegaConf.to_object(structured)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(config, RunConfig)
+    config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
+    for key in ("path", "tokenizer"):
+        value = getattr(config.data, key)
+        if value is not None:
+            setattr(config.data, key, str(Path(value).expanduser().absolute()))
+    config.tracker.uri = _store(config.tracker)
+    return config
+
+
+def _store(tracker: TrackerConfig) -> str | None:
+    """The URI of a run's store without its password, which is remembered; MLFLOW_TRACKING_URI where none is given."""
+    uri = tracker.uri
+    if uri is None and tracker.name == "mlflow" and os.environ.get(credentials.VARIABLE):
+        uri = os.environ[credentials.VARIABLE]
+        try:
+            TrackerConfig(uri=uri)
+        except ConfigError:
+            raise ConfigError(
+                f"{credentials.VARIABLE}={shown(credentials.redacted(uri))} is no store that relora records in; unset "
+                "it, or give tracker.uri= sqlite:///FILE, http://HOST:PORT or a database's URI"
+            ) from None
+    if uri is not None and uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+    return None if uri is None else credentials.learn(uri)
