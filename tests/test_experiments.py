@@ -11,9 +11,10 @@ from small import REPOSITORY
 
 from relora.config.compose import compose
 from relora.config.run import RunConfig
+from relora.methods import registry
 from relora.methods.lora import LoRA
-from relora.methods.registry import BUILT_IN as METHODS
 from relora.methods.relora import ReLoRA
+from relora.optimizers.adamw import AdamW
 from relora.studies.baselines import Baselines
 from relora.studies.sweeps import Sweep, expand
 
@@ -35,6 +36,8 @@ class Setting:
     warmup: int
     precision: str = "bf16"
 
+
+METHODS = tuple(registry.METHODS.built_in)
 
 M60, M130, M250 = (512, 1376, 8, 8), (768, 2048, 12, 12), (768, 2560, 16, 24)
 M350, M1B, TINY = (1024, 2736, 16, 24), (2048, 5461, 32, 24), (128, 352, 4, 4)
@@ -141,6 +144,7 @@ def test_every_method_runs_in_the_setting_that_is_cited(name: str, method: str, 
     assert config.schedule.min_lr_ratio == 0.1
     assert config.trainer.precision == setting.precision
     assert (config.data.name, config.data.vocab_size) == (("text", 32100) if name in PAPER else ("stdlib", 2048))
+    assert isinstance(config.optimizer, AdamW)
     assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.999, 0.0)
     assert config.comparison_key == composed(name, "full", corpus).comparison_key
 

@@ -23,7 +23,8 @@ from relora.config.cluster import CLUSTERS, LocalConfig
 from relora.config.compose import Composer, cluster_with, compose
 from relora.config.frozen import freeze, thaw
 from relora.config.run import RunConfig
-from relora.methods.registry import BUILT_IN as METHODS
+from relora.methods.registry import METHODS
+from relora.optimizers.registry import OPTIMIZERS
 from relora.studies.sweeps import expand, search
 
 T = TypeVar("T")
@@ -38,6 +39,8 @@ WITH_CHOICES = {
     "cluster": ["cluster=slurm"],
     "method.update_interval_steps": ["method=galore"],
     "method.scale": ["method=galore"],
+    "optimizer.momentum": ["optimizer=muon"],
+    "optimizer.newton_schulz_steps": ["optimizer=muon"],
 }
 """The choice of a group that has a key which the default choice lacks."""
 
@@ -49,7 +52,8 @@ def fields_of(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 SCHEMA = [
-    *(f"method.{name}" for kind in METHODS.values() for name in fields_of(kind)),
+    *(f"method.{name}" for kind in METHODS.built_in.values() for name in fields_of(kind)),
+    *(f"optimizer.{name}" for kind in OPTIMIZERS.built_in.values() for name in fields_of(kind)),
     *(f"cluster.{name}" for kind in CLUSTERS.values() for name in fields_of(kind)),
 ]
 FREE = [

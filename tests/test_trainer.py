@@ -451,7 +451,7 @@ def test_no_memory_for_the_merged_weights_is_an_error_with_a_remedy(
     trainer = trainer_of(config_of(), tmp_path)
     monkeypatch.setattr("relora.core.exact_ways.materialise", no_room)
     with pytest.raises(
-        TrainingError, match=r"while the merged weights were formed; take method\.merged_weight=rebuilt"
+        TrainingError, match=r"while the method prepared the forward pass; take method\.merged_weight=rebuilt"
     ):
         trainer.train()
 

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 STORAGE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 """Bytes of one stored weight, gradient or optimizer-state element, by `trainer.precision`."""
@@ -20,6 +21,55 @@ COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 2, "bf16": 2}
 ADAM_MOMENTS = 2
 ADAM_STEP_BYTES = 4
 """AdamW keeps two moments of the parameter's shape and one fp32 step count per parameter tensor."""
+
+FACTORS, MATRICES, SCALES, REST = "factors", "matrices", "scales", "rest"
+"""Roles of parameters: low-rank factors, the decoder's matrices, trained scales; embeddings, head, norms and biases."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter tensor that is trained."""
+
+    role: str
+    rows: int
+    columns: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Its elements."""
+        return self.rows * self.columns
+
+
+class OptimizerCost(Protocol):
+    """What an optimizer takes beyond weights and gradients. `element_bytes`: of a stored element."""
+
+    def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
+        """Of its state."""
+        ...
+
+    def step_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
+        """The most that a step holds for itself at a time."""
+        ...
+
+    def step_flops(self, trained: Sequence[Trained]) -> int:
+        """Of the matrix products in a step."""
+        ...
+
+
+class AdamWCost:
+    """Two moments and a step count of each tensor; torch's fused step holds nothing for itself."""
+
+    def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
+        """Of moments and counts."""
+        return ADAM_MOMENTS * element_bytes * sum(each.numel for each in trained) + ADAM_STEP_BYTES * len(trained)
+
+    def step_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
+        """Nothing."""
+        return 0
+
+    def step_flops(self, trained: Sequence[Trained]) -> int:
+        """Nothing."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +261,7 @@ class Cost:
     optimizer_bytes: int
     """The optimizer's state."""
     optimizer_step_bytes: int
-    """What its step holds for itself at a time: fused AdamW nothing, GaLore two copies of a parameter."""
+    """What its step holds for itself at a time: fused AdamW nothing."""
 
     def ways(self, merged_weight: str, *, tokens_per_micro_step: int, micro_steps: int) -> tuple[str, ...]:
         """How each wrapped matrix is computed (`cheapest_way`)."""
@@ -262,8 +312,11 @@ def cost(
     target_modules: str | Sequence[str] = (),
     trainable_scaling: bool = False,
     mergeable: bool = True,
+    optimizer: OptimizerCost | None = None,
 ) -> Cost:
     """The cost of training `shape` at full rank (`rank=None`) or with factors of `rank` in `target_modules`.
+
+    `optimizer` None stands for AdamW.
 
     Per token, a trained linear of i x o takes 2io forward and 4io backward, a wrapped one what `way_multiply_adds`
     says. Attention takes 4 * sequence * hidden per layer forward (scores and mixture) and twice that backward.
@@ -271,22 +324,24 @@ def cost(
     linears = shape.linears()
     wrapped = {name for name in linears if rank is not None and module_matches(name, target_modules)}
     weights = {name: i * o for name, (i, o) in linears.items()}
-    trained_numel = [*shape.full_rank_parameters().values(), *(n for name, n in weights.items() if name not in wrapped)]
-    factors_numel: list[int] = []
+    trained = [Trained(REST, numel) for numel in shape.full_rank_parameters().values()]
+    trained += [Trained(MATRICES, o, i) for name, (i, o) in linears.items() if name not in wrapped]
+    factors: list[Trained] = []
     for name in wrapped:
         i, o = linears[name]
         assert rank is not None
-        factors_numel += [rank * i, rank * o] + ([1] if trainable_scaling else [])
+        factors += [Trained(FACTORS, rank, i), Trained(FACTORS, o, rank)]
+        factors += [Trained(SCALES, 1)] if trainable_scaling else []
+    trained += factors
 
-    parameters = shape.parameters
-    trainable = sum(trained_numel) + sum(factors_numel)
+    parameters, trainable = shape.parameters, sum(each.numel for each in trained)
+    own = optimizer or AdamWCost()
 
     head_flops = 2 * shape.vocab_size * shape.hidden_size
     attention_flops = 4 * sequence_length_tokens * shape.hidden_size * shape.layers
     unwrapped = 2 * sum(n for name, n in weights.items() if name not in wrapped)
 
     element_bytes = STORAGE_BYTES[precision]
-    trained_tensors = len(trained_numel) + len(factors_numel)
     return Cost(
         parameters=parameters,
         trainable_parameters=trainable,
@@ -295,14 +350,14 @@ def cost(
         mergeable=mergeable,
         unwrapped_flops_per_token=3 * (unwrapped + head_flops + attention_flops),
         merge_flops=0 if rank is None else sum(2 * rank * weights[name] for name in wrapped),
-        weight_bytes=(parameters + sum(factors_numel)) * element_bytes,
+        weight_bytes=(parameters + sum(each.numel for each in factors)) * element_bytes,
         trainable_scaling=trainable_scaling,
         computed_bytes=COMPUTE_BYTES[precision],
         gradient_bytes=trainable * element_bytes,
-        largest_gradient_bytes=max(*trained_numel, *factors_numel) * element_bytes,
-        optimizer_flops=0,
-        optimizer_step_bytes=0,
-        optimizer_bytes=ADAM_MOMENTS * trainable * element_bytes + ADAM_STEP_BYTES * trained_tensors,
+        largest_gradient_bytes=max(each.numel for each in trained) * element_bytes,
+        optimizer_flops=own.step_flops(trained),
+        optimizer_step_bytes=own.step_bytes(trained, element_bytes),
+        optimizer_bytes=own.state_bytes(trained, element_bytes),
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from relora.methods import registry
+from relora.methods.registry import METHODS
+from relora.optimizers.registry import OPTIMIZERS
 
 CHARACTERS_LISTED = 120
 
@@ -25,14 +26,37 @@ def home() -> Path:
 
 
 def conf_dirs() -> list[Path]:
-    """The folders that hold choices of config groups: relora's, and those of packages that bring methods."""
-    return [conf_dir(), *registry.conf_dirs()]
+    """The folders that hold choices of config groups: relora's, and those of packages that bring some."""
+    return list(dict.fromkeys([conf_dir(), *METHODS.conf_dirs(), *OPTIMIZERS.conf_dirs()]))
 
 
 def preset_file(experiment: str, method: str) -> Path | None:
     """What a method is tuned to in an experiment; None where it has no preset there."""
     files = (folder / "presets" / experiment / f"{method}.yaml" for folder in conf_dirs())
     return next((file for file in files if file.is_file()), None)
+
+
+def new_preset_file(experiment: str, method: str) -> Path:
+    """Where a preset is written: in place of the one that is there, else beside the method's own file."""
+    folder = next((each for each in conf_dirs() if (each / "method" / f"{method}.yaml").is_file()), conf_dir())
+    return preset_file(experiment, method) or folder / "presets" / experiment / f"{method}.yaml"
+
+
+def says_untuned(experiment: str | None, method: str) -> bool:
+    """Whether the file that a method's rates come from says itself that nobody has tuned them."""
+    files = (folder / "method" / f"{method}.yaml" for folder in conf_dirs())
+    file = preset_file(experiment, method) if experiment else next((each for each in files if each.is_file()), None)
+    rates = _read(file).get("rates") if file is not None else None
+    return isinstance(rates, dict) and rates.get("basis") == "untuned"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The keys of a YAML file; none where it cannot be read, which Hydra tells where the file is chosen."""
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def groups() -> set[str]:
@@ -98,9 +122,8 @@ def known_keys() -> tuple[str, ...]:
 def _known_keys(folders: tuple[Path, ...]) -> tuple[str, ...]:
     names: set[str] = {"runs_dir", "study", "baseline_rates"}
     for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
-        text = path.read_text()
-        prefix = "" if "@package _global_" in text else path.parent.name
-        names.update(_keys(yaml.safe_load(text), prefix))
+        is_global = "@package _global_" in path.read_text(errors="replace")
+        names.update(_keys(_read(path), "" if is_global else path.parent.name))
     return tuple(sorted(names))
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +16,6 @@ from relora.config import choices
 from relora.config.cluster import ClusterConfig, cluster_class
 from relora.config.groups import (
     DataConfig,
-    OptimizerConfig,
     ScheduleConfig,
     check_architecture,
     check_files,
@@ -24,16 +23,16 @@ from relora.config.groups import (
 from relora.config.overrides import as_hydra_reads, check, explain, given_values, leaves, overrides_of
 from relora.config.run import RunConfig
 from relora.config.typed import OF_A_SWEEP, checked, resolved, structured
-from relora.methods import registry
-
-if TYPE_CHECKING:
-    pass
+from relora.methods.registry import BASELINE, METHODS
+from relora.optimizers.base import Optimizer
+from relora.optimizers.registry import OPTIMIZERS
 
 
 def _search_path() -> str:
-    """The override that adds experiments/, sweeps/ and the conf/ folders of packages that bring methods."""
-    folders = [choices.home(), *registry.conf_dirs()]
-    quoted = [f"'file://{folder}'" for folder in folders]
+    """The override that adds experiments/, sweeps/ and the conf/ folders of packages that bring choices."""
+    folders = [choices.home(), *choices.conf_dirs()[1:]]
+    escaped = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders]
+    quoted = [f"'file://{folder}'" for folder in escaped]
     return f"hydra.searchpath=[{','.join(quoted)}]"
 
 
@@ -52,6 +51,12 @@ def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfi
             composed = hydra_compose("config", texts, return_hydra_config=with_hydra)
     except Exception as error:  # whatever Hydra raises, by its classes or Python's
         raise ConfigError(explain(error)) from error
+    chosen = given.get("method")
+    if chosen in METHODS.installed and composed.method.get("name") != chosen:
+        raise ConfigError(
+            f"the file conf/method/{chosen}.yaml of method={chosen} names another method: "
+            f"{shown(composed.method.get('name'))}; write method: name: {chosen} into it"
+        )
     if "sweeps" not in given:
         for key in OF_A_SWEEP:
             if key in composed:
@@ -101,13 +106,14 @@ def preset_run(experiment: str | None, method: str, data: DataConfig) -> RunConf
         return None
 
 
-def full_rank(overrides: Sequence[str]) -> tuple[OptimizerConfig, ScheduleConfig]:
+def full_rank(overrides: Sequence[str]) -> tuple[Optimizer, ScheduleConfig]:
     """Optimizer and schedule of full rank under `overrides`, which may leave the rest open. Raises ConfigError."""
-    values = resolved(composed([*overrides, f"method={registry.BASELINE}"]))
+    values = resolved(composed([*overrides, f"method={BASELINE}"]))
+    kinds = {"optimizer": OPTIMIZERS.find(values["optimizer"].get("name")), "schedule": ScheduleConfig}
     try:
-        schema = {"optimizer": OmegaConf.structured(OptimizerConfig), "schedule": OmegaConf.structured(ScheduleConfig)}
+        schema = {name: OmegaConf.structured(kind) for name, kind in kinds.items()}
         made = OmegaConf.merge(OmegaConf.create(schema), {name: values[name] for name in schema})
-        return cast(OptimizerConfig, OmegaConf.to_object(made.optimizer)), cast(
+        return cast(Optimizer, OmegaConf.to_object(made.optimizer)), cast(
             ScheduleConfig, OmegaConf.to_object(made.schedule)
         )
     except OmegaConfBaseException as error:
@@ -204,10 +210,16 @@ def cluster_with(values: dict[str, Any], overrides: Sequence[str]) -> ClusterCon
 def to_run_config(composed: DictConfig) -> RunConfig:
     """Typed, completed and checked, with paths made absolute. Raises ConfigError."""
     config = checked(structured(resolved(composed)))
-    check_architecture(config.model.name)
-    config.cluster.check_folder(config.runs_dir)
+    _check_launch(config)
     check_files(config.data)
     return config
+
+
+def _check_launch(config: RunConfig) -> None:
+    """Raise ConfigError for what an old run may have and a new one may not."""
+    check_architecture(config.model.name)
+    config.cluster.check_folder(config.runs_dir)
+    config.optimizer.check_here()
 
 
 class Composer:
@@ -230,8 +242,7 @@ class Composer:
         if base is None:
             return compose(overrides)
         config = self._with_values(base, [text for text in overrides if _is_plain(text)], overrides)
-        check_architecture(config.model.name)
-        config.cluster.check_folder(config.runs_dir)
+        _check_launch(config)
         files = (config.data.path, config.data.tokenizer)
         if files not in self._files_checked:
             check_files(config.data)

@@ -1,4 +1,6 @@
-"""What can be set: one dataclass per config group but the method, each checked for what can be wrong with it alone.
+"""What can be set: one dataclass per config group, each checked for what can be wrong with it alone.
+
+Methods, optimizers and clusters have theirs in files of their own.
 
 Fields with the metadata UNHASHED do not change the mathematics of a run and stay out of its hash. All errors are
 ConfigError: the value, the rule, the remedy.
@@ -107,38 +109,6 @@ class DataConfig:
         for name in ("validation_fraction", "test_fraction"):
             if not 0.0 < getattr(self, name) <= 0.4:
                 raise ConfigError(f"data.{name}={shown(getattr(self, name))} must be above 0 and at most 0.4")
-
-
-@dataclass(kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW.
-
-    `embedding_learning_rate` is for what no method wraps: embeddings, head, norms (None: `learning_rate`).
-    """
-
-    name: str = "adamw"
-    learning_rate: float
-    embedding_learning_rate: float | None = None
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        one_of("optimizer.name", self.name, ("adamw",))
-        for name in ("learning_rate", "embedding_learning_rate", "epsilon", "max_grad_norm"):
-            positive(f"optimizer.{name}", getattr(self, name))
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"optimizer.{name}={shown(getattr(self, name))} must be at least 0 and below 1")
-        at_most("optimizer.epsilon", self.epsilon, 1, "a larger one outweighs every gradient, and nothing is learned")
-        at_least("optimizer.weight_decay", self.weight_decay, 0)
-        if not self.weight_decay * self.learning_rate <= 1:
-            raise ConfigError(
-                f"optimizer.weight_decay={self.weight_decay} times optimizer.learning_rate={self.learning_rate} must "
-                "be at most 1: an update would take more from the weights than they are"
-            )
 
 
 @dataclass(kw_only=True, slots=True)

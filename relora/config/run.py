@@ -19,7 +19,6 @@ from relora.config.cluster import ClusterConfig, LocalConfig, SlurmConfig
 from relora.config.groups import (
     DataConfig,
     ModelConfig,
-    OptimizerConfig,
     ScheduleConfig,
     TrackerConfig,
     TrainerConfig,
@@ -27,6 +26,7 @@ from relora.config.groups import (
 from relora.config.rates import RatesConfig
 from relora.core.schedule import RestartClock
 from relora.methods.base import Method
+from relora.optimizers.base import Optimizer
 
 NAME_BYTES = 255
 RUNS_DIR_BYTES = 3500
@@ -40,7 +40,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     method: Method
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     schedule: ScheduleConfig
     trainer: TrainerConfig
     cluster: ClusterConfig = field(default_factory=lambda: LocalConfig(name="local"), metadata=UNHASHED)
@@ -56,6 +56,7 @@ class RunConfig:
             check_name("study", self.study)
         check_strings("", self)
         self.method.check(self)
+        self._check_warm_start()
         self._check_clock()
         self._check_processes()
         self._check_update_in_backward()
@@ -71,6 +72,15 @@ class RunConfig:
                 "leave model.vocab_size null or lower data.vocab_size"
             )
         self._check_length_of_paths()
+
+    def _check_warm_start(self) -> None:
+        """Runs of different methods share a warm start, so it has the configured sizes."""
+        vocab_size = self.model.vocab_size or self.data.vocab_size
+        if self.trained_shape(vocab_size) != self.model.shape(vocab_size) and self.method.warm_start_steps:
+            raise ConfigError(
+                f"method={self.method.name} has no warm start: it trains a model of other sizes than the configured "
+                "one; set method.warm_start_steps=0"
+            )
 
     def _check_clock(self) -> None:
         warm, total = self.method.warm_start_steps, self.total_steps
@@ -127,6 +137,11 @@ class RunConfig:
     def _check_update_in_backward(self) -> None:
         if not self.trainer.update_in_backward:
             return
+        if type(self.method).before_update is not Method.before_update:
+            raise ConfigError(
+                f"trainer.update_in_backward=true does not serve method={self.method.name}, whose before_update needs "
+                "all gradients at once; set it to false"
+            )
         norm, micro = self.optimizer.max_grad_norm, self.trainer.sequences_per_micro_step
         if norm is not None:
             raise ConfigError(

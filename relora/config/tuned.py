@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from relora.common.errors import shown
-from relora.config.choices import preset_file
+from relora.config.choices import preset_file, says_untuned
 from relora.config.compose import preset_run, sweep_settings
 from relora.config.overrides import given_values
 from relora.config.rates import NOT_TUNED, RatesConfig
@@ -35,7 +35,7 @@ class Presets:
         source = f"conf/presets/{experiment}/{method}.yaml" if experiment else f"conf/method/{method}.yaml"
         own = self._run(experiment, config)
         differs = differences(config, own) if own is not None else [f"experiments={experiment} alone is no setting"]
-        if not differs and own is not None and own.rates.basis == "untuned":
+        if not differs and own is not None and says_untuned(experiment, method):
             differs = [f"{source} says that its values were not tuned"]
         by_hand = [key for key in RATES if key in given]
         if not differs and own is not None and _same_rates(config, own):
@@ -70,7 +70,7 @@ def differences(config: RunConfig, own: RunConfig) -> list[str]:
     """What of the setting of `config` is not as in `own`, the run that its preset belongs to."""
     here, there = config.parameters, own.parameters
     names = [name for name in here if name.startswith(("model.", "data."))]
-    names += ["trainer.sequences_per_step", "trainer.precision", "trainer.total_steps"]
+    names += ["optimizer.name", "trainer.sequences_per_step", "trainer.precision", "trainer.total_steps"]
     differ = [name for name in names if here[name] != there.get(name)]
     if "data.name" in differ:  # what else is said of a text follows from it
         differ = [name for name in differ if name in ("data.name", "data.vocab_size") or not name.startswith("data.")]

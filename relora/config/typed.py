@@ -14,7 +14,8 @@ from relora.config.cluster import cluster_class
 from relora.config.groups import TrackerConfig
 from relora.config.overrides import explain, leaves
 from relora.config.run import RunConfig
-from relora.methods import registry
+from relora.methods.registry import METHODS
+from relora.optimizers.registry import OPTIMIZERS
 
 OF_A_LAUNCH = ("baseline_rates",)
 """Keys that are settings of a study and of no run."""
@@ -37,9 +38,16 @@ def structured(values: Any) -> DictConfig:
     if missing:
         raise ConfigError(f"a value is missing: {shown(missing[0])}")
     schema = OmegaConf.structured(RunConfig)
-    for group, kind_of in (("method", registry.method_class), ("cluster", cluster_class)):
+    for group, kind_of in (("method", METHODS.find), ("optimizer", OPTIMIZERS.find), ("cluster", cluster_class)):
         chosen = values.get(group) or {}
-        schema[group] = OmegaConf.structured(kind_of(chosen.get("name") if isinstance(chosen, dict) else None))
+        kind = kind_of(chosen.get("name") if isinstance(chosen, dict) else None)
+        try:
+            schema[group] = OmegaConf.structured(kind)
+        except Exception as error:  # a package's class may have fields of any type
+            raise ConfigError(
+                f"{group}={chosen['name']} has a field of a type that no config can hold: {shown(error, 120)}; take "
+                "str, int, float, bool, a list or a dataclass of them"
+            ) from error
     try:
         return cast(DictConfig, OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:

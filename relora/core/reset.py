@@ -53,18 +53,21 @@ def _redrawn(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _moments(parameter: nn.Parameter, state: dict[str, object], name: str) -> dict[str, Tensor]:
-    """The state's tensors of the parameter's shape that are no counts, exp_avg first."""
+def _moments(parameter: nn.Parameter, state: dict[str, object], name: str, *, all_anew: bool) -> dict[str, Tensor]:
+    """The state's tensors of the parameter's shape that are no counts, exp_avg first.
+
+    Raises TypeError for codes, unless the whole state begins anew.
+    """
     moments = {
         key: value
         for key, value in state.items()
         if isinstance(value, Tensor) and value.shape == parameter.shape and key not in COUNTS
     }
     for key, value in moments.items():
-        if not value.is_floating_point():
+        if not value.is_floating_point() and not all_anew:
             raise TypeError(
                 f"the optimizer's {key!r} of {name} holds {value.dtype} codes, which cannot be pruned as if they were "
-                "values; use an optimizer with floating-point state or mode='none'"
+                "values; use an optimizer with floating-point state, mode='zero' with reset_step=True, or mode='none'"
             )
     return dict(sorted(moments.items(), key=lambda item: item[0] != "exp_avg"))
 
@@ -94,7 +97,7 @@ def reset_optimizer(
     A moment is any state tensor of the parameter's shape but for `COUNTS`, so this works beyond AdamW. Parameters
     without state yet are left alone, and a trained scale counts as a factor. Raises, before anything is touched,
     ValueError for an unknown mode, a ratio outside [0, 1], mode="random" without seed or restart, an unwrapped model
-    or an optimizer of other parameters, TypeError for quantised state.
+    or an optimizer of other parameters; TypeError for quantised state, unless mode is "zero" and reset_step is true.
     """
     if mode not in RESET_MODES:
         raise ValueError(f"mode={mode!r} is not one of {', '.join(RESET_MODES)}")
@@ -116,10 +119,18 @@ def reset_optimizer(
     if held.isdisjoint(redrawn.values()):
         raise ValueError("the optimizer holds none of the model's factors; make it after wrap(model, ...)")
     states = {name: (parameter, optimizer.state.get(parameter) or {}) for name, parameter in redrawn.items()}
-    moments_of = {name: _moments(parameter, state, name) for name, (parameter, state) in states.items()}
+    all_anew = mode == "zero" and reset_step
+    moments_of = {
+        name: _moments(parameter, state, name, all_anew=all_anew) for name, (parameter, state) in states.items()
+    }
 
     total = zeroed = 0
     for name, (_, state) in states.items():
+        if any(not moment.is_floating_point() for moment in moments_of[name].values()):
+            numel = sum(moment.numel() for moment in moments_of[name].values())
+            total, zeroed = total + numel, zeroed + numel
+            state.clear()  # the optimizer begins it anew, as for a parameter that it has never stepped
+            continue
         mask: Tensor | None = None
         for key, moment in moments_of[name].items():
             if mask is None or moments == "independent":

@@ -95,8 +95,7 @@ def _other_switches(planned: Sequence[Planned], states: Sequence[State]) -> list
         if state.name == "finished" and status and (switches := other_switches(item.config, status.spent)):
             runs.setdefault(switches, []).append(item.config.name)
     return [
-        f"finished runs with {switches} serve this study, and the report marks their speed and memory: "
-        f"{', '.join(names)}"
+        f"finished runs with {switches} serve this study with the speed and memory that they had: {', '.join(names)}"
         for switches, names in runs.items()
     ]
 

@@ -266,7 +266,7 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         f"Learning rates: the best of {search.trials} trials on validation, {len(search.seeds)} seeds each "
         f"(loss {study.best_value:.4f}), by\n  python run.py -m {' '.join(_without_paths(overrides))}"
     )
-    file = choices.conf_dir() / "presets" / search.experiment / f"{search.method}.yaml"
+    file = choices.new_preset_file(search.experiment, search.method)
     try:
         presets.write_preset(file, values, remark)
     except OSError as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from relora.budget.cost import Cost, LlamaShape, cost
+from relora.budget.cost import FACTORS, MATRICES, REST, SCALES, Cost, LlamaShape, cost
 from relora.common.checks import MOST_STEPS, at_least, at_most, positive
 from relora.common.errors import ConfigError, shown
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from relora.config.run import RunConfig
-
-FACTORS, MATRICES, SCALES, REST = "factors", "matrices", "scales", "rest"
-"""Roles of parameters: low-rank factors, the decoder's matrices, trained scales; embeddings, head, norms and biases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +77,12 @@ class Method:
 
     def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:
         """What an update of a model with the sizes `shape` takes, after the warm start."""
-        return cost(shape, sequence_length_tokens=run.data.sequence_length_tokens, precision=run.trainer.precision)
+        return cost(
+            shape,
+            sequence_length_tokens=run.data.sequence_length_tokens,
+            precision=run.trainer.precision,
+            optimizer=run.optimizer,
+        )
 
     def break_even_rank(self, shape: LlamaShape, run: "RunConfig", *, micro_steps: int) -> int | None:
         """The highest rank at which an update takes fewer FLOPs than at full rank; None where that has no meaning.
@@ -116,7 +118,11 @@ class Method:
 
     def build_optimizer(self, model: "nn.Module", run: "RunConfig") -> "torch.optim.Optimizer":
         """The optimizer of the method's own phase; each group has a `base_learning_rate`, which the schedule scales."""
-        return build_adamw(model, run, run.optimizer.learning_rate)
+        return run.optimizer.build(self.parameter_groups(model, run))
+
+    def parameter_groups(self, model: "nn.Module", run: "RunConfig") -> list[dict[str, Any]]:
+        """What the optimizer is built from: groups of trained parameters with equal settings."""
+        return parameter_groups(model, run, run.optimizer.learning_rate)
 
     def refresh(self, model: "nn.Module", run: "RunConfig", *, sequences_per_micro_step: int, micro_steps: int) -> None:
         """Prepare the forward pass after the weights or the micro-batch changed. Called after `begin`."""
@@ -156,41 +162,37 @@ def trained_parameters(model: "nn.Module") -> list[tuple[str, str, "nn.Parameter
     ]
 
 
-def adamw_groups(model: "nn.Module", run: "RunConfig", learning_rate: float) -> list[dict[str, Any]]:
-    """The groups of AdamW.
+def parameter_groups(
+    model: "nn.Module", run: "RunConfig", learning_rate: float, *, b_rate_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups of the trained parameters, each with `params`, `role`, `base_learning_rate` and `weight_decay`.
 
     The first holds matrices and factors, with weight decay. The second holds embeddings, head, norms and biases, at
-    `optimizer.embedding_learning_rate` where that is set, without decay. Trained scales are a third, at the factors'
-    learning rate, without decay.
+    `optimizer.embedding_learning_rate` where that is set, without decay. Trained scales follow, at the factors'
+    learning rate, without decay. Where `b_rate_ratio` is not 1, the factors B are a last group, at that multiple of the
+    learning rate, with weight decay.
     """
-    by_role: dict[str, list[Any]] = {MATRICES: [], REST: [], SCALES: []}
-    for _, role, parameter in trained_parameters(model):
-        by_role[MATRICES if role == FACTORS else role].append(parameter)
+    held: dict[str, list[Any]] = {MATRICES: [], REST: [], SCALES: [], FACTORS: []}
+    for name, role, parameter in trained_parameters(model):
+        is_b = b_rate_ratio != 1 and name.endswith(".lora_B")
+        held[MATRICES if role == FACTORS and not is_b else role].append(parameter)
     settings = run.optimizer
-    rates = {REST: settings.embedding_learning_rate or learning_rate}
-    groups = [
+    rates = {REST: settings.embedding_learning_rate or learning_rate, FACTORS: b_rate_ratio * learning_rate}
+    return [
         {
             "params": parameters,
+            "role": role,
             "base_learning_rate": rates.get(role, learning_rate),
-            "weight_decay": settings.weight_decay if role == MATRICES else 0.0,
+            "weight_decay": settings.weight_decay if role in (MATRICES, FACTORS) else 0.0,
         }
-        for role, parameters in by_role.items()
+        for role, parameters in held.items()
+        if parameters or role in (MATRICES, REST)
     ]
-    return groups if by_role[SCALES] else groups[:2]
 
 
-def build_adamw(model: "nn.Module", run: "RunConfig", learning_rate: float) -> "torch.optim.Optimizer":
-    """AdamW over everything that is trained. A warm start uses it too, whatever the method."""
-    import torch
-
-    settings = run.optimizer
-    return torch.optim.AdamW(
-        adamw_groups(model, run, learning_rate),
-        lr=learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
+def warm_start_optimizer(model: "nn.Module", run: "RunConfig") -> "torch.optim.Optimizer":
+    """That of the full-rank updates before a method begins."""
+    return run.optimizer.build(parameter_groups(model, run, run.warm_start_learning_rate))
 
 
 # -------------------------------------------------------------------------------------------- methods with a rank

@@ -15,16 +15,6 @@ if TYPE_CHECKING:
 class Control(Targeted):
     """A smaller model with as many trainable parameters as low-rank factors of `rank` would leave."""
 
-    def check(self, run: "RunConfig") -> None:
-        """There is such a model. Before the tokenizer is there, its vocabulary is the one that the config asks for."""
-        Targeted.check(self, run)
-        if self.warm_start_steps:
-            raise ConfigError(
-                "method=control has no warm start: the whole model cannot become a smaller one; "
-                "set method.warm_start_steps=0"
-            )
-        self.trained_shape(run.model.shape(run.model.vocab_size or run.data.vocab_size), run)
-
     def trained_shape(self, shape: LlamaShape, run: "RunConfig") -> LlamaShape:
         """The smaller model's sizes. Raises ConfigError where there is no such model."""
         matched = cost(

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from relora.budget.cost import ADAM_MOMENTS, STORAGE_BYTES, Cost, LlamaShape, cost, module_matches
+from relora.budget.cost import ADAM_MOMENTS, MATRICES, STORAGE_BYTES, Cost, LlamaShape, cost, module_matches
 from relora.common.checks import at_least, at_most, positive
-from relora.methods.base import MATRICES, Targeted, adamw_groups, trained_parameters
+from relora.common.errors import ConfigError
+from relora.methods.base import Targeted, parameter_groups, trained_parameters
+from relora.optimizers.adamw import AdamW
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,15 @@ class GaLore(Targeted):
         at_least("method.update_interval_steps", self.update_interval_steps, 1)
         positive("method.scale", self.scale)
         at_most("method.scale", self.scale, 1e6, "the update would be nothing but the scale")
+
+    def check(self, run: "RunConfig") -> None:
+        """It is an optimizer by itself."""
+        Targeted.check(self, run)
+        if type(run.optimizer) is not AdamW:
+            raise ConfigError(
+                f"method=galore is Adam in a subspace, and cannot be optimizer={run.optimizer.name} too; take "
+                "optimizer=adamw"
+            )
 
     def canonical(self, fields: dict[str, Any], run: "RunConfig") -> dict[str, Any]:
         """An interval beyond the end of the run is the run's length."""
@@ -60,7 +71,8 @@ class GaLore(Targeted):
         from relora.optimizers.galore import GaLoreAdamW
 
         settings = run.optimizer
-        groups = adamw_groups(model, run, settings.learning_rate)
+        assert isinstance(settings, AdamW)
+        groups = parameter_groups(model, run, settings.learning_rate)
         projected = [
             parameter
             for name, role, parameter in trained_parameters(model)

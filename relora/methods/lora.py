@@ -8,7 +8,7 @@ from relora.budget.cost import MERGED_WEIGHTS, Cost, LlamaShape, break_even_rank
 from relora.common.checks import UNHASHED, at_most, one_of, positive
 from relora.common.errors import ConfigError, shown
 from relora.core.choices import REINITS, SCALING
-from relora.methods.base import Targeted
+from relora.methods.base import Targeted, parameter_groups
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class LoRA(Targeted):
     """Factors in the targeted matrices, everything else at full rank. `alpha=None` means 0.25 * rank.
 
+    `b_rate_ratio` is B's learning rate over A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     `merged_weight` chooses among exact ways to compute, faster or smaller (relora.core.exact_ways.refresh).
     """
 
@@ -27,6 +28,7 @@ class LoRA(Targeted):
     dropout: float = 0.0
     reinit: str = "kaiming"
     trainable_scaling: bool = False
+    b_rate_ratio: float = 1.0
     merged_weight: str = field(default="resident", metadata=UNHASHED)
 
     def __post_init__(self) -> None:
@@ -34,6 +36,8 @@ class LoRA(Targeted):
         positive("method.alpha", self.alpha)
         at_most("method.alpha", self.alpha, 1e6, "alpha / rank scales what the factors add to the weights")
         one_of("method.reinit", self.reinit, REINITS)
+        positive("method.b_rate_ratio", self.b_rate_ratio)
+        at_most("method.b_rate_ratio", self.b_rate_ratio, 1e6, "B would move alone")
         one_of("method.merged_weight", self.merged_weight, MERGED_WEIGHTS)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"method.dropout={shown(self.dropout)} must be at least 0 and below 1")
@@ -53,6 +57,7 @@ class LoRA(Targeted):
             target_modules=self.target_modules,
             trainable_scaling=self.trainable_scaling,
             mergeable=self.dropout == 0,
+            optimizer=run.optimizer,
         )
 
     def break_even_rank(self, shape: LlamaShape, run: "RunConfig", *, micro_steps: int) -> int | None:
@@ -94,6 +99,10 @@ class LoRA(Targeted):
             trainable_scaling=self.trainable_scaling,
         )
         wrap(model, factors, seed=run.trainer.seed)
+
+    def parameter_groups(self, model: "nn.Module", run: "RunConfig") -> list[dict[str, Any]]:
+        """B has a learning rate of its own where `b_rate_ratio` is not 1."""
+        return parameter_groups(model, run, run.optimizer.learning_rate, b_rate_ratio=self.b_rate_ratio)
 
     def refresh(self, model: "nn.Module", run: "RunConfig", *, sequences_per_micro_step: int, micro_steps: int) -> None:
         """Compute by the cheapest exact way for so many tokens at a time."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from relora.common.checks import MOST_STEPS, at_least, at_most, fraction, one_of
+from relora.common.errors import ConfigError
 from relora.core.choices import PRUNING_RATIO, RESET_MODES, RESET_MOMENTS
 from relora.methods.base import Restart
 from relora.methods.lora import LoRA
@@ -55,6 +56,17 @@ class ReLoRA(LoRA):
         LoRA.__post_init__(self)
         at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
         at_most("method.reset_interval_steps", self.reset_interval_steps, MOST_STEPS, "no run has as many updates")
+
+    def check(self, run: "RunConfig") -> None:
+        """A reset that prunes needs values."""
+        LoRA.check(self, run)
+        reset = self.optimizer_reset.effective
+        prunes = reset.mode not in ("none", "zero") or (reset.mode == "zero" and not reset.reset_step)
+        if self.reset_interval_steps is not None and run.optimizer.keeps_codes and prunes:
+            raise ConfigError(
+                f"{RESET}mode={reset.mode} prunes values, and optimizer={run.optimizer.name} keeps codes; take "
+                f"{RESET}mode=zero {RESET}reset_step=true, or {RESET}mode=none"
+            )
 
     def canonical(self, fields: dict[str, Any], run: "RunConfig") -> dict[str, Any]:
         """An interval that is never reached is none, and a reset that does nothing is mode "none"."""

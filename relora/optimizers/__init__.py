@@ -1,4 +1,4 @@
-"""Optimizers that torch does not have.
+"""What an optimizer is: one file each, with its settings, its state's bytes and how it is built.
 
-Imports torch alone.
+Imports `budget` and `common`. torch is imported when one is built.
 """

@@ -64,10 +64,14 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
 def other_switches(config: RunConfig, record: Sequence[Mapping[str, Any]]) -> str:
     """What a finished run's switches were against those that `config` asks for now, in words; "" where they are equal.
 
-    A micro-batch that `config` leaves to memory is not compared.
+    A micro-batch counts where it was larger than `config` allows: several ranks, or too little memory, make it smaller.
     """
-    asked = conditions(config, {}, sequences_per_micro_step=config.trainer.sequences_per_micro_step, warm_start=False)
-    return differences(record, [{**asked, SECONDS: 1.0}])
+    most = config.trainer.sequences_per_micro_step
+    taken = max((entry.get("trainer.sequences_per_micro_step", 0) for entry in record), default=0)
+    size = most if most is not None and taken > most else None
+    return differences(
+        record, [{**conditions(config, {}, sequences_per_micro_step=size, warm_start=False), SECONDS: 1.0}]
+    )
 
 
 def _that_count(record: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 from relora.common.errors import ConfigError
 from relora.config.compose import full_rank
-from relora.config.groups import OptimizerConfig, ScheduleConfig
+from relora.config.groups import ScheduleConfig
 from relora.config.overrides import parsed
 from relora.config.plan import plan as cost_of
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
-from relora.methods.registry import BASELINE, method_class
+from relora.methods.registry import BASELINE, METHODS
+from relora.optimizers.base import Optimizer
 from relora.studies.sweeps import Sweep
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
@@ -33,7 +34,7 @@ class Baselines:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self._presets = Presets()
-        self._own: dict[tuple[str, ...], tuple[OptimizerConfig, ScheduleConfig]] = {}
+        self._own: dict[tuple[str, ...], tuple[Optimizer, ScheduleConfig]] = {}
 
     def of(self, config: RunConfig) -> RunConfig:
         """The full-rank run for `config`, one of the sweep. Raises ConfigError where full rank's values do not fit."""
@@ -44,7 +45,7 @@ class Baselines:
             optimizer, schedule = self._own[overrides]
             made = replace(
                 config,
-                method=method_class(BASELINE)(name=BASELINE),
+                method=METHODS.find(BASELINE)(name=BASELINE),
                 optimizer=replace(optimizer),
                 schedule=replace(schedule, restart_warmup_steps=0),
             )

@@ -251,6 +251,7 @@ def _short(name: str) -> str:
         "method.optimizer_reset.mode": "reset",
         "method.optimizer_reset.pruning_ratio": "ratio",
         "schedule.restart_warmup_steps": "rewarm",
+        "optimizer.name": "optimizer",
         "optimizer.learning_rate": "lr",
         "optimizer.embedding_learning_rate": "embedding_lr",
         "trainer.total_steps": "steps",

@@ -5,6 +5,7 @@ import shlex
 
 from relora.config import credentials
 from relora.config.run import RunConfig
+from relora.methods.registry import BASELINE
 from relora.runs.rundir import RunDir, Status, read_json
 from relora.runs.spent import other_switches
 
@@ -33,7 +34,7 @@ def baseline_command(run: RunDir) -> str:
     rates = ("optimizer.learning_rate", "optimizer.embedding_learning_rate")
     own = ("method", "+method", *rates, "schedule.restart_warmup_steps")
     kept = [override for override in _overrides(run) if not override.startswith(own)]
-    return shlex.join(["python", "run.py", "method=full", *kept])
+    return shlex.join(["python", "run.py", f"method={BASELINE}", *kept])
 
 
 def _verb(verb: str, *arguments: str, run: RunDir) -> str:

@@ -13,7 +13,7 @@ from relora.common.errors import Interrupted, Stopped, TrainingError
 from relora.config.run import RunConfig
 from relora.core.inbackward import UpdateInBackward, step_where_finite
 from relora.data.sequences import TokenSequences
-from relora.methods.base import build_adamw
+from relora.methods.base import warm_start_optimizer
 from relora.runs import checkpoint, spent
 from relora.runs.metrics import MICRO_STEP, Progress, Tracker
 from relora.training.device_memory import fits, peak_memory_bytes
@@ -89,7 +89,7 @@ class Trainer:
         self.counters = Counters()
         self.in_backward: UpdateInBackward | None = None
         self.has_begun = False
-        self._take(build_adamw(self.model, config, config.warm_start_learning_rate))
+        self._take(warm_start_optimizer(self.model, config))
         self.first_step = 0
         self.under_way = UnderWay(device)
         self._own_wish: str | None = None
@@ -230,9 +230,9 @@ class Trainer:
             return
         sizes = {"sequences_per_micro_step": self.micro.sequences_per_micro_step, "micro_steps": self.micro.count}
         if not fits(lambda: self.method.refresh(self.model, self.config, **sizes)):
+            options = [*self.method.memory_options, "a smaller model", "trainer.precision=bf16"]
             raise TrainingError(
-                f"out of memory on {self.device} while the merged weights were formed; "
-                "take method.merged_weight=rebuilt, a smaller model or trainer.precision=bf16"
+                f"out of memory on {self.device} while the method prepared the forward pass; take {', '.join(options)}"
             )
 
     @property
