@@ -443,9 +443,12 @@ def test_integer_codes_are_refused_and_named(mode: str, dtype: torch.dtype, key:
     state = optimizer.state[layer.lora_B]
     state[key] = torch.full_like(state[key], 3, dtype=dtype)
     with pytest.raises(TypeError, match=rf"'{key}' of layers\.0\.lora_B holds {dtype}"):
-        reset_optimizer(optimizer, model, mode=mode, **DRAW)
+        reset_optimizer(optimizer, model, mode=mode, reset_step=False, **DRAW)
     assert (state[key] == 3).all()
     assert reset_optimizer(optimizer, model, mode="none") == 0.0
+    # The whole state begins anew: nothing is pruned as a value.
+    assert reset_optimizer(optimizer, model, mode="zero") == 1.0
+    assert optimizer.state[layer.lora_B] == {}
 
 
 @pytest.mark.parametrize(
@@ -493,7 +496,7 @@ def test_quantised_state_is_refused_before_anything_is_pruned() -> None:
     before = optimizer.state[first]["exp_avg"].clone()
     optimizer.state[last]["exp_avg"] = torch.zeros(last.shape, dtype=torch.uint8)
     with pytest.raises(TypeError, match="codes"):
-        reset_optimizer(optimizer, model, mode="zero")
+        reset_optimizer(optimizer, model, mode="magnitude")
     assert torch.equal(optimizer.state[first]["exp_avg"], before)
     assert before.abs().sum() > 0
 
