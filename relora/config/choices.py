@@ -38,16 +38,19 @@ def preset_file(experiment: str, method: str) -> Path | None:
 
 def new_preset_file(experiment: str, method: str) -> Path:
     """Where a preset is written: in place of the one that is there, else beside the method's own file."""
-    folder = next((each for each in conf_dirs() if (each / "method" / f"{method}.yaml").is_file()), conf_dir())
-    return preset_file(experiment, method) or folder / "presets" / experiment / f"{method}.yaml"
+    return preset_file(experiment, method) or _home_of(method) / "presets" / experiment / f"{method}.yaml"
 
 
 def says_untuned(experiment: str | None, method: str) -> bool:
     """Whether the file that a method's rates come from says itself that nobody has tuned them."""
-    files = (folder / "method" / f"{method}.yaml" for folder in conf_dirs())
-    file = preset_file(experiment, method) if experiment else next((each for each in files if each.is_file()), None)
+    file = preset_file(experiment, method) if experiment else _home_of(method) / "method" / f"{method}.yaml"
     rates = _read(file).get("rates") if file is not None else None
     return isinstance(rates, dict) and rates.get("basis") == "untuned"
+
+
+def _home_of(method: str) -> Path:
+    """The conf/ folder that has the method's own file."""
+    return next((each for each in conf_dirs() if (each / "method" / f"{method}.yaml").is_file()), conf_dir())
 
 
 def _read(file: Path) -> dict[str, Any]:

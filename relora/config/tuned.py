@@ -24,6 +24,7 @@ class Presets:
 
     def __init__(self) -> None:
         self._runs: dict[str, RunConfig | None] = {}
+        self._untuned: dict[tuple[str | None, str], bool] = {}
 
     def noted(self, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         """`config`, which `overrides` led to, with the note of where its learning rates come from."""
@@ -35,7 +36,7 @@ class Presets:
         source = f"conf/presets/{experiment}/{method}.yaml" if experiment else f"conf/method/{method}.yaml"
         own = self._run(experiment, config)
         differs = differences(config, own) if own is not None else [f"experiments={experiment} alone is no setting"]
-        if not differs and own is not None and says_untuned(experiment, method):
+        if not differs and own is not None and self._says_untuned(experiment, method):
             differs = [f"{source} says that its values were not tuned"]
         by_hand = [key for key in RATES if key in given]
         if not differs and own is not None and _same_rates(config, own):
@@ -46,6 +47,13 @@ class Presets:
             basis = "untuned"
         told = [f"{key}={value}" for key, value in given.items() if key.startswith(OF_A_PRESET)]
         return replace(config, rates=RatesConfig(basis=basis, source=source, given=told, differs=differs))
+
+    def _says_untuned(self, experiment: str | None, method: str) -> bool:
+        """As the preset's file says; read once for all runs of a sweep."""
+        key = (experiment, method)
+        if key not in self._untuned:
+            self._untuned[key] = says_untuned(experiment, method)
+        return self._untuned[key]
 
     def _run(self, experiment: str | None, config: RunConfig) -> RunConfig | None:
         """The run that the preset belongs to."""
