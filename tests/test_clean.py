@@ -545,12 +545,12 @@ def test_a_run_outside_the_study_keeps_the_warm_start_that_both_fork_from(runs_d
 def test_an_unknown_study_is_an_error_that_names_the_known(runs_dir: Path, capsys) -> None:
     new_run(runs_dir)
     assert cli.main(["clean", "--delete", "rank", f"runs_dir={runs_dir}"]) == 2
-    assert f"study rank does not exist in {runs_dir}; there is no study" in capsys.readouterr().err
+    assert f"study rank does not exist in {runs_dir}; the studies there: none" in capsys.readouterr().err
     new_study(runs_dir, "ranks", ())
     new_study(runs_dir, "seeds", ())
     before = contents(runs_dir)
     assert cli.main(["clean", "--delete", "rank", "ranks", f"runs_dir={runs_dir}"]) == 2
-    assert "the studies there are ranks, seeds" in capsys.readouterr().err
+    assert "the studies there: ranks, seeds" in capsys.readouterr().err
     assert contents(runs_dir) == before
 
 

@@ -339,7 +339,7 @@ def test_a_study_of_nothing_but_failures_has_a_report(lab: Lab) -> None:
 
 def test_a_study_that_was_never_launched_names_those_that_were(lab: Lab) -> None:
     lab.study(lab.run(*RELORA))
-    with pytest.raises(ConfigError, match=r"no study other was launched in .*; there are: mine"):
+    with pytest.raises(ConfigError, match=r"study other does not exist in .*: mine\."):
         load_study(lab.runs_dir, "other")
 
 
@@ -456,4 +456,4 @@ def test_relora_report_prints_the_answer_or_json(lab: Lab, capsys: pytest.Captur
     assert values["study"] == "mine"
     assert values["arms"][1]["gap_at_equal_tokens"]["relative"] == pytest.approx(math.expm1(0.2))
     assert cli.main(["report", "other", where]) == 2
-    assert "there are: mine" in capsys.readouterr().err
+    assert "the studies there: mine" in capsys.readouterr().err

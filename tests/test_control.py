@@ -38,7 +38,7 @@ def runs_dir(tiny: list[str]) -> Path:
         (["cancel", "a\nb"], "'a\\nb' is no name of a study or run"),
         (["retry", "../../ranks"], "study=../.. may hold letters, digits"),
         (["clean", "../x"], "study ../x does not exist in {runs_dir}"),
-        (["logs", "rinks/r2"], "no study rinks was launched in {runs_dir}; there are: ranks"),
+        (["logs", "rinks/r2"], "study rinks does not exist in {runs_dir}; the studies there: ranks."),
         (["retry", "rinks"], "there is no study or run rinks in {runs_dir}"),
         (["retry", "r2"], "r2 is a single run, and retry takes a study; go on with: python run.py -m "),
         (["retry", "ranks", "method.rank=5"], "method.rank=5 would make other runs of them; retry takes cluster"),

@@ -26,6 +26,7 @@ from relora.config.run import RunConfig
 from relora.methods.registry import METHODS
 from relora.optimizers.registry import OPTIMIZERS
 from relora.studies.sweeps import expand, search
+from relora.tracking.mirror import parameters
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ def hold(config: RunConfig, folder: Path) -> None:
         assert again.identity == config.identity
         assert again.name == config.name
         assert config.cost(config.model.vocab_size or config.data.vocab_size).parameters > 0
-        assert config.parameters
+        assert parameters(config)
 
 
 def group_of(override: str) -> list[str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from relora.config import identity
 from relora.config.compose import Composer, compose
 from relora.config.frozen import at_home, freeze
 from relora.config.run import RunConfig
@@ -78,30 +79,73 @@ def test_a_tokenizer_of_ones_own_makes_the_trained_vocabulary_size_no_part_of_a_
     assert hash_of(own) == hash_of(own, "data.vocab_size=1000") != hash_of("data.vocab_size=1000")
 
 
-def test_the_hashes_of_runs_that_people_have_stay_as_they_are() -> None:
-    """Figures of version 0.1."""
-    assert hash_of() == "28c7844a"
-    names = {method: hash_of(f"method={method}") for method in ("full", "lora", "control", "galore")}
-    assert names == {"full": "c6b73cf8", "lora": "266bd72e", "control": "bf908774", "galore": "858d959c"}
+def test_literal_hashes() -> None:
+    """Another hash is another run folder for every user: raise identity.SCHEME then, and find the earlier folders."""
+    assert identity.SCHEME == 2
+    methods = ("relora", "full", "lora", "control", "galore")
+    assert {method: hash_of(f"method={method}") for method in methods} == {
+        "relora": "5d752197",
+        "full": "ee493fca",
+        "lora": "c1377fe5",
+        "control": "b2f5a554",
+        "galore": "792a0f6b",
+    }
+    assert hash_of("optimizer=muon") == "06cab290"
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["method.target_modules=[v_proj,q_proj]"],
-        [NO_RESTARTS, f"{RESET}.mode=zero"],
-        [f"{RESET}.mode=zero", f"{RESET}.pruning_ratio=0.5"],
-    ],
-)
-def test_the_same_command_finds_the_folder_that_an_earlier_version_made(overrides: list[str], tmp_path: Path) -> None:
+EARLIER = [
+    ([], ["28c7844a"]),
+    (["method=full"], ["c6b73cf8"]),
+    (["method=lora"], ["266bd72e"]),
+    (["method=control"], ["bf908774"]),
+    (["method=galore"], ["858d959c"]),
+    (["method.target_modules=[v_proj,q_proj]"], ["2d425b0e", "04e519e9"]),
+    ([NO_RESTARTS, f"{RESET}.mode=zero"], ["043552a2", "e9d261ed"]),
+    ([f"{RESET}.mode=zero", f"{RESET}.pruning_ratio=0.5"], ["b53e6116", "3ecc3bf1"]),
+    (["trainer.precision=bf16", "trainer.seed=3", "method.warm_start_steps=0"], ["e1ad216a"]),
+]
+"""Commands, and the hashes that scheme 1 gave their runs: the last versions' first, version 0.1's last."""
+
+
+@pytest.mark.parametrize(("overrides", "hashes"), EARLIER)
+def test_the_hashes_of_earlier_versions(overrides: list[str], hashes: list[str]) -> None:
+    assert identity.hashes(COMPOSER.compose(overrides))[1:] == hashes
+
+
+@pytest.mark.parametrize(("overrides", "hashes"), EARLIER)
+def test_the_same_command_finds_the_folder_of_an_earlier_version(
+    overrides: list[str], hashes: list[str], tmp_path: Path
+) -> None:
     def composed() -> RunConfig:
         return compose([*overrides, f"runs_dir={tmp_path}"])
 
-    new = composed().name
-    earlier = composed()._named(composed()._fields_of_the_first_version)
-    assert earlier != new
-    freeze(composed(), tmp_path / earlier / "config.yaml")
-    assert composed().name == earlier
-    assert at_home(tmp_path / earlier / "config.yaml").run_dir == tmp_path / earlier
+    new, variant, key = composed().name, composed().variant, composed().comparison_key
+    for digits in hashes:
+        earlier = f"{new[:-9]}-{digits}"
+        freeze(composed(), tmp_path / earlier / "config.yaml")
+        assert (composed().name, composed().config_hash) == (earlier, digits)
+        read = at_home(tmp_path / earlier / "config.yaml")
+        assert (read.run_dir, read.variant, read.comparison_key) == (tmp_path / earlier, variant, key)
+        (tmp_path / earlier / "config.yaml").unlink()
+        (tmp_path / earlier).rmdir()
+    (tmp_path / f"{new[:-9]}-{hashes[0]}").mkdir()
     (tmp_path / new).mkdir()
     assert composed().name == new
+
+
+def test_a_changed_default_is_another_run(tmp_path: Path) -> None:
+    """And it does not get the folder that an earlier version made with the default of then."""
+    before = compose([f"runs_dir={tmp_path}"])
+    (tmp_path / f"llama_tiny-relora-r32-{identity.hashes(before)[1]}").mkdir()
+    name = "method.optimizer_reset.pruning_ratio"
+    after = compose([f"{name}=0.9", f"runs_dir={tmp_path}"])
+    assert identity.canonical(before)[name] == 0.99
+    assert after.name.endswith(identity.digest(after.identity))
+
+
+def test_every_field_that_changes_results_is_hashed() -> None:
+    """Changing a field without UNHASHED changes the hash, or the field is one of those without effect."""
+    config = COMPOSER.compose([])
+    without_effect = {"data.text_field", "method.warm_start_learning_rate"}
+    missing = set(identity.every_field(config)) - set(config.identity) - without_effect
+    assert not missing

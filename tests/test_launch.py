@@ -15,9 +15,10 @@ from relora.common.errors import ConfigError
 from relora.config import choices
 from relora.config.compose import compose
 from relora.launching import launch
-from relora.launching.launch import plan, study_dir
 from relora.runs.metrics import read_rows
 from relora.runs.rundir import RunDir, Status
+from relora.studies.manifest import study_dir
+from relora.studies.study import plan
 from relora.studies.sweeps import expand
 
 SWEEP = ["method=relora", "method.rank=2,4", "study=ranks"]

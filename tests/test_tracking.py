@@ -23,7 +23,7 @@ from relora.runs.metrics import MetricsLog, read_rows, row_metrics
 from relora.runs.rundir import RunDir, Status
 from relora.studies.view import view
 from relora.tracking import mirror as tracking
-from relora.tracking.mirror import Mirror, MirrorThread, mirror_all
+from relora.tracking.mirror import Mirror, MirrorThread, mirror_all, parameters
 from relora.tracking.store import experiment_id, open_store
 
 STARTED_MS = 1_700_000_000_000
@@ -319,7 +319,7 @@ def test_params_are_the_flat_config(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, "method.rank=16", "trainer.seed=7")
     Mirror(run, config).sync()
     params = the_run(config).data.params
-    assert params == {name: str(value) for name, value in config.parameters.items()}
+    assert params == {name: str(value) for name, value in parameters(config).items()}
     expected = {
         "method.name": "relora",
         "method.rank": "16",
@@ -825,7 +825,7 @@ def test_ui_of_an_unknown_study_names_the_known_ones(runs_dir: Path, capsys: pyt
     (runs_dir / "studies" / "ranks").mkdir(parents=True)
     (runs_dir / "studies" / "ranks" / "study.json").write_text("{}")
     assert cli.main(["ui", f"runs_dir={runs_dir}", "study=rank"]) == 2
-    assert "no study rank was launched in" in (shown := capsys.readouterr().err)
+    assert "study rank does not exist in" in (shown := capsys.readouterr().err)
     assert "there are: ranks" in shown
 
 

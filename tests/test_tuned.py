@@ -121,7 +121,7 @@ def test_the_note_stands_in_the_frozen_config_and_not_in_the_hash(tmp_path: Path
         plain.comparison_key,
         plain.name,
     )
-    assert config.parameters == plain.parameters
+    assert config.identity == plain.identity
     freeze(config, tmp_path / "config.yaml")
     assert thaw(tmp_path / "config.yaml") == config
 

@@ -21,7 +21,7 @@ from filelock import FileLock
 from relora.common.errors import ConfigError, RunError
 from relora.config import credentials, frozen
 from relora.config.run import RunConfig
-from relora.studies.compare import studies
+from relora.studies.manifest import studies, unknown_study
 from relora.studies.publish import mirror_runs
 from relora.studies.study import Planned
 from relora.tracking.store import tell
@@ -48,7 +48,7 @@ def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
 
     known = studies(runs_dir)
     if config.study is not None and config.study not in known:
-        raise ConfigError(f"no study {config.study} was launched in {runs_dir}; there are: {', '.join(known)}")
+        raise unknown_study(runs_dir, config.study)
     with failures_told(config):
         client = open_store(uri, runs_dir)
         experiment = experiment_id(client, config)

@@ -51,6 +51,16 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(choices)}")
 
 
+def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
+    """Raise ConfigError where `value` does not divide `whole`."""
+    if whole % value:
+        divisors = [number for number in range(1, whole + 1) if whole % number == 0]
+        raise ConfigError(
+            f"{name}={shown(value)} does not divide {whole_name}={whole}; use one of {shown(divisors)}, or change "
+            f"{whole_name}"
+        )
+
+
 def check_name(name: str, value: str) -> None:
     """Raise ConfigError for a value that cannot be part of a file's name: of a study, or of a model."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):

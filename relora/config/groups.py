@@ -17,6 +17,7 @@ from relora.common.checks import (
     UNHASHED,
     at_least,
     at_most,
+    check_divides,
     check_name,
     fraction,
     one_of,
@@ -160,12 +161,8 @@ class TrainerConfig:
         at_least("trainer.sequences_per_step", whole, 1)
         at_most("trainer.sequences_per_step", whole, MOST_SEQUENCES, "no update takes as many sequences")
         at_least("trainer.sequences_per_micro_step", micro, 1)
-        if micro is not None and whole % micro:
-            divisors = sorted(n for n in range(1, whole + 1) if whole % n == 0)
-            raise ConfigError(
-                f"trainer.sequences_per_micro_step={shown(micro)} does not divide "
-                f"trainer.sequences_per_step={whole}; take one of {shown(divisors)}"
-            )
+        if micro is not None:
+            check_divides("trainer.sequences_per_micro_step", micro, "trainer.sequences_per_step", whole)
         one_of("trainer.precision", self.precision, tuple(STORAGE_BYTES))
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device, re.ASCII):
             raise ConfigError(f"trainer.device={shown(self.device)} is not one of auto, cpu, cuda, cuda:N")

@@ -1,20 +1,18 @@
-"""What a run is: all groups together, the checks across them, and the hash and names that follow.
+"""What a run is: all groups together, the checks across them, and the names that follow.
 
 A RunConfig is made once, validated by being made, frozen as run_dir/config.yaml and never changed. What follows from
 other fields is a property and stands in no file.
 """
 
-import dataclasses
-import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from relora.budget.cost import Cost, LlamaShape
-from relora.common.checks import MOST_STEPS, UNHASHED, at_most, check_name, check_strings, parse_count
+from relora.common.checks import MOST_STEPS, UNHASHED, at_most, check_divides, check_name, check_strings, parse_count
 from relora.common.errors import ConfigError, shown
+from relora.config import identity
 from relora.config.cluster import ClusterConfig, LocalConfig, SlurmConfig
 from relora.config.groups import (
     DataConfig,
@@ -127,12 +125,8 @@ class RunConfig:
             )
 
     def _check_processes(self) -> None:
-        processes, whole = self.processes, self.trainer.sequences_per_step
-        if whole % processes:
-            raise ConfigError(
-                f"trainer.sequences_per_step={whole} cannot be shared evenly by cluster.nodes * cluster.tasks_per_node "
-                f"= {processes} processes; take a multiple of {processes}"
-            )
+        name = "cluster.nodes * cluster.tasks_per_node"
+        check_divides(name, self.processes, "trainer.sequences_per_step", self.trainer.sequences_per_step)
 
     def _check_update_in_backward(self) -> None:
         if not self.trainer.update_in_backward:
@@ -238,103 +232,43 @@ class RunConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that change the mathematics and differ from their default, flat, by dotted name.
-
-        Values that mean the same are written the same, and fields that have no effect beside the others are left out.
-        """
-        interval, phase_steps = self.reset_interval_steps, self.total_steps - self.method.warm_start_steps
-        fields = self.method.canonical(self._fields_of_the_first_version, self)
-        if interval is None or interval >= phase_steps:  # nothing is restarted
-            fields.pop("schedule.restart_warmup_steps", None)
-        if self.data.tokenizer is not None:
-            fields.pop("data.vocab_size", None)
-        if self.data.name == "stdlib":
-            fields.pop("data.text_field", None)
-        # -0.0 is 0.0, but JSON writes another text.
-        return {name: value + 0.0 if isinstance(value, float) else value for name, value in sorted(fields.items())}
-
-    @property
-    def _fields_of_the_first_version(self) -> dict[str, Any]:
-        """What version 0.1 made the hash from, so that the folders of its runs are found (`name`).
-
-        A token budget is written as its steps, an `alpha` of None as its value.
-        """
-        fields = _flat_fields(self)
-        fields["trainer.total_steps"] = self.total_steps
-        fields |= self.method.written_out
-        if self.method.warm_start_steps:
-            fields["method.warm_start_learning_rate"] = self.warm_start_learning_rate
-        else:
-            fields.pop("method.warm_start_learning_rate", None)
-        if self.reset_interval_steps is None:
-            fields.pop("schedule.restart_warmup_steps", None)
-        rates = {self.optimizer.learning_rate}
-        if self.method.warm_start_steps:
-            rates.add(self.warm_start_learning_rate)
-        if rates == {self.optimizer.embedding_learning_rate}:
-            fields.pop("optimizer.embedding_learning_rate")
-        return dict(sorted(fields.items()))
+        """The fields that change the results, by dotted name (relora.config.identity)."""
+        return identity.canonical(self)
 
     @property
     def config_hash(self) -> str:
-        """8 hex digits of the identity."""
-        return _digest(self.identity)
+        """8 hex digits of the identity: those in the run's name."""
+        return self.name.rpartition("-")[2]
 
     @property
     def comparison_key(self) -> str:
         """What two runs must share to be compared: model, data, held-out sets, tokens, batch and precision, no seed."""
-        return _digest({**self._setting, "trainer.total_steps": self.total_steps})
+        return identity.digest({**identity.setting(self), "trainer.total_steps": self.total_steps})
 
     @property
     def setting_key(self) -> str:
         """The comparison_key without the budget: what a shorter and a longer run of one setting share."""
-        return _digest(self._setting)
-
-    @property
-    def _setting(self) -> dict[str, Any]:
-        batch = ("trainer.sequences_per_step", "trainer.precision")
-        return {
-            name: value
-            for name, value in self.identity.items()
-            if name.startswith(("model.", "data.")) or name in batch
-        }
+        return identity.digest(identity.setting(self))
 
     @property
     def variant(self) -> str:
         """What runs share that differ in their seed alone."""
-        return self._named({name: value for name, value in self.identity.items() if name != "trainer.seed"})
+        fields = {name: value for name, value in self.identity.items() if name != "trainer.seed"}
+        return self._label + identity.digest(fields)
 
     @property
     def name(self) -> str:
-        """The run's name: what people read, and the hash that tells it from its neighbours.
+        """The run's name: a label for people, and the hash of its identity.
 
-        A run that an earlier version began, under the hash that it had there, keeps that name.
+        A run that an earlier version began keeps the name that it had there.
         """
-        name, earlier = self._named(self.identity), self._named(self._fields_of_the_first_version)
-        runs_dir = Path(self.runs_dir)
-        if earlier != name and (runs_dir / earlier).exists() and not (runs_dir / name).exists():
-            return earlier
-        return name
-
-    def _named(self, identity: dict[str, Any]) -> str:
-        rank = "" if self.rank is None else f"-r{self.rank}"
-        return f"{self.model.name}-{self.method.name}{rank}-{_digest(identity)}"
+        names = [self._label + digits for digits in identity.hashes(self)]
+        return next((name for name in names if (Path(self.runs_dir) / name).exists()), names[0])
 
     @property
-    def parameters(self) -> dict[str, Any]:
-        """Every field that changes the mathematics, flat, for a tracker's table.
-
-        What a method does not have of rank, interval and pruning ratio is 0: the UI's parallel coordinates leave out
-        whatever lacks one of its axes.
-        """
-        return {
-            "method.optimizer_reset.pruning_ratio": 0.0,
-            **_flat_fields(self, include_defaults=True),
-            **self.identity,
-            "method.rank": self.rank or 0,
-            "method.reset_interval_steps": self.reset_interval_steps or 0,
-            "model.name": self.model.name,
-        }
+    def _label(self) -> str:
+        rank = "" if self.rank is None else f"-r{self.rank}"
+        return f"{self.model.name}-{self.method.name}{rank}-"
 
     @property
     def mlflow_uri(self) -> str:
@@ -350,21 +284,3 @@ class RunConfig:
 def fitting(share: int, wanted: int | None) -> int:
     """The most sequences at a time, up to `wanted` (None: any number), that divide a process's `share` evenly."""
     return next(count for count in range(wanted or share, 0, -1) if share % count == 0)
-
-
-def _digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _flat_fields(node: Any, prefix: str = "", *, include_defaults: bool = False) -> dict[str, Any]:
-    """The hashed fields by dotted name; those at their default only where asked."""
-    found: dict[str, Any] = {}
-    for item in dataclasses.fields(node):
-        if not item.metadata.get("identity", True):
-            continue
-        value, name = getattr(node, item.name), prefix + item.name
-        if dataclasses.is_dataclass(value):
-            found.update(_flat_fields(value, name + ".", include_defaults=include_defaults))
-        elif include_defaults or item.default is dataclasses.MISSING or value != item.default:
-            found[name] = value
-    return found

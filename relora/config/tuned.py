@@ -10,6 +10,7 @@ from dataclasses import replace
 from relora.common.errors import shown
 from relora.config.choices import preset_file, says_untuned
 from relora.config.compose import preset_run, sweep_settings
+from relora.config.identity import spelled_out
 from relora.config.overrides import given_values
 from relora.config.rates import NOT_TUNED, RatesConfig
 from relora.config.run import RunConfig
@@ -76,7 +77,7 @@ def _same_rates(config: RunConfig, own: RunConfig) -> bool:
 
 def differences(config: RunConfig, own: RunConfig) -> list[str]:
     """What of the setting of `config` is not as in `own`, the run that its preset belongs to."""
-    here, there = config.parameters, own.parameters
+    here, there = spelled_out(config), spelled_out(own)
     names = [name for name in here if name.startswith(("model.", "data."))]
     names += ["optimizer.name", "trainer.sequences_per_step", "trainer.precision", "trainer.total_steps"]
     differ = [name for name in names if here[name] != there.get(name)]

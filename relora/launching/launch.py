@@ -19,10 +19,10 @@ from relora.runs.rundir import read_json
 from relora.runs.spent import other_switches
 from relora.runs.state import State, observe
 from relora.studies.baselines import launch_notes
-from relora.studies.compare import study_dir
+from relora.studies.manifest import cancellations, study_dir
 from relora.studies.publish import join_study, publish_report
 from relora.studies.status import render_plain, show_progress, standings
-from relora.studies.study import Planned, cancellations, plan, prepare, write_manifest
+from relora.studies.study import Planned, plan, prepare, write_manifest
 from relora.studies.sweeps import Sweep
 from relora.training.job import job
 

@@ -18,10 +18,10 @@ from relora.launching.submit import BESIDE
 from relora.runs import slurm
 from relora.runs.rundir import RunDir, read_json, write_json
 from relora.runs.state import log_of, observe
-from relora.studies.compare import manifest_of, studies, study_dir
+from relora.studies.manifest import manifest_of, note_cancellation, studies, study_dir
 from relora.studies.publish import mirror_runs
 from relora.studies.status import Standing, render_plain, standings, unreadable
-from relora.studies.study import Planned, note_cancellation, of_manifest
+from relora.studies.study import Planned, of_manifest
 from relora.tracking.console import is_terminal
 from relora.training.summary import relaunch_command
 

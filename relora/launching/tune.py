@@ -25,7 +25,7 @@ from relora.config.run import RunConfig
 from relora.launching.launch import POLL_SECONDS, start_process, wait_for_stop
 from relora.runs.metrics import read_rows
 from relora.runs.results import mean
-from relora.studies.compare import study_dir
+from relora.studies.manifest import study_dir
 from relora.studies.study import Planned, prepare, write_manifest
 from relora.studies.sweeps import Search, Sweep
 

@@ -1,6 +1,6 @@
 """ReLoRA (Lialin et al. 2023, arXiv 2307.05695): low-rank factors that are merged, drawn anew and reset."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from relora.common.checks import MOST_STEPS, at_least, at_most, fraction, one_of
@@ -75,7 +75,7 @@ class ReLoRA(LoRA):
         interval, steps = self.reset_interval_steps, run.total_steps - self.warm_start_steps
         if interval is None or interval >= steps:
             return {**found, "method.reset_interval_steps": None}
-        return found | _changed(self.optimizer_reset.effective)
+        return found | {f"{RESET}{name}": value for name, value in asdict(self.optimizer_reset.effective).items()}
 
     def restart(self, model: "nn.Module", optimizer: "torch.optim.Optimizer", run: "RunConfig", number: int) -> Restart:
         """Lialin et al. 2023, Algorithm 1, the lines under "if t mod q = 0"."""
@@ -97,10 +97,3 @@ class ReLoRA(LoRA):
         return Restart(
             relative_update=merged.relative_update, rounding_loss=merged.rounding_loss, reset_fraction=fraction_reset
         )
-
-
-def _changed(reset: OptimizerReset) -> dict[str, Any]:
-    """The fields that are not at their default, by dotted name."""
-    default = OptimizerReset()
-    values = {item.name: getattr(reset, item.name) for item in fields(reset)}
-    return {f"{RESET}{name}": value for name, value in values.items() if value != getattr(default, name)}

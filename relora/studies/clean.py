@@ -8,6 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from relora.common.errors import RunError
+from relora.common.tables import aligned
 from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, size_bytes, state_of_idle, survey
 
 # ------------------------------------------------------------------------------------------------------- deletion
@@ -121,7 +122,7 @@ def text(disk: Disk, *, deleted: bool) -> str:
                 cost.why,
             ]
         )
-    tables = [_table(rows) for rows in (runs, warm_starts) if len(rows) > 1]
+    tables = [aligned(rows) for rows in (runs, warm_starts) if len(rows) > 1]
     if not tables:
         return f"there is no run in {disk.runs_dir}"
     size = {name: _human(value) for name, value in disk.totals.items()}
@@ -133,13 +134,6 @@ def text(disk: Disk, *, deleted: bool) -> str:
         f"{size['deleted_bytes']} deleted" if deleted else f"{size['deletable_bytes']} of it deletable with --delete"
     )
     return "\n\n".join([*tables, total])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def _human(size_bytes: int) -> str:

@@ -11,46 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relora.common.checks import check_name
-from relora.common.errors import ConfigError, DamagedFile
 from relora.config import credentials
+from relora.config.identity import every_field, spelled_out
 from relora.config.run import RunConfig
 from relora.runs.results import Run, best_on_validation, deviation, mean
-from relora.runs.rundir import RunDir, read_json
+from relora.runs.rundir import RunDir
 from relora.runs.state import observe
 from relora.studies.gaps import Baseline, Compared, FullRank, Gap, compared, relative
+from relora.studies.manifest import manifest_of
 
 CONFIDENCE = 0.95
 SEEDS_FOR_AN_INTERVAL = 3
-
-
-def study_dir(runs_dir: Path, study: str) -> Path:
-    """The folder of a study. Raises ConfigError for what is no name: a path would lead out of `runs_dir`."""
-    check_name("study", study)
-    return runs_dir / "studies" / study
-
-
-def studies(runs_dir: Path) -> list[str]:
-    """The studies of a runs_dir, by name."""
-    return sorted(path.parent.name for path in runs_dir.glob("studies/*/study.json"))
-
-
-def manifest_of(runs_dir: Path, study: str) -> dict[str, Any]:
-    """A study's study.json. Raises ConfigError for a study that was never launched here, DamagedFile."""
-    file = study_dir(runs_dir, study) / "study.json"
-    manifest = read_json(file)
-    if not manifest and not file.exists():
-        known = ", ".join(studies(runs_dir)) or "none"
-        raise ConfigError(f"no study {study} was launched in {runs_dir}; there are: {known}")
-    runs, launches = manifest.get("runs"), manifest.get("launches")
-    remedy = "launch the study again: that writes the file anew"
-    if not isinstance(runs, dict) or not isinstance(launches, list):
-        raise DamagedFile(file, "it has no runs and launches", remedy)
-    for name, entry in runs.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("role"), str):
-            raise DamagedFile(file, f"its run {name} has no role", remedy)
-        entry.setdefault("variant", name)
-    return manifest
 
 
 @dataclass(kw_only=True)
@@ -213,8 +184,11 @@ def load_study(runs_dir: Path, name: str) -> Study:
     rivals = [config for run in own if run.finished for config in full.configs_for(run)]
     labels = labels_of([*(run.config for run in own if run.config is not None), *rivals])
     by_variant: dict[str, list[Compared]] = defaultdict(list)
+    # A manifest may be of an earlier scheme of hashes. A run that cannot be read has its variant from there alone.
+    noted: dict[str, str] = {run.name: manifest["runs"][run.name]["variant"] for run in own}
+    known = {noted[run.name]: run.config.variant for run in own if run.config is not None}
     for run in own:
-        variant = manifest["runs"][run.name]["variant"]
+        variant: str = run.config.variant if run.config is not None else known.get(noted[run.name], noted[run.name])
         by_variant[variant].append(compared(run, labels.get(variant) or variant, full))
     arms = [Arm(label=members[0].label, variant=variant, members=members) for variant, members in by_variant.items()]
     # As they were written before passwords were taken out.
@@ -227,14 +201,15 @@ def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for method in dict.fromkeys(config.method.name for config in configs):
         own = [config for config in configs if config.method.name == method]
-        fields = [{**config.parameters, "trainer.seed": None} for config in own]
+        fields = [{**spelled_out(config), "trainer.seed": None} for config in own]
         varied = sorted(
             name
             for name in {name for values in fields for name in values}
             if len({str(values.get(name)) for values in fields}) > 1
         )
-        if all(config.rank is None or config.parameters.get("method.alpha") == 0.25 * config.rank for config in own):
-            varied = [name for name in varied if name != "method.alpha"]
+        # A value that was left open follows from others, as alpha from the rank.
+        given = [every_field(config) for config in own]
+        varied = [name for name in varied if not all(values.get(name, name) is None for values in given)]
         models = {(config.model.name, str(config.model)) for config in own}
         if len(models) == len({name for name, _ in models}):
             varied = [name for name in varied if not name.startswith("model.") or name == "model.name"]

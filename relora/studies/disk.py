@@ -15,7 +15,7 @@ from relora.common.files import check_weights
 from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
-from relora.studies.compare import manifest_of
+from relora.studies.manifest import manifest_of, unknown_study
 
 CHECKPOINT = re.compile(r"step-\d+\.pt")
 NO_RUNS = ("studies", "corpora", "warm_starts")
@@ -107,8 +107,7 @@ def survey(runs_dir: Path, studies: Sequence[str] = ()) -> Disk:
     manifests = _manifests(runs_dir)
     for study in studies:
         if study not in manifests:
-            known = f"the studies there are {', '.join(manifests)}" if manifests else "there is no study"
-            raise ConfigError(f"study {study} does not exist in {runs_dir}; {known}")
+            raise unknown_study(runs_dir, study)
     runs = [_read(RunDir(path)) for path in sorted(runs_dir.iterdir()) if _is_run(path)]
     chosen = {name for study in studies for name in manifests[study]} if studies else None
     return Disk(

@@ -12,9 +12,10 @@ from filelock import FileLock
 
 from relora.common.files import publishing
 from relora.runs.results import deviation, mean
-from relora.studies.compare import Arm, Estimate, Study, as_row, study_dir
+from relora.studies.compare import Arm, Estimate, Study, as_row
 from relora.studies.doubts import doubts, rates_of, untuned, untuned_words
 from relora.studies.gaps import FEWEST_EVALUATIONS, SAME_BUDGET, Compared, Gap
+from relora.studies.manifest import study_dir
 from relora.studies.page import Page
 from relora.studies.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map, restarts
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from relora.common.tables import aligned
 from relora.runs.metrics import read_rows
 from relora.runs.results import Run
 from relora.runs.state import State, observe
@@ -156,9 +157,7 @@ def table(rows: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
 def render_plain(rows: Sequence[Standing]) -> str:
     """The table as aligned text, and the names of the baselines that its gaps are measured against."""
     headings, cells = table(rows)
-    lines = [headings, *cells]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    texts = [aligned([headings, *cells])]
     baselines = list(dict.fromkeys(row.baseline for row in rows if row.baseline is not None))
     if baselines:
         texts.append(f"gap to full: at equal tokens, seed by seed, against {', '.join(baselines)}")

@@ -13,15 +13,12 @@ from relora.common.files import reason, set_aside
 from relora.config import credentials, frozen
 from relora.config.frozen import at_home
 from relora.config.run import RunConfig
-from relora.runs.rundir import RunDir, read_json, write_json
+from relora.runs.rundir import RunDir, write_json
 from relora.runs.state import observe
 from relora.studies.baselines import Baselines
-from relora.studies.compare import manifest_of, study_dir
 from relora.studies.gaps import is_full_rank
+from relora.studies.manifest import manifest_of, study_dir
 from relora.studies.sweeps import Sweep
-
-CANCELLATIONS = "cancelled.json"
-"""In a study's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +135,3 @@ def damaged_of(runs_dir: Path, study: str) -> dict[str, tuple[str, str]]:
         except (ConfigError, DamagedFile) as error:
             found[name] = (entry["role"], reason(error))
     return found
-
-
-def note_cancellation(runs_dir: Path, study: str) -> None:
-    """Let launchers of the study know that it was cancelled: what they have not started yet stays so."""
-    write_json(study_dir(runs_dir, study) / CANCELLATIONS, {"times": cancellations(runs_dir, study) + 1})
-
-
-def cancellations(runs_dir: Path, study: str) -> int:
-    """How often the study was cancelled."""
-    return read_json(study_dir(runs_dir, study) / CANCELLATIONS).get("times", 0)

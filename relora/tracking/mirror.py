@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from relora.common.errors import ConfigError, RunError
+from relora.config.identity import spelled_out
 from relora.config.run import RunConfig
 from relora.runs.metrics import complete_bytes, decoded, row_metrics
 from relora.runs.rundir import RunDir, Status, read_json, write_json
@@ -54,6 +55,20 @@ MLFLOW_STATUS = {
     "interrupted": "KILLED",
     "cancelled": "KILLED",
 }
+
+
+def parameters(config: RunConfig) -> dict[str, Any]:
+    """The run's MLflow parameters: every field that can change the results.
+
+    The UI's parallel coordinates leave out a run that lacks one of their axes. So the rank, the interval and the
+    pruning ratio of a method without them are 0.
+    """
+    return {
+        "method.optimizer_reset.pruning_ratio": 0.0,
+        **spelled_out(config),
+        "method.rank": config.rank or 0,
+        "method.reset_interval_steps": config.reset_interval_steps or 0,
+    }
 
 
 def mirrored(run: RunDir) -> dict[str, Any]:
@@ -176,7 +191,7 @@ class Mirror:
         for run in of_this_path:
             if run not in known and not is_deleted(run):
                 self._retire(client, run, run_id)
-        send_params(client, run_id, config.parameters)
+        send_params(client, run_id, parameters(config))
         state = {
             "uri": config.mlflow_uri,
             "experiment_id": experiment,

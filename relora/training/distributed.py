@@ -17,7 +17,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from relora.common import signals
-from relora.common.errors import RunError, Stopped, first_line
+from relora.common.checks import check_divides
+from relora.common.errors import ConfigError, RunError, Stopped, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -86,12 +87,10 @@ class World:
 
     def share(self, sequences_per_step: int) -> int:
         """Sequences of each update that are this rank's. Raises RunError where the ranks cannot share them evenly."""
-        if sequences_per_step % self.size:
-            divisors = [n for n in range(1, sequences_per_step + 1) if sequences_per_step % n == 0]
-            raise RunError(
-                f"trainer.sequences_per_step={sequences_per_step} is no multiple of the {self.size} ranks that were "
-                f"started; start one of {divisors} or change trainer.sequences_per_step"
-            )
+        try:
+            check_divides("WORLD_SIZE", self.size, "trainer.sequences_per_step", sequences_per_step)
+        except ConfigError as error:
+            raise RunError(str(error)) from error
         return sequences_per_step // self.size
 
     @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.common.errors import Interrupted, Stopped, TrainingError
+from relora.config import identity
 from relora.config.run import RunConfig
 from relora.core.inbackward import UpdateInBackward, step_where_finite
 from relora.data.sequences import TokenSequences
@@ -398,7 +399,7 @@ class Trainer:
         state = checkpoint.load_latest(self.checkpoint_folder, self.tracker.say)
         if state is None:
             return
-        if state["config_hash"] != self.config.config_hash:
+        if state["config_hash"] not in identity.hashes(self.config):
             raise TrainingError(
                 f"the checkpoint in {self.checkpoint_folder} belongs to config {state['config_hash']}, this run is "
                 f"{self.config.config_hash}; remove the folder or take another runs_dir"

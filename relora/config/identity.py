@@ -1,0 +1,146 @@
+"""Which runs are the same: the fields that change a run's results, and their hash, under a numbered scheme.
+
+Scheme 2 hashes every such field, so a changed default gives another hash. Scheme 1 (version 0.1 and the commits after
+it) left out fields at their default. `EARLIER_DEFAULTS` holds those defaults as they were, so the folders of earlier
+runs are found for ever.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relora.config.run import RunConfig
+
+SCHEME = 2
+"""To be raised whenever the same fields get another hash. `hashes` then needs the scheme before it."""
+
+EARLIER_DEFAULTS: dict[str, Any] = {
+    "model.vocab_size": None,
+    "model.max_position_embeddings": 1024,
+    "model.rms_norm_eps": 1e-6,
+    "data.path": None,
+    "data.text_field": "text",
+    "data.tokenizer": None,
+    "data.vocab_size": 2048,
+    "data.sequence_length_tokens": 128,
+    "data.validation_fraction": 0.01,
+    "data.test_fraction": 0.02,
+    "schedule.name": "jagged_cosine",
+    "schedule.restart_warmup_steps": 0,
+    "schedule.min_lr_ratio": 0.1,
+    "trainer.precision": "fp32",
+    "trainer.seed": 0,
+    "method.warm_start_steps": 0,
+    "method.warm_start_learning_rate": None,
+    "method.dropout": 0.0,
+    "method.reinit": "kaiming",
+    "method.trainable_scaling": False,
+    "method.b_rate_ratio": 1.0,
+    "method.optimizer_reset.mode": "magnitude",
+    "method.optimizer_reset.pruning_ratio": 0.99,
+    "method.optimizer_reset.moments": "joint",
+    "method.optimizer_reset.reset_step": True,
+    "method.update_interval_steps": 200,
+    "method.scale": 0.25,
+    "optimizer.name": "adamw",
+    "optimizer.embedding_learning_rate": None,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.max_grad_norm": 1.0,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.epsilon": 1e-8,
+    "optimizer.momentum": 0.95,
+    "optimizer.newton_schulz_steps": 5,
+}
+"""What scheme 1 left out of its hash. Never changed: new fields do not belong here."""
+
+
+def canonical(config: "RunConfig") -> dict[str, Any]:
+    """The fields that change the results of a run, by dotted name, with equal meanings written in one way.
+
+    Fields that have no effect beside the others are left out.
+    """
+    fields = config.method.canonical(_written_out(config), config)
+    interval, phase_steps = config.reset_interval_steps, config.total_steps - config.method.warm_start_steps
+    if interval is None or interval >= phase_steps:  # nothing is restarted
+        fields.pop("schedule.restart_warmup_steps", None)
+    if config.data.tokenizer is not None:
+        fields.pop("data.vocab_size", None)
+    if config.data.name == "stdlib":
+        fields.pop("data.text_field", None)
+    # -0.0 is 0.0, but JSON writes another text.
+    return {name: value + 0.0 if isinstance(value, float) else value for name, value in sorted(fields.items())}
+
+
+def setting(config: "RunConfig") -> dict[str, Any]:
+    """The fields that runs of one setting share: model, data, batch and precision, and no budget."""
+    batch = ("trainer.sequences_per_step", "trainer.precision")
+    return {
+        name: value
+        for name, value in canonical(config).items()
+        if name.startswith(("model.", "data.")) or name in batch
+    }
+
+
+def every_field(config: "RunConfig") -> dict[str, Any]:
+    """All fields that can change the results, by dotted name, as they were set."""
+    return _flat(config, "")
+
+
+def spelled_out(config: "RunConfig") -> dict[str, Any]:
+    """All fields that can change the results, with equal meanings written in one way where they have an effect."""
+    return {**every_field(config), **canonical(config), "model.name": config.model.name}
+
+
+def digest(fields: dict[str, Any]) -> str:
+    """8 hex digits of some fields of the present scheme."""
+    return _digits({"scheme": SCHEME, **fields})
+
+
+def hashes(config: "RunConfig") -> list[str]:
+    """The hash of a run, then those that earlier versions gave the same run, the latest first."""
+    fields, as_set = canonical(config), _written_out(config)
+    if config.reset_interval_steps is None:
+        as_set.pop("schedule.restart_warmup_steps", None)
+    return list(dict.fromkeys([digest(fields), _without_defaults(fields), _without_defaults(as_set)]))
+
+
+def _written_out(config: "RunConfig") -> dict[str, Any]:
+    """All fields; a token budget is written as its steps, and None as the value that it stands for."""
+    fields = every_field(config)
+    fields["trainer.total_steps"] = config.total_steps
+    fields |= config.method.written_out
+    rates = {config.optimizer.learning_rate}
+    if config.method.warm_start_steps:
+        fields["method.warm_start_learning_rate"] = config.warm_start_learning_rate
+        rates.add(config.warm_start_learning_rate)
+    else:
+        fields.pop("method.warm_start_learning_rate", None)
+    if rates == {config.optimizer.embedding_learning_rate}:
+        fields["optimizer.embedding_learning_rate"] = None
+    return fields
+
+
+def _without_defaults(fields: dict[str, Any]) -> str:
+    """The hash of scheme 1."""
+    absent = object()
+    return _digits({name: value for name, value in fields.items() if value != EARLIER_DEFAULTS.get(name, absent)})
+
+
+def _digits(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _flat(node: Any, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(node):
+        if not item.metadata.get("identity", True):
+            continue
+        value, name = getattr(node, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            found.update(_flat(value, name + "."))
+        else:
+            found[name] = value
+    return found
