@@ -92,7 +92,7 @@ def tracking(own: list[str], folder: Path) -> None:
 
         setattr(owner, name, around)
 
-    for name in ("log", "progress", "say", "flush"):
+    for name in ("log", "progress", "log_line", "flush"):
         clocked(Broadcast, name, time.perf_counter)
     clocked(Mirror, "sync", time.thread_time)
     clocked(Trainer, "train", time.perf_counter)

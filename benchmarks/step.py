@@ -144,7 +144,7 @@ class Arm:
             merged_weight={"full": "never", "peft": "never"}.get(self.name, self.name),
             activation_checkpointing=False,
             update_in_backward=False,
-            ranks=1,
+            world_size=1,
         )
 
     def restart(self) -> None:

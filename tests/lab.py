@@ -8,10 +8,10 @@ from relora.config.compose import Composer
 from relora.config.frozen import freeze
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
-from relora.launching.launch import plan, write_manifest
 from relora.runs.metrics import MetricsLog
 from relora.runs.rundir import RunDir, Status
 from relora.studies.compare import Study, load_study
+from relora.studies.study import planned_runs, write_manifest
 from relora.studies.sweeps import Sweep
 
 STEPS = 40
@@ -71,5 +71,5 @@ class Lab:
 
     def study(self, *configs: RunConfig, name: str = "mine") -> Study:
         sweep = Sweep(study=name, question="Which one?", runs=list(configs), fixed=list(SETTING), baseline_rates=[1.0])
-        write_manifest(self.runs_dir, sweep, plan(sweep), ["method.rank=8,16"])
+        write_manifest(self.runs_dir, sweep, planned_runs(sweep), ["method.rank=8,16"])
         return load_study(self.runs_dir, name)

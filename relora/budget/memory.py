@@ -46,7 +46,7 @@ def peak_bytes(
     merged_weight: str,
     activation_checkpointing: bool,
     update_in_backward: bool,
-    ranks: int,
+    world_size: int,
 ) -> int:
     """The most that one update holds at a time: with weights, optimizer state, and what stays between updates.
 
@@ -94,7 +94,7 @@ def peak_bytes(
     kept_bytes = own.weight_bytes + own.optimizer_bytes
     if merged_weight == "resident":
         kept_bytes += own.merged_weight_bytes(tokens_per_micro_step=tokens, micro_steps=micro_steps)
-    if ranks > 1:  # the fp32 buffer in which they add their gradients up
+    if world_size > 1:  # the fp32 buffer in which they add their gradients up
         kept_bytes += WIDE_BYTES * own.trainable_parameters
     if update_in_backward:
         one = own.largest_gradient_bytes

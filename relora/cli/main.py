@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         known.overrides = [*known.overrides, *rest]
-    return _told(lambda: known.verb(known))
+    return _reported(lambda: known.verb(known))
 
 
 def run(argv: Sequence[str]) -> int:
     """`python run.py ...`: returns the exit code."""
     arguments = _without_passwords(argv)
-    return _told(lambda: _train(arguments))
+    return _reported(lambda: _train(arguments))
 
 
 def _without_passwords(argv: Sequence[str]) -> list[str]:
@@ -53,10 +53,10 @@ def _without_passwords(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
-def _told(action: Callable[[], int]) -> int:
+def _reported(action: Callable[[], int]) -> int:
     """Run a command; what a person can mend becomes one message and an exit code, never a traceback."""
 
-    def tell(message: object) -> None:
+    def print_note(message: object) -> None:
         if World.here().is_first:
             print(f"relora: {credentials.redacted(str(message))}", file=sys.stderr)
 
@@ -64,19 +64,19 @@ def _told(action: Callable[[], int]) -> int:
         with signals.raising():
             return _stoppable(action)
     except ConfigError as error:
-        tell(error)
+        print_note(error)
         return 2
     except RunError as error:
-        tell(error)
+        print_note(error)
         return 1
     except KeyboardInterrupt:
-        tell("interrupted")
+        print_note("interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # a file that is missing, a folder of someone else, a disk that is full
-        tell(printable(str(error)))
+        print_note(printable(str(error)))
         return 1
 
 
@@ -237,7 +237,7 @@ def _hydra_job(composed: Any, overrides: list[str]) -> None:
     """One job of Hydra's own launcher."""
     from relora.training.job import EXIT_CODES, launch
 
-    code = _told(
+    code = _reported(
         lambda: EXIT_CODES[launch(Presets().noted(compose.to_run_config(composed), overrides), overrides).state]
     )
     if code:
@@ -251,7 +251,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from relora.config import plan
 
     config = compose.compose(arguments.overrides)
-    made = plan.plan(config)
+    made = plan.run_plan(config)
     print(json.dumps(plan.as_dict(made, config)) if arguments.json else plan.text(made, config))
     return 0
 
@@ -281,13 +281,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from relora.training.pretrained import load_pretrained
     from relora.training.processes import choose_device
 
-    def say(message: str) -> None:
+    def log_line(message: str) -> None:
         print(message, file=sys.stderr)
 
     device = choose_device(config.trainer.device, World())
-    corpus = prepare(config.data, Path(config.runs_dir) / "corpora", say)
+    corpus = prepare(config.data, Path(config.runs_dir) / "corpora", log_line)
     if run.get("corpus_digest", corpus.corpus_digest) != corpus.corpus_digest:
-        say(
+        log_line(
             f"note: data={config.data.name} is another text than {run['run']} was trained on, or split in another way: "
             "what is held out here may have been trained on, and no perplexity of that run compares"
         )
@@ -342,18 +342,18 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _sync(arguments: argparse.Namespace) -> int:
     from relora.runs.state import observe
     from relora.tracking.mirror import Mirror
-    from relora.tracking.store import failures_told, tell
+    from relora.tracking.store import mlflow_errors, print_note
 
     results, code = {}, 0
     for path in arguments.runs:
         run = RunDir(path.absolute())
         try:
-            config = frozen.at_home(run.config_file)
+            config = frozen.read_frozen(run.config_file)
             observe([run])
-            with failures_told(config):
+            with mlflow_errors(config):
                 sent = Mirror(run, config).sync()
         except (ConfigError, RunError) as error:  # the other runs are sent all the same
-            tell(credentials.redacted(str(error)))
+            print_note(credentials.redacted(str(error)))
             code = max(code, 2 if isinstance(error, ConfigError) else 1)
             continue
         results[str(path)] = {"rows": sent.rows, "status": sent.status}

@@ -24,7 +24,7 @@ from relora.config.run import RunConfig
 from relora.studies.manifest import studies, unknown_study
 from relora.studies.publish import mirror_runs
 from relora.studies.study import Planned
-from relora.tracking.store import tell
+from relora.tracking.store import print_note
 
 ADMIN = "admin"
 """The user of a server that asks for a password; MLflow's UI can add others."""
@@ -44,17 +44,17 @@ def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
         raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
 
     from relora.studies.view import view_key, write_view
-    from relora.tracking.store import experiment_id, failures_told, open_store
+    from relora.tracking.store import experiment_id, mlflow_errors, open_store
 
     known = studies(runs_dir)
     if config.study is not None and config.study not in known:
         raise unknown_study(runs_dir, config.study)
-    with failures_told(config):
+    with mlflow_errors(config):
         client = open_store(uri, runs_dir)
         experiment = experiment_id(client, config)
     found = {"all": f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"}
     for study in [config.study] if config.study else known:
-        with failures_told(config):
+        with mlflow_errors(config):
             write_view(client, experiment, study)
         found[study] = f"{found['all']}&viewStateShareKey={view_key(study)}"
     return found
@@ -66,7 +66,7 @@ def _submissions(runs_dir: Path) -> list[Path]:
     return [file for file in configs if file.is_file()]
 
 
-def submitted_runs(runs_dir: Path, told: set[Path]) -> list[Planned]:
+def submitted_runs(runs_dir: Path, seen: set[Path]) -> list[Planned]:
     """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone.
 
     A config that cannot be read is told of, unless it is among those `told` already, and its run is left out.
@@ -74,11 +74,11 @@ def submitted_runs(runs_dir: Path, told: set[Path]) -> list[Planned]:
     planned: list[Planned] = []
     for file in _submissions(runs_dir):
         try:
-            planned.append(Planned(config=frozen.at_home(file), role="arm"))
+            planned.append(Planned(config=frozen.read_frozen(file), role="arm"))
         except ConfigError as error:
-            if file not in told:
-                tell(f"{error}; MLflow gets nothing of this run")
-            told.add(file)
+            if file not in seen:
+                print_note(f"{error}; MLflow gets nothing of this run")
+            seen.add(file)
     return planned
 
 
@@ -112,11 +112,11 @@ def serve(
         environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(file), "MLFLOW_FLASK_SERVER_SECRET_KEY": secret_key}
         store = credentials.learn(url.replace("://", f"://{ADMIN}:{password}@"))
         credentials.keep(store, runs_dir)
-        tell(f"sign in as {ADMIN}; the password is admin_password in {file}")
+        print_note(f"sign in as {ADMIN}; the password is admin_password in {file}")
     elif host is not None:
-        tell(f"whoever reaches {url} sees, changes and deletes the runs in it; --auth asks for a password")
+        print_note(f"whoever reaches {url} sees, changes and deletes the runs in it; --auth asks for a password")
     if host is not None and ipaddress.ip_address(address).is_loopback:
-        tell(f"{host} is {address} here, which no other machine reaches; give --host an address of this machine")
+        print_note(f"{host} is {address} here, which no other machine reaches; give --host an address of this machine")
     log = tempfile.TemporaryFile()  # noqa: SIM115 -- a pipe that nobody reads would block the server one day
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *command],

@@ -241,10 +241,10 @@ def system_error(error: BaseException) -> OSError | None:
     """The error of the system that `error` is, or that its text tells; None where it is none."""
     if isinstance(error, OSError):
         return error
-    told = RUST_ERROR.search(str(error)) if isinstance(error, Exception) else None
-    if told is None:
+    found = RUST_ERROR.search(str(error)) if isinstance(error, Exception) else None
+    if found is None:
         return None
-    number = int(told[1] or told[2])
+    number = int(found[1] or found[2])
     return OSError(number, os.strerror(number))
 
 

@@ -34,7 +34,7 @@ class _Now:
     mode: _Mode = _Mode.HELD
     reason: str | None = None
     raised: bool = False
-    say: Callable[[str], None] = lambda message: None
+    log_line: Callable[[str], None] = lambda message: None
 
 
 _now = _Now()
@@ -76,7 +76,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     if not again:
         with suppress(RuntimeError):  # the signal came in the middle of another message
-            _now.say(name)
+            _now.log_line(name)
 
 
 def hold() -> None:
@@ -113,14 +113,14 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def asked(say: Callable[[str], None]) -> Iterator[None]:
+def asked(log_line: Callable[[str], None]) -> Iterator[None]:
     """Inside, the first signal is only remembered, and `say` is told its name; the same one again interrupts."""
-    before, _now.say = _now.say, say
+    before, _now.log_line = _now.log_line, log_line
     try:
         with _in_mode(_Mode.ASKED):
             yield
     finally:
-        _now.say = before
+        _now.log_line = before
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def new_preset_file(experiment: str, method: str) -> Path:
     return preset_file(experiment, method) or _home_of(method) / "presets" / experiment / f"{method}.yaml"
 
 
-def says_untuned(experiment: str | None, method: str) -> bool:
+def is_untuned_by_its_file(experiment: str | None, method: str) -> bool:
     """Whether the file that a method's rates come from says itself that nobody has tuned them."""
     file = preset_file(experiment, method) if experiment else _home_of(method) / "method" / f"{method}.yaml"
     rates = _read(file).get("rates") if file is not None else None
@@ -77,12 +77,12 @@ def options(group: str) -> list[str]:
 
 def listed(names: Sequence[str]) -> str:
     """The names in one line of a message, cut where there are many."""
-    told: list[str] = []
+    fitting: list[str] = []
     for name in names:
-        if told and sum(map(len, told)) + len(name) > CHARACTERS_LISTED:
-            return f"{', '.join(told)} and {len(names) - len(told)} more"
-        told.append(name)
-    return ", ".join(told)
+        if fitting and sum(map(len, fitting)) + len(name) > CHARACTERS_LISTED:
+            return f"{', '.join(fitting)} and {len(names) - len(fitting)} more"
+        fitting.append(name)
+    return ", ".join(fitting)
 
 
 def did_you_mean(key: str) -> str:

@@ -144,7 +144,7 @@ class SlurmConfig(ClusterConfig):
             )
 
     @property
-    def processes(self) -> int:
+    def world_size(self) -> int:
         """That train one run."""
         return self.nodes * self.tasks_per_node
 

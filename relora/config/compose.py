@@ -47,7 +47,7 @@ def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfi
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(choices.conf_dir()), version_base="1.3"):
-            texts = [_search_path(), *map(as_hydra_reads, overrides), *_steps_alone(given)]
+            texts = [_search_path(), *map(as_hydra_reads, overrides), *_without_token_budget(given)]
             composed = hydra_compose("config", texts, return_hydra_config=with_hydra)
     except Exception as error:  # whatever Hydra raises, by its classes or Python's
         raise ConfigError(explain(error)) from error
@@ -64,7 +64,7 @@ def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfi
     return composed
 
 
-def _steps_alone(given: dict[str, str]) -> list[str]:
+def _without_token_budget(given: dict[str, str]) -> list[str]:
     """What lets a budget in steps, of the command line or of a sweep, win over an experiment's budget in tokens."""
     of_the_sweep = _own_settings(given["sweeps"]) if "sweeps" in given else {}
     keys = {key for key, value in {**of_the_sweep, **given}.items() if value not in (None, "null")}
@@ -136,7 +136,7 @@ def hydra_main(argv: Sequence[str], run: Callable[[DictConfig, list[str]], None]
     options = [argument for argument in argv if argument not in overrides]
     is_sweep = _is_sweep([*overrides, *options])
     check([text for text in overrides if not text.startswith("hydra")], sweeps=is_sweep)
-    overrides = [*map(as_hydra_reads, overrides), *_steps_alone(given_values(overrides))]
+    overrides = [*map(as_hydra_reads, overrides), *_without_token_budget(given_values(overrides))]
     sys.argv = [sys.argv[0], _search_path(), *overrides, *options]
     with _hydra_raises():
         hydra.main(config_path=str(choices.conf_dir()), config_name="config", version_base="1.3")(job)()
@@ -262,7 +262,7 @@ class Composer:
     def _with_values(self, base: DictConfig, texts: Sequence[str], overrides: Sequence[str]) -> RunConfig:
         made = copy.deepcopy(base)
         try:
-            for text in [*texts, *_steps_alone(given_values(overrides))]:
+            for text in [*texts, *_without_token_budget(given_values(overrides))]:
                 OmegaConf.update(made, *self._key_and_value(text), merge=True)
         except Exception:  # OmegaConf's own classes, and Python's for numbers that are too large
             return compose(overrides)  # whose message is the one to show

@@ -20,7 +20,7 @@ def freeze(config: RunConfig, path: Path) -> None:
     write_whole(path, yaml.dump(asdict(config), Dumper=yaml.CSafeDumper, sort_keys=False))
 
 
-def at_home(path: Path) -> RunConfig:
+def read_frozen(path: Path) -> RunConfig:
     """The config of a run's frozen file, its runs_dir the one where it stands now. Raises ConfigError."""
     return replace(thaw(path), runs_dir=str(path.absolute().parent.parent))
 

@@ -38,7 +38,7 @@ class Plan:
         return self.weight_bytes + self.merged_weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def plan(config: RunConfig) -> Plan:
+def run_plan(config: RunConfig) -> Plan:
     """The plan of `config`, its vocabulary the one that is asked for: a tokenizer's own may be smaller."""
     vocab_size = config.model.vocab_size or config.data.vocab_size
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
@@ -47,7 +47,7 @@ def plan(config: RunConfig) -> Plan:
     tokens_at_a_time = _sequences_at_a_time(config) * config.data.sequence_length_tokens
     micro_steps = _micro_steps(config)
     of_update = own.flops_per_update(
-        config.tokens_per_step, merged_weight=merged_weight, micro_steps=config.processes * micro_steps
+        config.tokens_per_step, merged_weight=merged_weight, micro_steps=config.world_size * micro_steps
     )
     merged_weight_bytes = 0
     if merged_weight == "resident":
@@ -71,7 +71,7 @@ def plan(config: RunConfig) -> Plan:
         peak_bytes=_peak_bytes(config, config.trained_shape(vocab_size), own),
         peak_bytes_at_full_rank=_peak_bytes(config, config.model.shape(vocab_size), full),
         break_even_rank=config.method.break_even_rank(
-            config.model.shape(vocab_size), config, micro_steps=config.processes * micro_steps
+            config.model.shape(vocab_size), config, micro_steps=config.world_size * micro_steps
         ),
     )
 
@@ -105,7 +105,7 @@ def text(made: Plan, config: RunConfig) -> str:
         + ", ".join(parts),
         "peak": f"{_size(made.peak_bytes)} ({made.peak_bytes / made.peak_bytes_at_full_rank:.3f} of full rank's) "
         f"with {_sequences_at_a_time(config)} sequences at a time"
-        + (f" in each of {config.processes} processes" if config.processes > 1 else "")
+        + (f" in each of {config.world_size} processes" if config.world_size > 1 else "")
         + (", the warm start as full rank" if warm else ""),
     }
     if made.break_even_rank is not None:
@@ -139,7 +139,7 @@ def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost) -> int:
         merged_weight=config.method.merged_weight_in_use,
         activation_checkpointing=settings.activation_checkpointing,
         update_in_backward=settings.update_in_backward,
-        ranks=config.processes,
+        world_size=config.world_size,
     )
 
 

@@ -43,21 +43,21 @@ def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
             node = node.setdefault(name, {})
         node[last] = value
         lines = _with_value(lines, key, f"{value}")
-    if not _says("\n".join(lines), wanted):  # laid out in another way than presets are
+    if not _has_values("\n".join(lines), wanted):  # laid out in another way than presets are
         lines = [line for line in lines if line.startswith("#")] + yaml.safe_dump(wanted, sort_keys=False).splitlines()
-    told = [f"# {line}".rstrip() for line in remark.split("\n")]
+    written = [f"# {line}".rstrip() for line in remark.split("\n")]
     # An earlier search's remark begins with the same words.
-    beginnings = {" ".join(line.split()[:4]) for line in told}
+    beginnings = {" ".join(line.split()[:4]) for line in written}
     lines = [
         line
         for line in lines
         if line != HEAD and not (line.startswith("#") and " ".join(line.split()[:4]) in beginnings)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "\n".join([HEAD, *told, *lines]) + "\n")
+    write_whole(file, "\n".join([HEAD, *written, *lines]) + "\n")
 
 
-def _says(text: str, wanted: dict[str, Any]) -> bool:
+def _has_values(text: str, wanted: dict[str, Any]) -> bool:
     try:
         return _read(text) == wanted
     except yaml.YAMLError:
@@ -91,6 +91,6 @@ def _with_value(lines: list[str], key: str, value: str) -> list[str]:
         comment = comment.strip()
         if comment and not comment.startswith(BEFORE):
             comment = f"{BEFORE} {before.strip()}, {comment}"
-        told = f" # {comment}" if comment else ""
-        return [*lines[:at], f"{indent}{part}: {value}{told}", *lines[at + 1 :]]
+        written = f" # {comment}" if comment else ""
+        return [*lines[:at], f"{indent}{part}: {value}{written}", *lines[at + 1 :]]
     return lines

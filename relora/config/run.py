@@ -126,7 +126,7 @@ class RunConfig:
 
     def _check_processes(self) -> None:
         name = "cluster.nodes * cluster.tasks_per_node"
-        check_divides(name, self.processes, "trainer.sequences_per_step", self.trainer.sequences_per_step)
+        check_divides(name, self.world_size, "trainer.sequences_per_step", self.trainer.sequences_per_step)
 
     def _check_update_in_backward(self) -> None:
         if not self.trainer.update_in_backward:
@@ -147,21 +147,21 @@ class RunConfig:
                 f"trainer.update_in_backward=true takes a batch at once, not trainer.sequences_per_micro_step={micro} "
                 f"of {self.trainer.sequences_per_step} sequences at a time; set it to null"
             )
-        if self.processes > 1:
+        if self.world_size > 1:
             raise ConfigError(
                 "trainer.update_in_backward=true is for one process: several sum their gradients first; set "
                 "cluster.nodes=1 cluster.tasks_per_node=1"
             )
 
     @property
-    def processes(self) -> int:
+    def world_size(self) -> int:
         """That train the run together, as far as its config knows: torchrun may start more."""
-        return self.cluster.processes if isinstance(self.cluster, SlurmConfig) else 1
+        return self.cluster.world_size if isinstance(self.cluster, SlurmConfig) else 1
 
     @property
     def sequences_per_process(self) -> int:
         """The share of each in an update's batch."""
-        return self.trainer.sequences_per_step // self.processes
+        return self.trainer.sequences_per_step // self.world_size
 
     @property
     def total_steps(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from relora.common.errors import shown
-from relora.config.choices import preset_file, says_untuned
+from relora.config.choices import is_untuned_by_its_file, preset_file
 from relora.config.compose import preset_run, sweep_settings
 from relora.config.identity import spelled_out
 from relora.config.overrides import given_values
@@ -37,7 +37,7 @@ class Presets:
         source = f"conf/presets/{experiment}/{method}.yaml" if experiment else f"conf/method/{method}.yaml"
         own = self._run(experiment, config)
         differs = differences(config, own) if own is not None else [f"experiments={experiment} alone is no setting"]
-        if not differs and own is not None and self._says_untuned(experiment, method):
+        if not differs and own is not None and self._is_untuned(experiment, method):
             differs = [f"{source} says that its values were not tuned"]
         by_hand = [key for key in RATES if key in given]
         if not differs and own is not None and _same_rates(config, own):
@@ -46,14 +46,14 @@ class Presets:
             basis = "hand"
         else:
             basis = "untuned"
-        told = [f"{key}={value}" for key, value in given.items() if key.startswith(OF_A_PRESET)]
-        return replace(config, rates=RatesConfig(basis=basis, source=source, given=told, differs=differs))
+        changed = [f"{key}={value}" for key, value in given.items() if key.startswith(OF_A_PRESET)]
+        return replace(config, rates=RatesConfig(basis=basis, source=source, given=changed, differs=differs))
 
-    def _says_untuned(self, experiment: str | None, method: str) -> bool:
+    def _is_untuned(self, experiment: str | None, method: str) -> bool:
         """As the preset's file says; read once for all runs of a sweep."""
         key = (experiment, method)
         if key not in self._untuned:
-            self._untuned[key] = says_untuned(experiment, method)
+            self._untuned[key] = is_untuned_by_its_file(experiment, method)
         return self._untuned[key]
 
     def _run(self, experiment: str | None, config: RunConfig) -> RunConfig | None:

@@ -37,7 +37,7 @@ class UpdateInBackward:
             self._optimizer.param_groups = groups
         parameter.grad = None
 
-    def take_norm(self) -> Tensor:
+    def pop_norm(self) -> Tensor:
         """The norm of the whole gradient of the backward pass since the last call."""
         norms = [self._norms[each] for each in self._group_of if each in self._norms]
         self._norms.clear()

@@ -283,11 +283,11 @@ def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeRepor
         norms[name] = layer.merge()
         layer.initialise(seed=seed, restart=restart, name=name)
     device = next(iter(norms.values())).device
-    told = torch.stack([each.to(device) for each in norms.values()]).tolist()
+    values = torch.stack([each.to(device) for each in norms.values()]).tolist()
     return MergeReport(
         modules={
             name: MergeNorms(weight=weight, delta=delta, lost=lost)
-            for name, (weight, delta, lost) in zip(norms, told, strict=True)
+            for name, (weight, delta, lost) in zip(norms, values, strict=True)
         }
     )
 

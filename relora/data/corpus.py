@@ -83,7 +83,7 @@ class Corpus:
             raise CorpusError(f"the {split} split is too short: {error}") from error
 
 
-def prepare(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Corpus:
+def prepare(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:
     """The corpus that `config` describes, built in the folder `corpora` unless it stands there already.
 
     Raises CorpusError for text that cannot be read or is too little.
@@ -94,9 +94,9 @@ def prepare(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Co
     if corpus is None:
         corpora.mkdir(parents=True, exist_ok=True)
         with FileLock(corpora / f"{folder.name}.lock"):
-            corpus = _standing(folder, say)
+            corpus = _standing(folder, log_line)
             if corpus is None:
-                _build(config, files, folder, say)
+                _build(config, files, folder, log_line)
                 corpus = load(folder)
     return corpus
 
@@ -133,18 +133,18 @@ def _crc32_of_values(meta: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
-def _standing(folder: Path, say: Callable[[str], None]) -> Corpus | None:
+def _standing(folder: Path, log_line: Callable[[str], None]) -> Corpus | None:
     """The undamaged corpus that stands there; a damaged one is told of, and is to be built anew."""
     if not (folder / "meta.json").exists():
         return None
     try:
         return load(folder)
     except DamagedFile as error:
-        say(f"{error.path} cannot be read: {error.why}; the corpus is prepared anew")
+        log_line(f"{error.path} cannot be read: {error.why}; the corpus is prepared anew")
         return None
 
 
-def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None]) -> Corpus:
+def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:
     """As `prepare`, but what is built is built by another process: its memory is none of this one's.
 
     What a process has once held, its allocator does not give back whole, and the peak memory of the run that happens
@@ -161,7 +161,7 @@ def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None])
                 try:
                     assert child.stdout is not None
                     for line in child.stdout:
-                        say(line.rstrip("\n"))
+                        log_line(line.rstrip("\n"))
                     child.wait()
                 except BaseException:
                     child.terminate()
@@ -174,7 +174,7 @@ def prepare_apart(config: DataConfig, corpora: Path, say: Callable[[str], None])
             raise CorpusError(problem.strip())
         if child.returncode:
             raise RuntimeError(f"preparing the corpus ended with {child.returncode}:\n{problem}")
-        corpus = prepare(config, corpora, say)
+        corpus = prepare(config, corpora, log_line)
     return corpus
 
 
@@ -335,9 +335,9 @@ def _plan(config: DataConfig, files: list[Path]) -> _Plan:
 # ------------------------------------------------------------------------------------------------ tokens on disk
 
 
-def _build(config: DataConfig, files: list[Path], folder: Path, say: Callable[[str], None]) -> None:
+def _build(config: DataConfig, files: list[Path], folder: Path, log_line: Callable[[str], None]) -> None:
     started = time.perf_counter()
-    say(f"preparing the corpus {folder.name}: {len(files)} files")
+    log_line(f"preparing the corpus {folder.name}: {len(files)} files")
     plan = _plan(config, files)
     with publishing(folder) as temporary:
         end_of_text = (
@@ -350,7 +350,9 @@ def _build(config: DataConfig, files: list[Path], folder: Path, say: Callable[[s
         meta["own_crc32"] = _crc32_of_values(meta)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     counts = ", ".join(f"{name} {meta['splits'][name]['tokens']:,}" for name in SPLITS)
-    say(f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}")
+    log_line(
+        f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}"
+    )
 
 
 def _train_tokenizer(config: DataConfig, files: list[Path], plan: _Plan, folder: Path) -> str:

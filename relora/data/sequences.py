@@ -76,13 +76,13 @@ class TokenSequences:
         return window_BxT1[:, :-1], window_BxT1[:, 1:]
 
     def training_batch(
-        self, step: int, sequences_per_step: int, seed: int, *, rank: int = 0, ranks: int = 1
+        self, step: int, sequences_per_step: int, seed: int, *, rank: int = 0, world_size: int = 1
     ) -> "tuple[Tensor, Tensor]":
         """The batch of the update at `step`: the same for every caller, whatever was read before.
 
-        Of its `ranks` equal slices, the one of `rank`.
+        Of its `world_size` equal slices, the one of `rank`.
         """
-        share = sequences_per_step // ranks
+        share = sequences_per_step // world_size
         first = step * sequences_per_step + rank * share
         positions = np.arange(first, first + share, dtype=np.int64)
         return self.batch(permuted(positions, self.count, seed))

@@ -10,7 +10,7 @@ LIST_SECONDS = 10.0
 """`nvidia-smi -L` can hang where a driver is broken."""
 
 _taken: list[tuple[subprocess.Popen[bytes], str]] = []
-_told: set[int] = set()
+_warned: set[int] = set()
 
 
 def visible_gpus() -> list[str]:
@@ -42,15 +42,15 @@ def gpu_for(device: str, max_parallel: int) -> str | None:
     gpus = visible_gpus()
     if not gpus:
         return None
-    if max_parallel > len(gpus) and max_parallel not in _told:
-        _told.add(max_parallel)
+    if max_parallel > len(gpus) and max_parallel not in _warned:
+        _warned.add(max_parallel)
         print(f"note: cluster.max_parallel={max_parallel} is more than {len(gpus)} GPUs: runs share them", flush=True)
     _taken[:] = [(process, gpu) for process, gpu in _taken if process.poll() is None]
     load = Counter(gpu for _, gpu in _taken)
     return min(gpus, key=lambda gpu: load[gpu])
 
 
-def take(process: subprocess.Popen[bytes], gpu: str | None) -> None:
+def hold_gpu(process: subprocess.Popen[bytes], gpu: str | None) -> None:
     """Count a GPU as used until the process ends."""
     if gpu is not None:
         _taken.append((process, gpu))

@@ -14,15 +14,15 @@ from relora.common import signals
 from relora.common.errors import RunError, printable
 from relora.config.cluster import ClusterConfig, SlurmConfig
 from relora.config.run import RunConfig
-from relora.launching.gpus import gpu_for, take
+from relora.launching.gpus import gpu_for, hold_gpu
 from relora.runs.rundir import read_json
 from relora.runs.spent import other_switches
-from relora.runs.state import State, observe
+from relora.runs.state import ObservedState, observe
 from relora.studies.baselines import launch_notes
 from relora.studies.manifest import cancellations, study_dir
 from relora.studies.publish import join_study, publish_report
-from relora.studies.status import render_plain, show_progress, standings
-from relora.studies.study import Planned, plan, prepare, write_manifest
+from relora.studies.status import render_plain, show_progress, status_rows
+from relora.studies.study import Planned, planned_runs, prepare, write_manifest
 from relora.studies.sweeps import Sweep
 from relora.training.job import job
 
@@ -38,7 +38,7 @@ def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
     Returns whether nothing is left to launch: all finished, or all submitted. Ctrl-C and SIGTERM stop every run here
     with a checkpoint; the same launch again goes on.
     """
-    planned = plan(sweep)
+    planned = planned_runs(sweep)
     baselines = [item.config for item in planned if item.role == "baseline"]
     for remark in (*sweep.remarks, *launch_notes(baselines, [item.config for item in planned])):
         print(f"note: {remark}", flush=True)
@@ -76,7 +76,7 @@ def launch_again(study: str, planned: Sequence[Planned], command: Sequence[str])
 
 
 def _to_launch(
-    planned: Sequence[Planned], states: Sequence[State], command: Sequence[str], study: str
+    planned: Sequence[Planned], states: Sequence[ObservedState], command: Sequence[str], study: str
 ) -> list[Planned]:
     """The runs that need a launch, prepared; the others become members of the study in MLflow."""
     pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
@@ -87,7 +87,7 @@ def _to_launch(
     return pending
 
 
-def _other_switches(planned: Sequence[Planned], states: Sequence[State]) -> list[str]:
+def _other_switches(planned: Sequence[Planned], states: Sequence[ObservedState]) -> list[str]:
     """Which finished runs are taken though they were trained with other switches than this launch asks for."""
     runs: dict[str, list[str]] = {}
     for item, state in zip(planned, states, strict=True):
@@ -102,7 +102,7 @@ def _other_switches(planned: Sequence[Planned], states: Sequence[State]) -> list
 
 def _conclude(study: str, planned: Sequence[Planned]) -> bool:
     """The table and the report of a study whose runs have ended; whether all are finished."""
-    rows = standings(planned)
+    rows = status_rows(planned)
     print(render_plain(rows), flush=True)
     publish_report(Path(planned[0].config.runs_dir), study)
     unfinished = sum(row.state.name != "finished" for row in rows)
@@ -124,7 +124,7 @@ def _one_after_the_other(pending: Sequence[Planned]) -> None:
 
 def _claim(item: Planned) -> bool:
     """Take a run for this machine, unless another launcher has meanwhile. Raises RunError where SLURM does not tell."""
-    with _alone(Path(item.config.runs_dir)):
+    with _only_launcher(Path(item.config.runs_dir)):
         (state,) = observe([item.run])
         if state.needs_launch:
             item.run.submission_file.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def _submit_study(study: str, planned: Sequence[Planned], command: Sequence[str]
 
     check_cluster(cluster)
     runs_dir = Path(planned[0].config.runs_dir)
-    with _alone(runs_dir):
+    with _only_launcher(runs_dir):
         states = observe([item.run for item in planned])
         if all(state.name == "finished" for state in states):
             return _conclude(study, planned)
@@ -151,17 +151,17 @@ def _submit_study(study: str, planned: Sequence[Planned], command: Sequence[str]
             for item, state in zip(planned, states, strict=True)
             if state.is_under_way and item.run.submission_file.exists()
         }
-        told = "submitted nothing"
+        outcome = "submitted nothing"
         if pending:
             made = submit(pending, study_dir(runs_dir, study) / "jobs", study=study, after=sorted(under_way))
-            told = f"submitted {len(pending)} runs as {made.describe()}"
+            outcome = f"submitted {len(pending)} runs as {made.describe()}"
     done = ", ".join(
         f"{count} {word}"
         for word, name in (("already done", "finished"), ("running", "running"), ("queued", "queued"))
         if (count := sum(state.name == name for state in states))
     )
     where = f" runs_dir={runs_dir}" if runs_dir != Path("runs").absolute() else ""
-    print(f"{told}{f' ({done})' if done else ''}; relora status {study}{where}", flush=True)
+    print(f"{outcome}{f' ({done})' if done else ''}; relora status {study}{where}", flush=True)
     if not cluster.wait:
         return True
     _wait(planned)
@@ -169,7 +169,7 @@ def _submit_study(study: str, planned: Sequence[Planned], command: Sequence[str]
 
 
 @contextmanager
-def _alone(runs_dir: Path) -> Iterator[None]:
+def _only_launcher(runs_dir: Path) -> Iterator[None]:
     """One launcher at a time submits runs of a folder: two would submit the same ones twice."""
     runs_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(runs_dir / ".launch.lock"):
@@ -196,7 +196,7 @@ def submit_run(config: RunConfig, overrides: Sequence[str]) -> bool:
     assert isinstance(config.cluster, SlurmConfig)
     check_cluster(config.cluster)
     item = Planned(config=config, role="arm")
-    with _alone(Path(config.runs_dir)):
+    with _only_launcher(Path(config.runs_dir)):
         (state,) = observe([item.run])
         if state.needs_launch:
             prepare([item], overrides)
@@ -232,8 +232,8 @@ class _Processes:
                     self._start()
                     time.sleep(POLL_SECONDS)
                     for item, process in self.running:
-                        if process.poll() and (told := silent_end(item, process)):
-                            print(told, flush=True)
+                        if process.poll() and (outcome := silent_end(item, process)):
+                            print(outcome, flush=True)
                     self.running = [(item, process) for item, process in self.running if process.returncode is None]
                     with suppress(RunError):  # SLURM, which has some of the runs, may be busy for a moment
                         show(False)
@@ -273,7 +273,7 @@ def start_process(item: Planned, max_parallel: int) -> subprocess.Popen[bytes]:
             start_new_session=True,
             env={"OMP_NUM_THREADS": str(threads), **os.environ, **chosen},
         )
-    take(process, gpu)
+    hold_gpu(process, gpu)
     return process
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from relora.common.errors import ConfigError, RunError, shown
 from relora.config import compose
-from relora.config.frozen import at_home
+from relora.config.frozen import read_frozen
 from relora.launching.launch import launch_again
 from relora.launching.submit import BESIDE
 from relora.runs import slurm
@@ -20,7 +20,7 @@ from relora.runs.rundir import RunDir, read_json, write_json
 from relora.runs.state import log_of, observe
 from relora.studies.manifest import manifest_of, note_cancellation, studies, study_dir
 from relora.studies.publish import mirror_runs
-from relora.studies.status import Standing, render_plain, standings, unreadable
+from relora.studies.status import StatusRow, render_plain, status_rows, unreadable
 from relora.studies.study import Planned, of_manifest
 from relora.tracking.console import is_terminal
 from relora.training.summary import relaunch_command
@@ -55,7 +55,7 @@ def find_run(runs_dir: Path, name: str) -> Planned:
     made = _made(runs_dir, roles)
     found = [part] if part in made else [run for run in made if part in run]
     if len(found) == 1:
-        return Planned(config=at_home(runs_dir / found[0] / "config.yaml"), role=roles[found[0]])
+        return Planned(config=read_frozen(runs_dir / found[0] / "config.yaml"), role=roles[found[0]])
     if found:
         raise ConfigError(f"{name} may be {_listed(found)}; write more of the name")
     if study:
@@ -80,7 +80,7 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
     planned = runs_of(runs_dir, name)
     while True:
         try:
-            rows = [*standings(planned), *_unreadable(runs_dir, name)]
+            rows = [*status_rows(planned), *_unreadable(runs_dir, name)]
         except RunError as error:
             if not watch:
                 raise
@@ -96,14 +96,14 @@ def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
         time.sleep(WATCH_SECONDS)
 
 
-def _unreadable(runs_dir: Path, name: str) -> list[Standing]:
+def _unreadable(runs_dir: Path, name: str) -> list[StatusRow]:
     return unreadable(runs_dir, name) if name in studies(runs_dir) else []
 
 
 def status_json(runs_dir: Path, name: str) -> list[dict[str, object]]:
     """How the runs stand, as records."""
     planned = runs_of(runs_dir, name)
-    rows = [row.as_json() for row in [*standings(planned), *_unreadable(runs_dir, name)]]
+    rows = [row.as_json() for row in [*status_rows(planned), *_unreadable(runs_dir, name)]]
     mirror_runs(planned)
     return rows
 

@@ -191,7 +191,7 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
         _submit_arrays(groups, made_by, submitted, cluster, folder, study)
         if study is not None:
             dependency = [("afterany", (*submitted.arrays, *after))]
-            executor = _executor(_alone(cluster), folder, f"{study}-report", dependency)
+            executor = _executor(_single_task(cluster), folder, f"{study}-report", dependency)
             task = ReportTask(Path(pending[0].config.runs_dir), study)
             (submitted.report,) = _submit_all([task], executor)
     except RunError:
@@ -260,7 +260,7 @@ def _submit_corpora(
         if (place / "meta.json").exists():
             continue
         if place not in made:
-            executor = _executor(_alone(cluster), folder, "corpus", [])
+            executor = _executor(_single_task(cluster), folder, "corpus", [])
             made[place] = _under_way(place) or _made_by(CorpusTask(item.run.path), executor, place, submitted)
         found[data] = made[place]
     return found
@@ -312,7 +312,7 @@ def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str]) -> None
     write_json(run.submission_file, {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms})
 
 
-def _alone(cluster: SlurmConfig) -> SlurmConfig:
+def _single_task(cluster: SlurmConfig) -> SlurmConfig:
     """One process, without a GPU."""
     return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=None)
 

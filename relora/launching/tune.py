@@ -70,7 +70,7 @@ def tune(search: Search, overrides: Sequence[str]) -> bool:
         raise ConfigError("a search trains its trials on the machine it runs on; take cluster=local, inside a job")
     folder = study_dir(Path(first.runs_dir), search.study)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), signals.raising():
+    with _locked(folder), signals.raising():
         study = _open(folder / "optuna.db", search, first)
         print(f"study {search.study}: {_judged(study)} of {search.trials} trials are judged already", flush=True)
         complete = _run_trials(study, search, overrides, first.cluster.max_parallel)
@@ -82,7 +82,7 @@ def tune(search: Search, overrides: Sequence[str]) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """One launcher a search: another would take this one's trials for dead."""
     lock = FileLock(folder / ".search.lock")
     try:
@@ -255,8 +255,8 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
             f"no trial of {search.study} ran to its end: every one diverged or was stopped; lower tune.ranges"
         )
     values = {name: float(f"{value:.3g}") for name, value in study.best_params.items()}
-    told = " ".join(f"{name}={value:g}" for name, value in values.items())
-    print(f"best on validation: {told} (loss {study.best_value:.4f} in the mean over {len(search.seeds)} seeds)")
+    text = " ".join(f"{name}={value:g}" for name, value in values.items())
+    print(f"best on validation: {text} (loss {study.best_value:.4f} in the mean over {len(search.seeds)} seeds)")
     own = [item for item in _without_paths(overrides) if not item.startswith(OF_THE_EXPERIMENT)]
     if search.experiment is None or own:
         why = f"{' '.join(own)} is not the experiment's setting" if own else "no experiments=... was given"

@@ -131,7 +131,7 @@ def _verify(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
 
 
-def load_latest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def load_latest(folder: Path, log_line: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest checkpoint that is undamaged, on the CPU; None when there is none.
 
     A damaged one is named through `say` and the one before it taken. Raises CheckpointError when all are damaged.
@@ -141,7 +141,7 @@ def load_latest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | No
         try:
             return load(path)
         except CheckpointError as error:
-            say(f"checkpoint {error}; trying the one before it")
+            log_line(f"checkpoint {error}; trying the one before it")
     if checkpoints:
         raise CheckpointError(f"no checkpoint in {folder} can be read; remove the folder to train from the start")
     return None

@@ -47,7 +47,7 @@ class Tracker(Protocol):
         """Metrics after `step` updates."""
         ...
 
-    def say(self, message: str) -> None:
+    def log_line(self, message: str) -> None:
         """A line for people."""
         ...
 
@@ -72,10 +72,10 @@ class Broadcast:
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
-    def say(self, message: str) -> None:
+    def log_line(self, message: str) -> None:
         """To each."""
         for tracker in self.trackers:
-            tracker.say(message)
+            tracker.log_line(message)
 
     def flush(self) -> None:
         """Each."""
@@ -150,7 +150,7 @@ class MetricsLog:
     def progress(self, progress: Progress) -> None:
         """Not kept."""
 
-    def say(self, message: str) -> None:
+    def log_line(self, message: str) -> None:
         """Not kept."""
 
     def flush(self) -> None:

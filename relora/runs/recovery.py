@@ -12,14 +12,14 @@ def previous_status(run: RunDir) -> Status | None:
     try:
         return run.status
     except DamagedFile as error:
-        told = f"{error.path} cannot be read: {error.why}; kept as {set_aside(run.status_file).name}"
+        message = f"{error.path} cannot be read: {error.why}; kept as {set_aside(run.status_file).name}"
         rows = [row_metrics(row) for row in read_rows(run.metrics_file)]
         prefix = "summary/"
         known = {name.removeprefix(prefix): row[name] for row in rows for name in row if name.startswith(prefix)}
         if not run.model.is_dir() or not all(name in known for name in RESULTS):
-            print(f"note: {told}, going on without it", flush=True)
+            print(f"note: {message}, going on without it", flush=True)
             return None
-        print(f"note: {told}, its results are read from metrics.jsonl; where it was trained is lost", flush=True)
+        print(f"note: {message}, its results are read from metrics.jsonl; where it was trained is lost", flush=True)
         about = read_json(run.model / "relora.json")
         corpus = {name: about[name] for name in ("corpus_digest", "tokenizer_digest") if name in about}
         counts = ("tokens", "parameters", "trainable_parameters", "restarts", "skipped_updates", "peak_memory_bytes")

@@ -15,7 +15,7 @@ from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.metrics import read_rows, recorded
 from relora.runs.rundir import RunDir, Status
-from relora.runs.state import State
+from relora.runs.state import ObservedState
 
 T = TypeVar("T")
 
@@ -39,20 +39,20 @@ class Run:
     """Which of its files cannot be read, and why."""
 
     @classmethod
-    def of(cls, path: Path, role: str, state: State) -> "Run":
+    def of(cls, path: Path, role: str, state: ObservedState) -> "Run":
         """The run in `path`, "missing" where there is none."""
         folder = RunDir(path)
         nothing = cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
         if not folder.config_file.exists():
             return nothing
         try:
-            config = frozen.at_home(folder.config_file)
+            config = frozen.read_frozen(folder.config_file)
         except (ConfigError, DamagedFile) as error:
             return replace(nothing, state="unreadable", problem=reason(error))
         return cls.read(path, role, config, state)
 
     @classmethod
-    def read(cls, path: Path, role: str, config: RunConfig, state: State) -> "Run":
+    def read(cls, path: Path, role: str, config: RunConfig, state: ObservedState) -> "Run":
         """The run of that config; "unreadable", with what is wrong, where its results cannot be read."""
         run = cls(name=path.name, role=role, path=path, config=config, status=None, state=state.name)
         if state.name == "unreadable":
@@ -102,9 +102,9 @@ class Run:
     def remarks(self) -> list[str]:
         """What a reader of its results must know: a machine that changed, and rows that are lost."""
         changes = self.status.machine_changes if self.status else []
-        told = [f"from step {step} on it was trained on another machine ({machine})" for step, machine in changes]
+        notes = [f"from step {step} on it was trained on another machine ({machine})" for step, machine in changes]
         lost = [] if self.problem else recorded(self.folder.metrics_file).lost
-        return [*told, *(f"{rows}: lost" for rows in lost if not rows.recomputed)]
+        return [*notes, *(f"{rows}: lost" for rows in lost if not rows.recomputed)]
 
     @property
     def spent(self) -> list[dict[str, Any]]:

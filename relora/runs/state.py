@@ -16,7 +16,7 @@ ACCOUNTING_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class ObservedState:
     """How one run stands."""
 
     name: str
@@ -38,7 +38,7 @@ class State:
         return not self.is_under_way and self.name != "finished"
 
 
-def observe(runs: Sequence[RunDir]) -> list[State]:
+def observe(runs: Sequence[RunDir]) -> list[ObservedState]:
     """How each run stands now. Raises RunError where SLURM has to be asked and does not answer.
 
     A run whose process died without a word gets the status that says how: nothing stays "running" for ever.
@@ -64,40 +64,40 @@ def _submission(run: RunDir) -> dict[str, Any]:
     return values if all(isinstance(values.get(name), kind) for name, kind in kinds.items()) else {}
 
 
-def _of_readable(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
+def _of_readable(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> ObservedState:
     """As `_of`; a status that cannot be read is told and stops nobody from looking at the other runs."""
     try:
         return _of(run, submission, answer)
     except DamagedFile as error:
         job = answer.of(submission["job"]) if submission else None
         if (job is not None and job.alive) or (run.path.is_dir() and run.is_locked):
-            return State(name="running", message=str(error))
-        return State(name="unreadable", message=str(error))
+            return ObservedState(name="running", message=str(error))
+        return ObservedState(name="unreadable", message=str(error))
 
 
-def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> State:
+def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> ObservedState:
     status = run.status
     if status is not None and status.state == "finished":
-        return State(name="finished", requeues=status.requeues)
+        return ObservedState(name="finished", requeues=status.requeues)
     if not submission:
         return _of_local(run, status)
     if not slurm.is_here():
         message = f"as its files say: its SLURM job {submission['job']} cannot be asked about from this machine"
-        return State(name=status.state if status else "queued", message=message)
+        return ObservedState(name=status.state if status else "queued", message=message)
     job = answer.of(submission["job"])
     if job is not None and job.waits:
-        return State(name="queued", message=job.reason, requeues=job.requeues)
+        return ObservedState(name="queued", message=job.reason, requeues=job.requeues)
     if job is not None and job.alive:
         message = "being cancelled" if submission.get("cancelled") else f"on {job.node}" if job.node else ""
-        return State(name="running", message=message, requeues=job.requeues)
-    told = status is not None and status.slurm_job_id == submission["job"] and status.state != "running"
-    if told and status is not None and (job is None or job.state in ("COMPLETED", "FAILED")):
-        return State(name=status.state, message=status.message, requeues=job.requeues if job else 0)
+        return ObservedState(name="running", message=message, requeues=job.requeues)
+    ended_by_itself = status is not None and status.slurm_job_id == submission["job"] and status.state != "running"
+    if ended_by_itself and status is not None and (job is None or job.state in ("COMPLETED", "FAILED")):
+        return ObservedState(name=status.state, message=status.message, requeues=job.requeues if job else 0)
     if job is None:
         if submission.get("cancelled"):
             return _settled(run, status, "cancelled", "cancelled")
         if time.time() * 1000 - submission["submitted_ms"] < 1000 * ACCOUNTING_SECONDS:
-            return State(name="queued", message="submitted")
+            return ObservedState(name="queued", message="submitted")
         message = f"SLURM does not know its job {submission['job']} any more, nor how it ended"
         return _settled(run, status, "failed", message)
     if submission.get("cancelled") and job.state == "CANCELLED":
@@ -121,13 +121,13 @@ def _why_dead(job: slurm.Job, log: Path) -> str:
     return job.why_dead
 
 
-def _of_local(run: RunDir, status: Status | None) -> State:
+def _of_local(run: RunDir, status: Status | None) -> ObservedState:
     if status is None:
-        return State(name="missing")
+        return ObservedState(name="missing")
     if status.state == "running" and not run.is_locked:
         message = _with_ranks(run, "its process died; the newest checkpoint stands")
         return _settled(run, status, "interrupted", message)
-    return State(name=status.state, message=status.message)
+    return ObservedState(name=status.state, message=status.message)
 
 
 def _with_ranks(run: RunDir, message: str) -> str:
@@ -135,20 +135,20 @@ def _with_ranks(run: RunDir, message: str) -> str:
     return "; ".join([*run.told_by_ranks, message])
 
 
-def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues: int = 0) -> State:
+def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues: int = 0) -> ObservedState:
     """Write down how a run ended that could not do so itself, unless it could after all."""
     try:
         with run.locked(wait_seconds=0):
             status = run.status
             if status is not None and seen is not None and status.state != seen.state:
-                return State(name=status.state, message=status.message, requeues=requeues)
+                return ObservedState(name=status.state, message=status.message, requeues=requeues)
             status = status or Status(state=name, attempt=0, host="", pid=0)
             if (status.state, status.message) != (name, message):
                 status.state, status.message = name, message
                 status.ended_ms = time.time_ns() // 1_000_000
                 run.status = status
     except RunError:
-        return State(name="running", requeues=requeues)
+        return ObservedState(name="running", requeues=requeues)
     except OSError:
         pass  # a folder of somebody else's: the answer is right all the same
-    return State(name=name, message=message, requeues=requeues)
+    return ObservedState(name=name, message=message, requeues=requeues)

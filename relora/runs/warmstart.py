@@ -38,7 +38,7 @@ def folder_of(config: RunConfig) -> Path:
 
 @contextmanager
 def shared(
-    config: RunConfig, run: RunDir, origin: dict[str, str], say: Callable[[str], None]
+    config: RunConfig, run: RunDir, origin: dict[str, str], log_line: Callable[[str], None]
 ) -> Iterator[Callable[[], None] | None]:
     """Fork the warm start into `run`, or hold it for this run to train.
 
@@ -56,11 +56,11 @@ def shared(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"waiting for the warm start {folder.name}, which another run trains")
+        log_line(f"waiting for the warm start {folder.name}, which another run trains")
         lock.acquire()
     try:
-        meta = _meta(folder, say)
-        if meta.get("origin") == origin and (reached is not None or _fork(config, run, folder, meta, say)):
+        meta = _meta(folder, log_line)
+        if meta.get("origin") == origin and (reached is not None or _fork(config, run, folder, meta, log_line)):
             lock.release()
             yield None
         else:
@@ -74,12 +74,12 @@ def shared(
         lock.release()
 
 
-def _meta(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _meta(folder: Path, log_line: Callable[[str], None]) -> dict[str, Any]:
     """What a warm start says of itself; empty where there is none that can be read."""
     try:
         return read_json(folder / "meta.json")
     except DamagedFile as error:
-        say(f"the warm start {error}; training it anew")
+        log_line(f"the warm start {error}; training it anew")
         return {}
 
 
@@ -98,7 +98,7 @@ def _publish(config: RunConfig, run: RunDir, folder: Path, origin: dict[str, str
         write_json(temporary / "meta.json", {"run": config.name, "steps": steps, "origin": origin})
 
 
-def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], say: Callable[[str], None]) -> bool:
+def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], log_line: Callable[[str], None]) -> bool:
     """Make `run` one that has just trained the warm start; False where that cannot be read.
 
     Its metrics come first, so that a crash between repeats this; rows that the run has already stay as they are, for
@@ -107,11 +107,11 @@ def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], sa
     try:
         state = checkpoint.load(folder / "checkpoint.pt")
     except checkpoint.CheckpointError as error:
-        say(f"the warm start {error}; training it anew")
+        log_line(f"the warm start {error}; training it anew")
         return False
     here, there = recorded(run.metrics_file), recorded(folder / "metrics.jsonl")
     for lost in there.lost:
-        say(f"the warm start's {lost}; what is lost there stays lost")
+        log_line(f"the warm start's {lost}; what is lost there stays lost")
     have = {(row["step"], name) for row in here.rows for name in row_metrics(row)}
     lines = count(here.lines)
     with run.metrics_file.open("ab") as file:
@@ -125,5 +125,5 @@ def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], sa
     micro = config.trainer.sequences_per_micro_step or config.trainer.sequences_per_step
     state["counters"]["sequences_per_micro_step"] = micro
     checkpoint.save(run.checkpoints, state["step"], state)
-    say(f"forked the warm start {folder.name} of {meta.get('run', 'another run')} at step {state['step']}")
+    log_line(f"forked the warm start {folder.name} of {meta.get('run', 'another run')} at step {state['step']}")
     return True

@@ -7,7 +7,7 @@ from relora.common.errors import ConfigError
 from relora.config.compose import full_rank
 from relora.config.groups import ScheduleConfig
 from relora.config.overrides import parsed
-from relora.config.plan import plan as cost_of
+from relora.config.plan import run_plan as cost_of
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
 from relora.methods.registry import BASELINE, METHODS

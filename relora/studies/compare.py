@@ -151,12 +151,14 @@ class Study:
 
     def baseline_remarks(self) -> list[str]:
         """Sentences that name the baseline where the reader could expect another one."""
-        choice, told = self.baseline(), list[str]()
+        choice, sentences = self.baseline(), list[str]()
         if choice is None:
-            return told
+            return sentences
         name = self.labels[choice.variant]
         if not choice.is_of_the_study:
-            told.append(f"The baseline {name} is no run of this study: another launch trained it in the same runs_dir.")
+            sentences.append(
+                f"The baseline {name} is no run of this study: another launch trained it in the same runs_dir."
+            )
         for variant in choice.rivals.keys() - {choice.variant}:
             if (shared := choice.compared_with(variant)) is None:
                 continue
@@ -165,13 +167,13 @@ class Study:
             losses = f"{theirs:.4f} against {ours:.4f}, {over}"
             if theirs < ours:
                 lacking = ", ".join(map(str, sorted(choice.runs.keys() - choice.rivals[variant].keys())))
-                told.append(
+                sentences.append(
                     f"{self.labels[variant]} is better on validation than the baseline {name} ({losses}), but it has "
                     f"no run of seed {lacking}; train it, and it becomes the baseline."
                 )
             elif not choice.is_of_the_study and any(run.role != "other" for run in choice.rivals[variant].values()):
-                told.append(f"{self.labels[variant]} of this study is worse on validation ({losses}).")
-        return sorted(told, key=lambda text: not text.startswith("The baseline"))
+                sentences.append(f"{self.labels[variant]} of this study is worse on validation ({losses}).")
+        return sorted(sentences, key=lambda text: not text.startswith("The baseline"))
 
 
 def load_study(runs_dir: Path, name: str) -> Study:

@@ -55,24 +55,24 @@ def untuned_words(study: Study) -> list[str]:
 
 def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
     """Sentences on what is not plausible in a study of one setting."""
-    told: list[str] = []
+    sentences: list[str] = []
     choice = study.baseline()
     if full is not None and choice is not None:
-        told += _rising(full, choice)
-        told += _at_the_edge(f"the baseline ({full.label})", full.config, _tried(study, full))
+        sentences += _rising(full, choice)
+        sentences += _at_the_edge(f"the baseline ({full.label})", full.config, _tried(study, full))
     if best is None:
-        return told
-    told += _at_the_edge(best.label, best.config, _tried(study, best))
+        return sentences
+    sentences += _at_the_edge(best.label, best.config, _tried(study, best))
     gaps = [(arm.label, arm.gap("tokens")) for arm in study.arms if not arm.is_full_rank]
     ahead = [f"{label} ({-gap.relative:.1%})" for label, gap in gaps if gap is not None and gap.relative < FAR_AHEAD]
     if ahead:
-        told.append(
+        sentences.append(
             f"Not plausible: ahead of full rank at equal tokens by more than {-FAR_AHEAD:.0%}: {', '.join(ahead)}. "
             "That is a sign of a full-rank run at bad rates; try others: method=full optimizer.learning_rate=... "
             "optimizer.embedding_learning_rate=..."
         )
-    told += _within_seeds(best.label, best.gap("tokens"))
-    return told
+    sentences += _within_seeds(best.label, best.gap("tokens"))
+    return sentences
 
 
 def _within_seeds(label: str, gap: Estimate | None) -> list[str]:

@@ -95,8 +95,8 @@ def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run
     """
     budget, unit = run.budget(axis), {"flops": "FLOPs", "seconds": "seconds"}[axis]
     if axis == "seconds":
-        if baseline is not None and (told := differences(run.spent, baseline.spent)):
-            return Gap(loss=None, note=f"wall-clock: {told}")
+        if baseline is not None and (reason := differences(run.spent, baseline.spent)):
+            return Gap(loss=None, note=f"wall-clock: {reason}")
         ended = [other for other in ended if not differences(run.spent, other.spent)]
     if run is baseline:
         return Gap(loss=0.0, note="itself")
@@ -263,7 +263,7 @@ def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run |
         status = folder.status
         if status is None or status.state != "finished":
             return None
-        config = frozen.at_home(folder.config_file)
+        config = frozen.read_frozen(folder.config_file)
     except (ConfigError, DamagedFile):
         return None
     run = Run(name=path.name, role="other", path=path, config=config, status=status, state=status.state)

@@ -71,42 +71,44 @@ def answer(study: Study) -> list[str]:
     parts = study.settings()
     if len(parts) == 1:
         return _answer(study)
-    told: list[str] = []
+    sentences: list[str] = []
     for part in parts:
         config = next((arm.config for arm in part.arms if arm.config), None)
         name = f"{config.model.name}, {config.total_steps} updates" if config else "unknown setting"
-        told += [f"{name}: {line}" for line in _answer(part)]
-    return told
+        sentences += [f"{name}: {line}" for line in _answer(part)]
+    return sentences
 
 
 def _answer(study: Study) -> list[str]:
-    told: list[str] = []
+    sentences: list[str] = []
     full, best = study.full_rank(), study.best()
     if full is not None and full.finished:
-        told.append(f"Full rank ({full.label}) reaches perplexity {_spread(full.values('test_perplexity'))} on test.")
+        sentences.append(
+            f"Full rank ({full.label}) reaches perplexity {_spread(full.values('test_perplexity'))} on test."
+        )
     else:
-        told.append("There is no finished full-rank run to measure against.")
-    told += study.baseline_remarks()
-    told += untuned_words(study)
+        sentences.append("There is no finished full-rank run to measure against.")
+    sentences += study.baseline_remarks()
+    sentences += untuned_words(study)
     if best is not None:
-        told.append(_best_arm(study, best, full))
-    told += doubts(study, best, full)
+        sentences.append(_best_arm(study, best, full))
+    sentences += doubts(study, best, full)
     cells = None if untuned(study) else heat_map(study)
     if best is not None and cells is not None and best.config is not None and restarts(best.config):
         interval = best.config.reset_interval_steps
-        told.append(
+        sentences.append(
             f"Rank and interval: take rank {best.config.rank} and "
             + ("no restarts." if interval is None else f"a restart every {interval} updates.")
         )
     seeds = min((len(arm.finished) for arm in study.arms if arm.finished), default=0)
     if 0 < seeds < 3:
-        told.append(
+        sentences.append(
             f"There {'is one seed' if seeds == 1 else 'are two seeds'} for at least one arm: no interval can be given, "
             f"and a small difference may be chance. Three seeds give one: {_command(study, 'trainer.seed', '0,1,2')}"
         )
     if study.unfinished:
-        told.append(f"{len(study.unfinished)} of {len(study.members)} runs have no result; they are listed below.")
-    return told
+        sentences.append(f"{len(study.unfinished)} of {len(study.members)} runs have no result; they are listed below.")
+    return sentences
 
 
 def _command(study: Study, key: str, values: str) -> str:
@@ -203,10 +205,14 @@ def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
         _spread(arm.values("test_perplexity")),
     ]
     for axis in ("tokens", "flops", "seconds"):
-        gap, told = arm.gap(axis), arm.notes(axis)
+        gap, sentences = arm.gap(axis), arm.notes(axis)
         if axis == "tokens":
-            told = [] if gap is not None and gap.seeds == len(arm.finished) else [t for t in told if "no finished" in t]
-        marks = ", ".join(notes.mark(text) for text in told)
+            sentences = (
+                []
+                if gap is not None and gap.seeds == len(arm.finished)
+                else [t for t in sentences if "no finished" in t]
+            )
+        marks = ", ".join(notes.mark(text) for text in sentences)
         cells.append(percent(gap, len(arm.finished)) + (f" ({marks})" if marks else ""))
     measured = [m for m in arm.finished if m.baseline is not None and not m.evaluated_too_rarely]
     reached = [m.tokens_to_baseline for m in measured if m.tokens_to_baseline is not None]

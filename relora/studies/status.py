@@ -8,7 +8,7 @@ from typing import Any
 from relora.common.tables import aligned
 from relora.runs.metrics import read_rows
 from relora.runs.results import Run
-from relora.runs.state import State, observe
+from relora.runs.state import ObservedState, observe
 from relora.studies.gaps import FullRank, gap_at_equal_tokens, role_beside
 from relora.studies.study import Planned, damaged_of
 from relora.tracking.console import LiveTable, duration, is_terminal
@@ -17,12 +17,12 @@ NOTE_CHARACTERS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class StatusRow:
     """One row: what is not known yet is None."""
 
     run: str
     role: str
-    state: State
+    state: ObservedState
     step: int
     total_steps: int
     seconds_left: float | None = None
@@ -44,7 +44,7 @@ class Standing:
         return {**vars(self), **state}
 
 
-def standings(planned: Sequence[Planned]) -> list[Standing]:
+def status_rows(planned: Sequence[Planned]) -> list[StatusRow]:
     """How each run stands."""
     states = observe([item.run for item in planned])
     runs = [Run.read(item.run.path, item.role, item.config, state) for item, state in zip(planned, states, strict=True)]
@@ -57,23 +57,23 @@ def standings(planned: Sequence[Planned]) -> list[Standing]:
     ]
 
 
-def _with_problem(state: State, run: Run) -> State:
+def _with_problem(state: ObservedState, run: Run) -> ObservedState:
     return replace(state, name=run.state, message=run.problem) if run.problem else state
 
 
-def unreadable(runs_dir: Path, study: str) -> list[Standing]:
+def unreadable(runs_dir: Path, study: str) -> list[StatusRow]:
     """The study's runs whose frozen config is damaged: all that is known of them is which file it is."""
     return [
-        Standing(run=name, role=role, state=State(name="unreadable", message=why), step=0, total_steps=0)
+        StatusRow(run=name, role=role, state=ObservedState(name="unreadable", message=why), step=0, total_steps=0)
         for name, (role, why) in damaged_of(runs_dir, study).items()
     ]
 
 
-def _finished(run: Run, state: State, full: FullRank) -> Standing:
+def _finished(run: Run, state: ObservedState, full: FullRank) -> StatusRow:
     assert run.config is not None
     assert run.status is not None
     found, (gap, baseline) = run.summary, gap_at_equal_tokens(run, full)
-    return Standing(
+    return StatusRow(
         run=run.name,
         role=role_beside(run.role, run, baseline),
         state=replace(state, message=gap.note) if run.diverged else state,
@@ -100,13 +100,13 @@ def _rates(run: Run, baseline: Run | None, full: FullRank) -> str:
     return run.config.rates.words
 
 
-def _begun(item: Planned, state: State, run: Run) -> Standing:
+def _begun(item: Planned, state: ObservedState, run: Run) -> StatusRow:
     status, recorded = run.status, [] if run.problem else read_rows(item.run.metrics_file)
     step = max((row["step"] for row in recorded), default=0)
     perplexities = [row["eval/perplexity"] for row in recorded if "eval/perplexity" in row]
     rates = [row["perf/tokens_per_second"] for row in recorded[-5:] if "perf/tokens_per_second" in row]
     left = (item.config.total_steps - step) * item.config.tokens_per_step / rates[-1] if rates else None
-    return Standing(
+    return StatusRow(
         run=item.config.name,
         role=item.role,
         state=state,
@@ -126,7 +126,7 @@ COLUMNS = (
 )
 
 
-def _cells(row: Standing) -> tuple[str, ...]:
+def _cells(row: StatusRow) -> tuple[str, ...]:
     def shown(value: float | None, form: Callable[[float], str]) -> str:
         return "" if value is None else form(value)
 
@@ -147,14 +147,14 @@ def _cells(row: Standing) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
+def table(rows: Sequence[StatusRow]) -> tuple[list[str], list[list[str]]]:
     """The headings and the rows, as text; columns with nothing in them are left out."""
     cells = [_cells(row) for row in rows]
     used = [number for number in range(len(COLUMNS)) if any(row[number] for row in cells)]
     return [COLUMNS[number] for number in used], [[row[number] for number in used] for row in cells]
 
 
-def render_plain(rows: Sequence[Standing]) -> str:
+def render_plain(rows: Sequence[StatusRow]) -> str:
     """The table as aligned text, and the names of the baselines that its gaps are measured against."""
     headings, cells = table(rows)
     texts = [aligned([headings, *cells])]
@@ -164,7 +164,7 @@ def render_plain(rows: Sequence[Standing]) -> str:
     return "\n".join(texts)
 
 
-def show_progress(planned: Sequence[Planned]) -> Callable[[bool], list[State]]:
+def show_progress(planned: Sequence[Planned]) -> Callable[[bool], list[ObservedState]]:
     """What is called again and again (and last with True) while runs are trained, and tells how they stand.
 
     It shows a live table on a terminal, elsewhere a line for each change.
@@ -172,9 +172,9 @@ def show_progress(planned: Sequence[Planned]) -> Callable[[bool], list[State]]:
     if is_terminal():
         live = LiveTable()
 
-        def show_table(last: bool) -> list[State]:
+        def show_table(last: bool) -> list[ObservedState]:
             try:
-                rows = standings(planned)
+                rows = status_rows(planned)
                 live.draw(*table(rows))
             finally:
                 if last:
@@ -182,14 +182,14 @@ def show_progress(planned: Sequence[Planned]) -> Callable[[bool], list[State]]:
             return [row.state for row in rows]
 
         return show_table
-    told: dict[str, str] = {}
+    last_states: dict[str, str] = {}
 
-    def show_changes(last: bool) -> list[State]:
+    def show_changes(last: bool) -> list[ObservedState]:
         states = observe([item.run for item in planned])
         for item, state in zip(planned, states, strict=True):
-            if told.get(item.config.name, "missing") != state.name:
+            if last_states.get(item.config.name, "missing") != state.name:
                 print(f"{item.config.name}: {state.name}", flush=True)
-            told[item.config.name] = state.name
+            last_states[item.config.name] = state.name
         return states
 
     return show_changes

@@ -11,7 +11,7 @@ from filelock import FileLock
 from relora.common.errors import ConfigError, DamagedFile, RunError
 from relora.common.files import reason, set_aside
 from relora.config import credentials, frozen
-from relora.config.frozen import at_home
+from relora.config.frozen import read_frozen
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir, write_json
 from relora.runs.state import observe
@@ -39,7 +39,7 @@ class Planned:
         return observe([self.run])[0].name
 
 
-def plan(sweep: Sweep) -> list[Planned]:
+def planned_runs(sweep: Sweep) -> list[Planned]:
     """The sweep's runs, and before them the full-rank runs that their comparison keys and seeds lack.
 
     Full-rank runs of the sweep serve where their rates are tuned for the setting or were given. Else full rank is tried
@@ -118,7 +118,7 @@ def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
     """The runs of a study that was launched, as they were frozen. Raises ConfigError for one that was not."""
     damaged = damaged_of(runs_dir, study)
     return [
-        Planned(config=at_home(runs_dir / name / "config.yaml"), role=entry["role"])
+        Planned(config=read_frozen(runs_dir / name / "config.yaml"), role=entry["role"])
         for name, entry in manifest_of(runs_dir, study)["runs"].items()
         if name not in damaged and (runs_dir / name / "config.yaml").is_file()  # a folder may have been removed
     ]
@@ -131,7 +131,7 @@ def damaged_of(runs_dir: Path, study: str) -> dict[str, tuple[str, str]]:
         file = runs_dir / name / "config.yaml"
         try:
             if file.exists():
-                at_home(file)
+                read_frozen(file)
         except (ConfigError, DamagedFile) as error:
             found[name] = (entry["role"], reason(error))
     return found

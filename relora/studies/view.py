@@ -13,7 +13,7 @@ from relora.common.errors import RunError
 from relora.config.run import RunConfig
 from relora.studies.gaps import Compared
 from relora.tracking.mirror import mirrored
-from relora.tracking.store import experiment_id, is_deleted, open_store, recorded_run, tell
+from relora.tracking.store import experiment_id, is_deleted, open_store, print_note, recorded_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +53,7 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
             client.log_metric(run_id, metric, 100 * gap, step=0)
     if deleted:
         names = ", ".join(deleted)
-        tell(f"deleted in MLflow, so not in the view of {study}: {names}; relora sync RUN_FOLDER restores a run")
+        print_note(f"deleted in MLflow, so not in the view of {study}: {names}; relora sync RUN_FOLDER restores a run")
     experiment = experiment_id(client, config)
     found = client.search_runs([experiment], f"tags.report_of = '{study}'")
     if found:

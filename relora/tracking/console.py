@@ -70,7 +70,7 @@ class Console:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Not shown."""
 
-    def say(self, message: str) -> None:
+    def log_line(self, message: str) -> None:
         """A line, above the bar."""
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -27,11 +27,11 @@ from relora.tracking.store import (
     experiment_id,
     is_deleted,
     open_store,
+    print_note,
     recorded_run,
     runs_of_config,
     send_params,
     send_points,
-    tell,
     values_held,
 )
 
@@ -92,8 +92,8 @@ class Sent:
 class Mirror:
     """One run's MLflow run. `say` is told what a person may wonder about."""
 
-    def __init__(self, run: RunDir, config: RunConfig, say: Callable[[str], None] = tell) -> None:
-        self.run, self.config, self.say = run, config, say
+    def __init__(self, run: RunDir, config: RunConfig, log_line: Callable[[str], None] = print_note) -> None:
+        self.run, self.config, self.log_line = run, config, log_line
         self._client: MlflowClient | None = None
         self._held: dict[tuple[str, int], float] | None = None
         """What MLflow held of the run before rows were lost; None where it was not asked."""
@@ -170,7 +170,9 @@ class Mirror:
     def _restore(self, client: "MlflowClient", run: "Run") -> None:
         if is_deleted(run):
             client.restore_run(run.info.run_id)
-            self.say(f"{self.run.path.name} was deleted in MLflow; it is restored there, since its folder still exists")
+            self.log_line(
+                f"{self.run.path.name} was deleted in MLflow; it is restored there, since its folder still exists"
+            )
 
     def _start(self, client: "MlflowClient", experiment: str, status: Status) -> dict[str, Any]:
         """Create the MLflow run, unless this folder's run is there, and only its mlflow.json was lost."""
@@ -276,7 +278,7 @@ def _is_held(point: Point, held: dict[tuple[str, int], float]) -> bool:
 
 
 def mirror_all(
-    runs: Sequence[tuple[RunDir, RunConfig]], say: Callable[[str], None], *, held_here: bool = False
+    runs: Sequence[tuple[RunDir, RunConfig]], log_line: Callable[[str], None], *, held_here: bool = False
 ) -> None:
     """Send what MLflow lacks of runs that do not mirror themselves: dead ones, and SLURM's where the store is a file.
 
@@ -284,23 +286,25 @@ def mirror_all(
     that does not answer is left alone, and what fails with one run costs the others nothing.
     """
     broken: set[str] = set()
-    told: set[str] = set()
+    reported: set[str] = set()
     for run, config in runs:
         uri = config.mlflow_uri
         try:
             by_others = run.submission_file.exists() and uri.startswith("sqlite:")
             if uri not in broken and _is_behind(run, uri) and (by_others or held_here or not run.is_locked):
-                Mirror(run, config, say).sync()
+                Mirror(run, config, log_line).sync()
         except Exception as error:  # whatever MLflow raises
             ours = isinstance(error, (ConfigError, RunError))
             why = str(error) if ours else f"MLflow at {uri} fails ({brief(error)})"
             if _answers(config):
-                if why not in told:
-                    say(f"{config.name} could not be sent to MLflow: {why}; try again with: relora sync {run.path}")
-                told.add(why)
+                if why not in reported:
+                    log_line(
+                        f"{config.name} could not be sent to MLflow: {why}; try again with: relora sync {run.path}"
+                    )
+                reported.add(why)
             else:
                 broken.add(uri)
-                say(f"{why}; relora sync sends the rest later")
+                log_line(f"{why}; relora sync sends the rest later")
 
 
 def _answers(config: RunConfig) -> bool:
@@ -317,8 +321,8 @@ def _is_behind(run: RunDir, uri: str) -> bool:
     if status is None or status.attempt == 0:
         return False
     has = (uri, complete_bytes(run.metrics_file), MLFLOW_STATUS[status.state], status.message[:VALUE_LENGTH])
-    told = sent.get("tags", {}).get("message", "")
-    return has != (sent.get("uri"), sent.get("sent_bytes"), sent.get("status"), told)
+    reported = sent.get("tags", {}).get("message", "")
+    return has != (sent.get("uri"), sent.get("sent_bytes"), sent.get("status"), reported)
 
 
 def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
@@ -337,8 +341,8 @@ def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
 class MirrorThread:
     """Keeps MLflow up to date beside the training thread."""
 
-    def __init__(self, mirror: Mirror, say: Callable[[str], None]) -> None:
-        self.mirror, self.say = mirror, say
+    def __init__(self, mirror: Mirror, log_line: Callable[[str], None]) -> None:
+        self.mirror, self.log_line = mirror, log_line
         self.problem: Exception | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="mlflow-mirror", daemon=True)
@@ -352,7 +356,7 @@ class MirrorThread:
                 self.problem = None
             except Exception as error:  # whatever MLflow raises, training goes on
                 if self.problem is None and not last:
-                    self.say(f"MLflow at {self.mirror.config.mlflow_uri} fails ({brief(error)}); training goes on")
+                    self.log_line(f"MLflow at {self.mirror.config.mlflow_uri} fails ({brief(error)}); training goes on")
                 self.problem = error
             if last:
                 return
@@ -373,7 +377,7 @@ class MirrorThread:
         self._thread.join(LAST_SYNC_SECONDS)
         if self._thread.is_alive() or self.problem is not None:
             why = brief(self.problem) if self.problem else f"no answer in {LAST_SYNC_SECONDS:.0f} s"
-            self.say(
+            self.log_line(
                 f"MLflow did not get everything ({why}); send the rest later with: relora sync {self.mirror.run.path}"
             )
             return False

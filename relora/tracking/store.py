@@ -39,7 +39,7 @@ class Point(NamedTuple):
     step: int
 
 
-def tell(message: str) -> None:
+def print_note(message: str) -> None:
     """A line for people, beside what the command itself prints."""
     print(f"relora: {message}", file=sys.stderr, flush=True)
 
@@ -80,7 +80,7 @@ def open_store(uri: str, runs_dir: Path) -> "MlflowClient":
             if not _is_half_made(file):
                 raise
             aside = _set_aside(file)
-            tell(f"{file} is half made and holds no run ({brief(error)}); renamed {aside.name}, and made anew")
+            print_note(f"{file} is half made and holds no run ({brief(error)}); renamed {aside.name}, and made anew")
             _create(file)
             return _answering(uri)
 
@@ -191,7 +191,7 @@ def brief(error: BaseException) -> str:
 
 
 @contextmanager
-def failures_told(config: RunConfig) -> Iterator[None]:
+def mlflow_errors(config: RunConfig) -> Iterator[None]:
     """Turn whatever MLflow raises inside into a RunError that names the store."""
     try:
         yield

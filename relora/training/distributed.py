@@ -58,7 +58,7 @@ class _Joined:
     """What a rank holds while the ranks are connected."""
 
     store: "Store | None" = None
-    told: int = 0
+    broadcasts: int = 0
     """How often rank 0 has told the others something; each time has a key of its own."""
 
 
@@ -174,10 +174,10 @@ class World:
 
     def wait_for_first(self) -> None:
         """Wait until all ranks are here, for rank 0 however long: it writes checkpoints and exports the model."""
-        self.told_by_first(None)
+        self.broadcast(None)
         self.barrier()
 
-    def told_by_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's `value`, on every rank; the others wait for it, for however long.
 
         They wait in Python, so that a signal ends it. Raises PeerLost where another rank fails meanwhile.
@@ -186,8 +186,8 @@ class World:
             return value
         store = self._joined.store
         assert store is not None, "the ranks are connected"
-        key = f"told-{self._joined.told}"
-        self._joined.told += 1
+        key = f"told-{self._joined.broadcasts}"
+        self._joined.broadcasts += 1
         with _collective():
             if self.is_first:
                 store.set(key, pickle.dumps(value).hex())
@@ -224,9 +224,9 @@ class World:
         if self.size > 1:
             import torch
 
-            told = torch.cat([values_N, values_N.new_tensor([not fitted])])
-            self._all_reduce(told)
-            values_N, fitted = told[:-1], not self._item(told[-1])
+            summed = torch.cat([values_N, values_N.new_tensor([not fitted])])
+            self._all_reduce(summed)
+            values_N, fitted = summed[:-1], not self._item(summed[-1])
         raise_unless(fitted)
         return values_N
 

@@ -70,8 +70,8 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
 
     trained_loss = loss(model)
     trainer.method.finish(model, config)
-    told = {"run": config.name, "sequence_length_tokens": length, **settings, **corpus.identity}
-    save_pretrained(model, corpus.tokenizer_file, run.model, told, tokenizer_config)
+    about = {"run": config.name, "sequence_length_tokens": length, **settings, **corpus.identity}
+    save_pretrained(model, corpus.tokenizer_file, run.model, about, tokenizer_config)
     try:
         exported = load_pretrained(run.model, device)
         check_same_weights(model, exported)

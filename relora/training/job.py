@@ -13,7 +13,7 @@ from relora.common.errors import ConfigError, Interrupted, RunError, Stopped, Wa
 from relora.common.files import reason
 from relora.common.git import git_commit
 from relora.config import credentials, frozen
-from relora.config.plan import plan, warning
+from relora.config.plan import run_plan, warning
 from relora.config.run import RunConfig
 from relora.runs import slurm
 from relora.runs.metrics import Broadcast, MetricsLog
@@ -28,7 +28,7 @@ from relora.training.processes import (
     choose_device,
     describe_machine,
     in_words,
-    take_part,
+    run_worker,
     then_stop,
 )
 from relora.training.summary import finished_already, prompt_for, relaunch_command, summary_text
@@ -72,7 +72,7 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
     run, world = RunDir(path), World.here()
     if not world.is_first:
         with signals.held():
-            return take_part(run, world, warm_start_only=warm_start_only)
+            return run_worker(run, world, warm_start_only=warm_start_only)
     with signals.held(), run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
         config, previous = frozen.thaw(run.config_file), previous_status(run)
         if previous is not None and previous.state == "finished":
@@ -114,8 +114,8 @@ class _Attempt:
         """Called where signals are held: after training, nothing interrupts the recording of how it went."""
         mirror = None
         try:
-            self.console.say(f"run {self.run.path}")
-            with signals.asked(self._say_stopping):
+            self.console.log_line(f"run {self.run.path}")
+            with signals.asked(self._log_stopping):
                 signals.check()
                 mirror = self._start_mirror()
                 with self.world.joined():
@@ -134,8 +134,8 @@ class _Attempt:
         else:
             print(f"{self.status.state}: {self.status.message}\ngo on with: {relaunch_command(self.run)}", flush=True)
 
-    def _say_stopping(self, name: str) -> None:
-        self.console.say(f"{name}: stopping with a checkpoint, as soon as one can be written (once more: at once)")
+    def _log_stopping(self, name: str) -> None:
+        self.console.log_line(f"{name}: stopping with a checkpoint, as soon as one can be written (once more: at once)")
 
     def _write_status(self) -> None:
         """Where that fails, the attempt has failed: a run is finished only if its status says so."""
@@ -151,7 +151,7 @@ class _Attempt:
             return None
         from relora.tracking.mirror import Mirror, MirrorThread
 
-        return MirrorThread(Mirror(self.run, self.config), self.console.say)
+        return MirrorThread(Mirror(self.run, self.config), self.console.log_line)
 
     def _record(self, error: BaseException) -> None:
         self.console.close()
@@ -183,25 +183,25 @@ class _Attempt:
             from relora.training.pretrained import loadable_tokenizer_config
 
         signals.check()
-        config, say, world = self.config, self.console.say, self.world
+        config, log_line, world = self.config, self.console.log_line, self.world
         share(config, world)  # refused before hours go into the preparation of a text
         device = choose_device(config.trainer.device, world)
         check_devices(device, world)
         describe_machine(self.attempt, device)
         self.status.device = self.attempt.device
-        corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", say)
+        corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", log_line)
         signals.check()
         self._check_corpus(corpus.identity)
         tokenizer_config, note = loadable_tokenizer_config(corpus.tokenizer_file)
         if note is not None:
-            say(note)
+            log_line(note)
         origin = {**corpus.identity, "device": device.type}
         exact = device.type == "cpu" and not any(self.attempt.differs_from(earlier) for earlier in self.earlier)
         with (
-            warmstart.shared(config, self.run, origin, say) as publish_warm_start,
+            warmstart.shared(config, self.run, origin, log_line) as publish_warm_start,
             MetricsLog.opened(self.run.metrics_file, exact=exact) as log,
         ):
-            world.told_by_first((os.fspath(corpus.folder), publish_warm_start is not None))
+            world.broadcast((os.fspath(corpus.folder), publish_warm_start is not None))
             if self.warm_start_only:
                 publish_warm_start = then_stop(publish_warm_start)
             trainer = build_trainer(
@@ -217,16 +217,16 @@ class _Attempt:
             )
             self._note_begin(trainer.first_step, trainer.counters.training_seconds)
             for lost in log.begin(trainer.first_step):
-                say(f"{lost}: " + ("computed again now" if lost.recomputed else "what stood there stays lost"))
+                log_line(f"{lost}: " + ("computed again now" if lost.recomputed else "what stood there stays lost"))
             epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
             cost, ranks = trainer.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
-            say(
+            log_line(
                 f"{config.method.name} on {ranks}{device}: {cost.parameters / 1e6:.2f}M parameters, "
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
                 f"{config.tokens_per_step:,} tokens, {epochs:.2f} epochs of the training text"
             )
-            if above := warning(plan(config), config):
-                say(above)
+            if above := warning(run_plan(config), config):
+                log_line(above)
             reset_peak_memory(device)
             validation = trainer.train()
             self.console.close()
@@ -261,7 +261,7 @@ class _Attempt:
         self.attempt.first_step, self.attempt.seconds_before = first_step, seconds
         self.run.status = self.status
         if self.earlier and self.attempt.differs_from(self.earlier[-1]):
-            self.console.say(
+            self.console.log_line(
                 f"note: this machine ({self.attempt.machine}) is another one than before "
                 f"({self.earlier[-1].machine}); from step {first_step} on the results can differ in their last digits"
             )
@@ -288,7 +288,7 @@ class _Attempt:
 
     def _warn(self, doubt: str) -> None:
         """Tell a doubt, and keep it in the status of a run that is finished all the same."""
-        self.console.say(f"warning: {doubt}")
+        self.console.log_line(f"warning: {doubt}")
         self.status.message = "; ".join(filter(None, (self.status.message, doubt)))
 
 

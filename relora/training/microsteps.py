@@ -74,11 +74,11 @@ class MicroSteps:
         *,
         device: torch.device,
         world: World,
-        say: Callable[[str], None],
+        log_line: Callable[[str], None],
         on_smaller: Callable[[], None],
     ) -> None:
         self.config, self.model, self.training = config, model, training
-        self.device, self.world, self.say, self.on_smaller = device, world, say, on_smaller
+        self.device, self.world, self.log_line, self.on_smaller = device, world, log_line, on_smaller
         self.share = share(config, world)
         self._buffer: Tensor | None = None
         self.sequences_per_micro_step = fitting(self.share, config.trainer.sequences_per_micro_step)
@@ -117,7 +117,7 @@ class MicroSteps:
     def _allocate(self, parameters: list[nn.Parameter]) -> None:
         self._buffer = gradient_buffer(parameters, numbers=2, device=self.device)
 
-    def gradient(self, step: int, parameters: list[nn.Parameter], *, wish: bool) -> tuple[Tensor, bool]:
+    def gradient(self, step: int, parameters: list[nn.Parameter], *, stop_requested: bool) -> tuple[Tensor, bool]:
         """Accumulate the gradient of the mean loss over the batch of `step`, of all ranks.
 
         Returns that loss, where the model is, and whether any rank has the `wish` (to stop). With several micro-steps
@@ -130,18 +130,18 @@ class MicroSteps:
         if self._buffer is None:
             raise_unless(fitted)
         else:
-            told_2 = torch.stack([loss, loss.new_tensor(float(wish))])
-            told_2 = self.world.sum_gradients(parameters, told_2, self._buffer, fitted=fitted, wide=wide)
-            loss, wish = told_2[0], bool(told_2[1].item())
+            summed_2 = torch.stack([loss, loss.new_tensor(float(stop_requested))])
+            summed_2 = self.world.sum_gradients(parameters, summed_2, self._buffer, fitted=fitted, wide=wide)
+            loss, stop_requested = summed_2[0], bool(summed_2[1].item())
         for parameter in list(wide):
             parameter.grad = wide.pop(parameter).to(parameter.dtype)
-        return loss, wish
+        return loss, stop_requested
 
     def _accumulate(self, step: int, total: Tensor) -> None:
         """This rank's share: its part of the gradient, and its summed loss on top of `total`."""
         settings, rank = self.config.trainer, self.world.rank
         inputs_BxT, targets_BxT = self.training.training_batch(
-            step, settings.sequences_per_step, settings.seed, rank=rank, ranks=self.world.size
+            step, settings.sequences_per_step, settings.seed, rank=rank, world_size=self.world.size
         )
         # What a method draws in a forward pass, as dropout does, is a function of seed, step and rank.
         key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
@@ -201,7 +201,7 @@ class MicroSteps:
             )
         self.at_most(size // 2)
         self.on_smaller()
-        self.say(
+        self.log_line(
             f"out of memory on {self.device} with {size} sequences at a time; going on with "
             f"trainer.sequences_per_micro_step={self.sequences_per_micro_step} (the batch of an update stays "
             f"{self.config.trainer.sequences_per_step})"

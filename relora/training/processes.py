@@ -34,7 +34,7 @@ MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.
 """A full, forbidden or broken disk: nothing a traceback could explain."""
 
 
-def take_part(run: RunDir, world: World, *, warm_start_only: bool = False) -> Status:
+def run_worker(run: RunDir, world: World, *, warm_start_only: bool = False) -> Status:
     """What a rank other than the first does: it trains its share, and writes nothing but what ended it alone.
 
     Returns how it went, after rank 0 has recorded it. Called where signals are held: one that came early reaches the
@@ -88,7 +88,7 @@ def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
     config = frozen.thaw(run.config_file)
     device = choose_device(config.trainer.device, world)
     check_devices(device, world)
-    folder, trains_warm_start = world.told_by_first(("", False))
+    folder, trains_warm_start = world.broadcast(("", False))
     on_warm_start = (lambda: None) if trains_warm_start else None
     if warm_start_only:
         on_warm_start = then_stop(on_warm_start)

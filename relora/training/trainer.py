@@ -85,16 +85,22 @@ class Trainer:
         self.warm_start_cost = config.cost(vocab_size, warm_start=True)
         self.method_cost = config.cost(vocab_size)
         self.micro = MicroSteps(
-            config, model, training, device=device, world=world, say=tracker.say, on_smaller=self._refresh
+            config,
+            model,
+            training,
+            device=device,
+            world=world,
+            log_line=tracker.log_line,
+            on_smaller=self._refresh,
         )
         self.counters = Counters()
         self.in_backward: UpdateInBackward | None = None
         self.has_begun = False
-        self._take(warm_start_optimizer(self.model, config))
+        self._use_optimizer(warm_start_optimizer(self.model, config))
         self.first_step = 0
         self.under_way = UnderWay(device)
-        self._own_wish: str | None = None
-        self._wishes = False
+        self._stop_reason: str | None = None
+        self._stop_requested = False
         self._resume()
         self._refresh()
         self.check_ranks(self.first_step)
@@ -134,10 +140,10 @@ class Trainer:
                 loss = self.forward_backward(step)
                 self.update(step, loss)
                 self._refresh()
-            self.tell(all_but=self.under_way.ahead)
+            self.report_updates(all_but=self.under_way.ahead)
             if settings.compile and step in (self.first_step, self.clock.warm_start_steps):
                 took = self.under_way.seconds - seconds_before
-                self.tracker.say(f"step {step}: compiled; this update took {took:.1f} s")
+                self.tracker.log_line(f"step {step}: compiled; this update took {took:.1f} s")
 
         last = self.validate(self.clock.total_steps)
         if self.first_step < self.clock.total_steps:
@@ -146,16 +152,16 @@ class Trainer:
 
     def begin_method(self, step: int) -> None:
         """The warm start is over: the method takes the model, with a new optimizer."""
-        self.tell()
+        self.report_updates()
         self._begin()
         self._refresh()
         self.check_ranks(step)
         if step:
-            self.tracker.say(f"step {step}: the warm start ends, {self.config.method.name} begins")
+            self.tracker.log_line(f"step {step}: the warm start ends, {self.config.method.name} begins")
 
     def restart(self, step: int) -> None:
         """Merge, re-initialise and reset; the schedule ramps up again by itself."""
-        self.tell()
+        self.report_updates()
         number = self.clock.restarts_before(step + 1)
         done = self.method.restart(self.model, self.optimizer, self.config, number)
         self._refresh()
@@ -172,7 +178,7 @@ class Trainer:
             },
         )
         at_rate = "" if factor < 0.01 else f"; the learning rate is at {factor:.0%} here, not near zero"
-        self.tracker.say(
+        self.tracker.log_line(
             f"step {step}: restart {number}, merged |dW|/|W| = {done.relative_update:.2%} "
             f"(rounding lost {100 * done.rounding_loss:.2g}% of it), reset {done.reset_fraction:.1%} of the factors' "
             f"optimizer state{at_rate}"
@@ -185,8 +191,8 @@ class Trainer:
 
     def forward_backward(self, step: int) -> Tensor:
         """Accumulate the gradient of the mean loss over the step's batch, of all ranks; return that loss."""
-        loss, self._wishes = self.micro.within_memory(
-            lambda: self.micro.gradient(step, self._parameters, wish=self._own_wish is not None)
+        loss, self._stop_requested = self.micro.within_memory(
+            lambda: self.micro.gradient(step, self._parameters, stop_requested=self._stop_reason is not None)
         )
         return loss
 
@@ -197,7 +203,7 @@ class Trainer:
         The clock is a function of the step, so a skipped update leaves it in phase.
         """
         if self.in_backward is not None:
-            norm = self.in_backward.take_norm()
+            norm = self.in_backward.pop_norm()
         else:
             if self.has_begun:
                 self.method.before_update(self.model, self.config, step)
@@ -216,9 +222,9 @@ class Trainer:
         """The method's factors, and its optimizer in place of the warm start's."""
         self.method.begin(self.model, self.config)
         self.has_begun = True
-        self._take(self.method.build_optimizer(self.model, self.config))
+        self._use_optimizer(self.method.build_optimizer(self.model, self.config))
 
-    def _take(self, optimizer: torch.optim.Optimizer) -> None:
+    def _use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self.in_backward is not None:
             self.in_backward.remove()
         self.optimizer = optimizer
@@ -243,14 +249,14 @@ class Trainer:
 
     def stopping(self) -> str | None:
         """Why to stop before this update. Several ranks told each other in the sum of the last one."""
-        self._own_wish = self.stop()
+        self._stop_reason = self.stop()
         if self.world.size == 1:
-            return self._own_wish
-        return (self._own_wish or "another rank was asked to stop") if self._wishes else None
+            return self._stop_reason
+        return (self._stop_reason or "another rank was asked to stop") if self._stop_requested else None
 
     # ------------------------------------------------------------------------------------------ what goes wrong
 
-    def tell(self, *, all_but: int = 0) -> None:
+    def report_updates(self, *, all_but: int = 0) -> None:
         """Wait for the updates that have been made, but the newest `all_but`; count and report them."""
         finished = self.under_way.finished(all_but=all_but)
         if finished:
@@ -276,7 +282,7 @@ class Trainer:
         counters.skipped_updates += 1
         counters.consecutive_skipped_updates += 1
         done = "it reaches none of the parameters concerned" if self.in_backward else "the update is skipped"
-        self.tracker.say(f"step {step}: loss {loss}, gradient norm {gradient_norm}; {done}")
+        self.tracker.log_line(f"step {step}: loss {loss}, gradient norm {gradient_norm}; {done}")
         if counters.consecutive_skipped_updates >= limit:
             raise TrainingError(
                 f"the run diverged: {limit} updates in a row, up to step {step}, had a non-finite loss or gradient; "
@@ -340,7 +346,7 @@ class Trainer:
 
     def validate(self, step: int) -> Evaluation:
         """Evaluate on the validation set after `step` updates; a run that is asked to stop here does so again later."""
-        self.tell()
+        self.report_updates()
         try:
             result = self.micro.within_memory(
                 lambda: evaluate(
@@ -366,7 +372,9 @@ class Trainer:
             },
         )
         if step:
-            self.tracker.say(f"step {step}: validation perplexity {result.perplexity:.2f} (loss {result.loss:.4f})")
+            self.tracker.log_line(
+                f"step {step}: validation perplexity {result.perplexity:.2f} (loss {result.loss:.4f})"
+            )
         return result
 
     def stop_before(self, step: int, reason: str) -> NoReturn:
@@ -376,7 +384,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write the state before the update of `step`, metrics first; all ranks wait until it is written."""
-        self.tell()
+        self.report_updates()
         self.check_ranks(step)
         if self.world.is_first:
             self._write(step)
@@ -396,7 +404,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Take over the newest checkpoint, if there is one."""
-        state = checkpoint.load_latest(self.checkpoint_folder, self.tracker.say)
+        state = checkpoint.load_latest(self.checkpoint_folder, self.tracker.log_line)
         if state is None:
             return
         if state["config_hash"] not in identity.hashes(self.config):
@@ -421,4 +429,4 @@ class Trainer:
         self.micro.at_most(state["counters"].pop(MICRO_STEP_KEY))
         self.counters = Counters(**state["counters"])
         self.under_way.go_on_from(self.counters.training_seconds)
-        self.tracker.say(f"resumed at step {self.first_step} of {self.clock.total_steps}")
+        self.tracker.log_line(f"resumed at step {self.first_step} of {self.clock.total_steps}")

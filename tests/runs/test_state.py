@@ -7,7 +7,7 @@ import pytest
 
 from relora.runs import slurm
 from relora.runs.rundir import RunDir, Status, write_json
-from relora.runs.state import State, observe
+from relora.runs.state import ObservedState, observe
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_a_run_that_was_never_begun_is_missing(run: RunDir) -> None:
-    assert observe([run]) == [State(name="missing")]
+    assert observe([run]) == [ObservedState(name="missing")]
     assert observe([run])[0].needs_launch
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from relora.config import identity
 from relora.config.compose import Composer, compose
-from relora.config.frozen import at_home, freeze
+from relora.config.frozen import freeze, read_frozen
 from relora.config.run import RunConfig
 
 COMPOSER = Composer()
@@ -124,7 +124,7 @@ def test_the_same_command_finds_the_folder_of_an_earlier_version(
         earlier = f"{new[:-9]}-{digits}"
         freeze(composed(), tmp_path / earlier / "config.yaml")
         assert (composed().name, composed().config_hash) == (earlier, digits)
-        read = at_home(tmp_path / earlier / "config.yaml")
+        read = read_frozen(tmp_path / earlier / "config.yaml")
         assert (read.run_dir, read.variant, read.comparison_key) == (tmp_path / earlier, variant, key)
         (tmp_path / earlier / "config.yaml").unlink()
         (tmp_path / earlier).rmdir()

@@ -26,7 +26,7 @@ def test_alone_nothing_is_sent_and_nothing_changes() -> None:
     with world.joined():
         world.barrier()
         world.wait_for_first()
-        assert world.told_by_first("value") == "value"
+        assert world.broadcast("value") == "value"
         assert world.gathered([5, 6]) == [[5, 6]]
         values = torch.tensor([0.1], dtype=torch.float64)
         assert world.sum(values, fitted=True) is values
@@ -52,7 +52,7 @@ def test_the_ranks_slices_are_the_batch(tmp_path, ranks: int) -> None:
     path.write_bytes(torch.arange(200, dtype=torch.int16).numpy().tobytes())
     data = TokenSequences(path, "uint16", 4)
     whole = data.training_batch(3, 6, 0)
-    slices = [data.training_batch(3, 6, 0, rank=rank, ranks=ranks) for rank in range(ranks)]
+    slices = [data.training_batch(3, 6, 0, rank=rank, world_size=ranks) for rank in range(ranks)]
     for part in (0, 1):
         assert torch.equal(torch.cat([share[part] for share in slices]), whole[part])
 

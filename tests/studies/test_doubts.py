@@ -9,7 +9,7 @@ from relora.cli import main as cli
 from relora.config.rates import NOT_TUNED
 from relora.runs.metrics import MetricsLog
 from relora.runs.results import Run
-from relora.runs.state import State
+from relora.runs.state import ObservedState
 from relora.studies.compare import Study
 from relora.studies.doubts import rates_of, rise
 from relora.studies.report import answer, write_report
@@ -135,7 +135,7 @@ def test_a_loss_that_rises_after_the_warm_up_is_found(
             log.log(step, {"train/loss": loss})
         for number, loss in enumerate(validation, start=1):
             log.log(10 * number, {"eval/loss": loss})
-    run = Run.of(config.run_dir, "arm", State(name="finished"))
+    run = Run.of(config.run_dir, "arm", ObservedState(name="finished"))
     run.config = config
     found = rise(run)
     assert (found[0] if found else None) == kind

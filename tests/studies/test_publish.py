@@ -8,7 +8,7 @@ from lab import FULL, RELORA, Lab
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from relora.config.frozen import at_home
+from relora.config.frozen import read_frozen
 from relora.config.rates import NOT_TUNED
 from relora.config.run import RunConfig
 from relora.studies.publish import publish_report
@@ -84,7 +84,7 @@ def test_a_moved_folder_is_reported_in_the_store_that_moved_with_it(lab: Lab, tm
     publish_report(moved, "mine")
     assert "moved was moved or copied, and its store keeps artifacts in" in capsys.readouterr().out
     assert not lab.runs_dir.exists()
-    found = recorded(at_home(moved / relora.name / "config.yaml"))
+    found = recorded(read_frozen(moved / relora.name / "config.yaml"))
     assert found.info.run_id == before.info.run_id
     assert found.data.metrics == before.data.metrics
 

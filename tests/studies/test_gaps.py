@@ -15,7 +15,7 @@ from relora.runs.metrics import read_rows, row_metrics
 from relora.runs.results import best_on_validation
 from relora.studies.compare import Study, load_study
 from relora.studies.report import answer, as_json, write_report
-from relora.studies.status import render_plain, standings
+from relora.studies.status import render_plain, status_rows
 from relora.studies.study import of_manifest
 
 RATES = ("1e-3", "2e-3", "4e-3")
@@ -58,7 +58,7 @@ def test_status_report_csv_and_json_show_the_same_gaps(lab: Lab) -> None:
     seed_of = {config.name: config.trainer.seed for config in arms}
     expected = {name: math.expm1(loss - best[seed_of[name]]) for name, loss in loss_of.items()}
 
-    rows = {row.run: row.gap_to_full for row in standings(of_manifest(lab.runs_dir, "mine"))}
+    rows = {row.run: row.gap_to_full for row in status_rows(of_manifest(lab.runs_dir, "mine"))}
     with (write_report(study, lab.runs_dir) / "results.csv").open() as file:
         table = {row["run"]: row for row in csv.DictReader(file)}
     records = {row["run"]: row for row in json.loads(as_json(study))["runs"]}
@@ -101,7 +101,7 @@ def test_a_better_full_rank_run_of_the_runs_dir_is_used_and_named(lab: Lab) -> N
     assert "+64.9% against full rank at equal tokens" in told
     page = (write_report(study, lab.runs_dir) / "report.md").read_text()
     assert elsewhere.name in page
-    text = render_plain(standings(of_manifest(lab.runs_dir, "mine")))
+    text = render_plain(status_rows(of_manifest(lab.runs_dir, "mine")))
     assert text.splitlines()[-1].endswith(f"against {elsewhere.name}")
     assert "+64.9%" in text
 
@@ -129,7 +129,7 @@ def test_every_config_is_read_once_and_those_of_other_methods_not_at_all(
     relora(lab, dict.fromkeys(range(10, 20), 3.0))
     lab.study(*arms)
     planned = of_manifest(lab.runs_dir, "mine")
-    standings(planned)
+    status_rows(planned)
     read: list[str] = []
     thaw = frozen.thaw
 
@@ -138,7 +138,7 @@ def test_every_config_is_read_once_and_those_of_other_methods_not_at_all(
         return thaw(path)
 
     monkeypatch.setattr(frozen, "thaw", counted)
-    standings(planned)
+    status_rows(planned)
     assert read == [], "what has not changed is not read again"
     moved = lab.runs_dir.rename(lab.runs_dir.with_name("moved"))
     load_study(moved, "mine")
@@ -233,7 +233,7 @@ def test_a_baseline_that_diverged_never_wins(lab: Lab) -> None:
     (good,) = full(lab, "2e-3", {0: 3.0})
     study = lab.study(diverged, good, *relora(lab, {0: 3.2}))
     assert baselines(study) == {0: good.name}
-    rows = {row.run: row for row in standings(of_manifest(lab.runs_dir, "mine"))}
+    rows = {row.run: row for row in status_rows(of_manifest(lab.runs_dir, "mine"))}
     assert rows[diverged.name].gap_to_full is None
     assert "diverged" in render_plain([rows[diverged.name]])
 

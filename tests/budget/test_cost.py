@@ -1,11 +1,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from small import REPOSITORY
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
@@ -27,7 +27,7 @@ from relora.core.exact_ways import refresh
 from relora.core.lowrank import ReLoRAConfig, merge_and_reinit, wrap
 from relora.training.model import llama_config
 
-CONF = Path(__file__).parents[1] / "conf" / "model"
+CONF = REPOSITORY / "conf" / "model"
 VOCAB_SIZE = 32_100
 RANK = 128
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -43,7 +43,7 @@ def test_it_is_torchs_own_step_to_the_bit(seed: int, updates: int) -> None:
             model(batch(number)).square().sum().backward()
         gradients = [parameter.grad for parameter in plain.parameters() if parameter.grad is not None]
         norm = torch.linalg.vector_norm(torch.cat([gradient.flatten().double() for gradient in gradients]))
-        assert in_backward.take_norm().item() == pytest.approx(norm.item(), rel=1e-6)
+        assert in_backward.pop_norm().item() == pytest.approx(norm.item(), rel=1e-6)
         optimizer.step()
         optimizer.zero_grad()
     for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
@@ -73,7 +73,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone() -> None:
     model(batch(0)).square().sum().backward()
     moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
     assert moved == [False, True, True, True, True]
-    assert in_backward.take_norm().isnan()
+    assert in_backward.pop_norm().isnan()
 
 
 def test_after_its_removal_gradients_stay() -> None:

@@ -11,8 +11,8 @@ from small import fill
 
 from relora.cli import main as cli
 from relora.common.files import publishing
-from relora.launching.launch import plan
 from relora.runs.metrics import Progress
+from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 from relora.tracking.console import Console
 
@@ -136,7 +136,7 @@ def test_a_job_on_a_read_only_disk_is_one_line(small_disk: Path, finished_run: C
 
 def test_a_run_that_cannot_be_started_does_not_stop_the_others_of_its_study(tiny: list[str], capsys: Told) -> None:
     sweep = [*tiny, "study=two"]
-    first, second = (item.run for item in plan(expand(sweep)))
+    first, second = (item.run for item in planned_runs(expand(sweep)))
     (first.path / "log.txt").mkdir(parents=True)
     assert cli.run(["-m", *sweep]) == 1
     assert line_told(capsys, "log.txt").startswith(first.path.name)

@@ -351,8 +351,8 @@ class Recorder:
     def log(self, step: int, metrics: Any) -> None:
         self.told.append(("log", step, dict(metrics)))
 
-    def say(self, message: str) -> None:
-        self.told.append(("say", message))
+    def log_line(self, message: str) -> None:
+        self.told.append(("log_line", message))
 
     def flush(self) -> None:
         self.told.append(("flush",))
@@ -365,9 +365,9 @@ def test_a_broadcast_tells_every_tracker_everything_in_order(path: Path) -> None
         everyone = Broadcast([first, log, second])
         everyone.progress(progress)
         everyone.log(1, {"train/loss": 2.0})
-        everyone.say("half way")
+        everyone.log_line("half way")
         everyone.flush()
-    expected = [("progress", progress), ("log", 1, {"train/loss": 2.0}), ("say", "half way"), ("flush",)]
+    expected = [("progress", progress), ("log", 1, {"train/loss": 2.0}), ("log_line", "half way"), ("flush",)]
     assert first.told == second.told == expected
     assert timeless(path) == [{"step": 1, "train/loss": 2.0}]
 

@@ -18,7 +18,7 @@ from relora.launching import launch
 from relora.runs.metrics import read_rows
 from relora.runs.rundir import RunDir, Status
 from relora.studies.manifest import study_dir
-from relora.studies.study import plan
+from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 
 SWEEP = ["method=relora", "method.rank=2,4", "study=ranks"]
@@ -29,7 +29,7 @@ def manifest(overrides: list[str], study: str) -> dict:
 
 
 def runs_of(overrides: list[str]) -> list[RunDir]:
-    return [item.run for item in plan(expand(overrides))]
+    return [item.run for item in planned_runs(expand(overrides))]
 
 
 # ---------------------------------------------------------------------------------------------------- what is swept
@@ -187,12 +187,12 @@ def test_arms_that_share_no_grid_are_a_union() -> None:
 
 
 def test_a_full_rank_run_with_a_warm_start_is_no_baseline() -> None:
-    planned = plan(expand(["method=full,lora", "method.warm_start_steps=80", "study=warm"]))
+    planned = planned_runs(expand(["method=full,lora", "method.warm_start_steps=80", "study=warm"]))
     assert [item.config.method.warm_start_steps for item in planned if item.role == "baseline"] == [0]
 
 
 def test_each_setting_of_a_sweep_gets_the_baseline_of_its_own_preset() -> None:
-    planned = plan(
+    planned = planned_runs(
         expand(["experiments=laptop/small,laptop/crossing", "method=relora", "study=both", "baseline_rates=[1]"])
     )
     rates = [item.config.optimizer.embedding_learning_rate for item in planned if item.role == "baseline"]
@@ -264,7 +264,7 @@ def test_every_comparison_key_and_seed_gets_its_full_rank_run() -> None:
         "study=x",
         "baseline_rates=[1]",
     ]
-    planned = plan(expand(overrides))
+    planned = planned_runs(expand(overrides))
     baselines = [item.config for item in planned if item.role == "baseline"]
     assert len(planned) == 8 + 4
     assert {run.method.name for run in baselines} == {"full"}
@@ -274,7 +274,7 @@ def test_every_comparison_key_and_seed_gets_its_full_rank_run() -> None:
 
 
 def test_a_full_rank_arm_is_its_own_baseline() -> None:
-    planned = plan(expand(["sweeps=methods"]))
+    planned = planned_runs(expand(["sweeps=methods"]))
     assert {item.role for item in planned} == {"arm"}
 
 
@@ -330,7 +330,7 @@ def test_a_failed_run_is_shown_and_run_again_and_costs_the_others_nothing(tiny: 
     assert cli.run(["-m", *overrides]) == 1
     shown = capsys.readouterr().out
     assert "1 runs are not finished" in shown
-    states = [item.state for item in plan(expand(overrides))]
+    states = [item.state for item in planned_runs(expand(overrides))]
     assert sorted(states) == ["failed", "finished", "finished"]
     assert cli.run(["-m", *overrides]) == 1
     assert "2 finished already" in capsys.readouterr().out

@@ -7,18 +7,18 @@ from small import TINY
 
 from relora.budget.cost import break_even_rank
 from relora.config.compose import compose
-from relora.config.plan import as_dict, plan, text, warning
+from relora.config.plan import as_dict, run_plan, text, warning
 
 
 def test_a_plan_is_what_the_run_will_record(tiny: list[str]) -> None:
     config = compose([*tiny, "method.rank=12"])
-    made = plan(config)
+    made = run_plan(config)
     assert (made.total_steps, made.restarts, made.tokens) == (14, 2, 14 * 64)
     own, full = config.cost(300), config.cost(300, warm_start=True)
     assert made.total_flops == 3 * full.flops_per_update(64) + 11 * own.flops_per_update(64) + 2 * own.merge_flops
     merged_weight_bytes = own.merged_weight_bytes(tokens_per_micro_step=64, micro_steps=1)
     assert made.state_bytes == own.weight_bytes + own.gradient_bytes + own.optimizer_bytes + merged_weight_bytes
-    rebuilt = plan(compose([*tiny, "method.rank=12", "method.merged_weight=rebuilt"]))
+    rebuilt = run_plan(compose([*tiny, "method.rank=12", "method.merged_weight=rebuilt"]))
     assert rebuilt.state_bytes == made.state_bytes - merged_weight_bytes
     assert made.name == rebuilt.name
 
@@ -45,23 +45,25 @@ def test_the_break_even_rank_is_the_highest_that_takes_fewer_flops(merged_weight
 def test_a_rank_above_the_break_even_is_warned_of() -> None:
     few = [*TINY, "method.rank=4"]
     many = [*TINY, "method.rank=30"]
-    assert warning(plan(compose(few)), compose(few)) is None
-    found = warning(plan(compose(many)), compose(many))
+    assert warning(run_plan(compose(few)), compose(few)) is None
+    found = warning(run_plan(compose(many)), compose(many))
     assert found is not None
     assert found.startswith("method.rank=30 is above the break-even of ")
-    assert found in text(plan(compose(many)), compose(many))
-    assert as_dict(plan(compose(many)), compose(many))["warning"] == found
+    assert found in text(run_plan(compose(many)), compose(many))
+    assert as_dict(run_plan(compose(many)), compose(many))["warning"] == found
 
 
 def test_a_plan_of_several_processes_is_of_their_shares_and_says_so() -> None:
     base = ["model=llama_60m", "data.vocab_size=32000", "method.rank=128", "trainer.sequences_per_step=512"]
     several = compose([*base, "cluster=slurm", "cluster.nodes=2", "cluster.tasks_per_node=8"])
     share = compose([*base, "trainer.sequences_per_step=32"])
-    assert "with 32 sequences at a time in each of 16 processes" in text(plan(several), several)
-    buffer_bytes = 4 * plan(share).trainable_parameters
-    assert plan(several).peak_bytes == plan(share).peak_bytes + buffer_bytes, "in which they add up their gradients"
+    assert "with 32 sequences at a time in each of 16 processes" in text(run_plan(several), several)
+    buffer_bytes = 4 * run_plan(share).trainable_parameters
+    assert run_plan(several).peak_bytes == run_plan(share).peak_bytes + buffer_bytes, (
+        "in which they add up their gradients"
+    )
     uneven = compose([*base, "cluster=slurm", "cluster.nodes=2", "trainer.sequences_per_micro_step=512"])
-    assert "with 256 sequences at a time in each of 2 processes" in text(plan(uneven), uneven)
+    assert "with 256 sequences at a time in each of 2 processes" in text(run_plan(uneven), uneven)
 
 
 def test_flops_are_those_of_the_ways_that_the_run_takes() -> None:
@@ -69,17 +71,19 @@ def test_flops_are_those_of_the_ways_that_the_run_takes() -> None:
     base += ["method.merged_weight=rebuilt", "trainer.sequences_per_step=64"]
     at_once, one_by_one = (compose([*base, *more]) for more in ([], ["trainer.sequences_per_micro_step=1"]))
     never = compose([*base, "method.merged_weight=never"])
-    assert plan(at_once).flops_per_update < plan(one_by_one).flops_per_update == plan(never).flops_per_update
-    assert plan(at_once).break_even_rank > plan(one_by_one).break_even_rank  # type: ignore[operator]
+    assert (
+        run_plan(at_once).flops_per_update < run_plan(one_by_one).flops_per_update == run_plan(never).flops_per_update
+    )
+    assert run_plan(at_once).break_even_rank > run_plan(one_by_one).break_even_rank  # type: ignore[operator]
 
 
 def test_with_dropout_nothing_is_computed_on_a_merged_weight() -> None:
     never, dropout = (compose([*TINY, item]) for item in ("method.merged_weight=never", "method.dropout=0.1"))
-    assert plan(dropout).merged_weight_bytes == plan(never).merged_weight_bytes == 0
-    for made in (plan(dropout), plan(never)):
-        assert made.flops_per_update > plan(compose(TINY)).flops_per_update
-    assert plan(dropout).flops_per_update == plan(never).flops_per_update
-    assert plan(dropout).break_even_rank == plan(never).break_even_rank
+    assert run_plan(dropout).merged_weight_bytes == run_plan(never).merged_weight_bytes == 0
+    for made in (run_plan(dropout), run_plan(never)):
+        assert made.flops_per_update > run_plan(compose(TINY)).flops_per_update
+    assert run_plan(dropout).flops_per_update == run_plan(never).flops_per_update
+    assert run_plan(dropout).break_even_rank == run_plan(never).break_even_rank
     recorded = [config.cost(300).flops_per_update(config.tokens_per_step) for config in (never, dropout)]
     assert recorded[0] < recorded[1], "what is recorded is the least that the method takes, whatever way it went"
 
@@ -87,14 +91,14 @@ def test_with_dropout_nothing_is_computed_on_a_merged_weight() -> None:
 def test_a_control_model_is_compared_with_the_model_that_it_controls_for() -> None:
     config = compose([item for item in TINY if not item.startswith("method")] + ["method=control", "method.rank=4"])
     full = compose([item for item in TINY if not item.startswith("method")] + ["method=full"])
-    made = plan(config)
-    assert made.flops_per_update < made.flops_per_update_at_full_rank == plan(full).flops_per_update
-    assert made.state_bytes < made.bytes_at_full_rank == plan(full).state_bytes
+    made = run_plan(config)
+    assert made.flops_per_update < made.flops_per_update_at_full_rank == run_plan(full).flops_per_update
+    assert made.state_bytes < made.bytes_at_full_rank == run_plan(full).state_bytes
 
 
 def test_a_method_without_factors_has_no_break_even() -> None:
     config = compose(["method=full"])
-    made = plan(config)
+    made = run_plan(config)
     assert made.break_even_rank is None
     assert "break-even" not in text(made, config)
     assert made.state_bytes == made.bytes_at_full_rank

@@ -9,7 +9,7 @@ import torch
 from small import TINY
 
 from relora.config.compose import compose
-from relora.config.plan import plan
+from relora.config.plan import run_plan
 from relora.config.run import RunConfig
 from relora.core.lowrank import low_rank_layers
 from relora.data.sequences import TokenSequences
@@ -29,7 +29,7 @@ class Silent:
 
     def progress(self, progress: Progress) -> None: ...
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def say(self, message: str) -> None: ...
+    def log_line(self, message: str) -> None: ...
     def flush(self) -> None: ...
 
 
@@ -133,7 +133,7 @@ def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
     update(0)
     kept = kept_bytes(trainer)
     measured = kept + most_allocated_bytes(lambda: update(1))
-    planned = plan(config)
+    planned = run_plan(config)
     assert isinstance(trainer.method, LoRA) == (method == "lora")
     assert planned.weight_bytes + planned.merged_weight_bytes + planned.optimizer_bytes == kept
     assert planned.peak_bytes == pytest.approx(measured, rel=0.05)
@@ -162,4 +162,4 @@ def test_the_peak_of_a_rank_is_that_of_its_share(precision: str, size: int, tmp_
 
     gradient()
     measured = kept_bytes(trainer) + most_allocated_bytes(gradient)
-    assert plan(config).peak_bytes == pytest.approx(measured, rel=0.05)
+    assert run_plan(config).peak_bytes == pytest.approx(measured, rel=0.05)

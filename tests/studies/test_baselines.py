@@ -10,14 +10,14 @@ from relora.common.errors import ConfigError
 from relora.config.compose import compose
 from relora.config.run import RunConfig
 from relora.studies.baselines import launch_notes
-from relora.studies.study import plan
+from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 
 PLAIN = ("baseline_rates=[1]", "method.warm_start_steps=0", "method.reset_interval_steps=null", "study=x")
 
 
 def baselines(*overrides: str) -> list[RunConfig]:
-    return [item.config for item in plan(expand([*PLAIN, *overrides])) if item.role == "baseline"]
+    return [item.config for item in planned_runs(expand([*PLAIN, *overrides])) if item.role == "baseline"]
 
 
 def hashes(*overrides: str) -> set[str]:
@@ -80,7 +80,7 @@ def test_the_order_of_arms_changes_no_baseline() -> None:
     found = [
         {
             item.config.config_hash
-            for item in plan(expand([grid, "optimizer.beta1=0.8", "baseline_rates=[1]", "study=x"]))
+            for item in planned_runs(expand([grid, "optimizer.beta1=0.8", "baseline_rates=[1]", "study=x"]))
             if item.role == "baseline"
         }
         for grid in grids
@@ -100,7 +100,7 @@ def test_a_schedule_of_full_rank_that_does_not_fit_names_the_remedy() -> None:
 
 def planned(*overrides: str) -> list[tuple[str, float, float | None]]:
     """(role, learning rate, that of embeddings) of the full-rank runs."""
-    items = plan(expand(["study=x", *overrides]))
+    items = planned_runs(expand(["study=x", *overrides]))
     rates = [(item.role, item.config.optimizer, item.config.method.name) for item in items]
     return [(role, own.learning_rate, own.embedding_learning_rate) for role, own, name in rates if name == "full"]
 
@@ -134,7 +134,7 @@ def test_full_rank_runs_of_the_study_get_the_other_rates_where_theirs_are_neithe
 
 
 def test_the_cost_of_the_other_rates_is_told_before_anything_starts() -> None:
-    items = plan(expand(["study=x", "method.rank=8,16", "trainer.total_steps=500"]))
+    items = planned_runs(expand(["study=x", "method.rank=8,16", "trainer.total_steps=500"]))
     notes = launch_notes([i.config for i in items if i.role == "baseline"], [i.config for i in items])
     told = next(note for note in notes if "baseline_rates=[1]" in note)
     assert "3 of the 6 runs" in told

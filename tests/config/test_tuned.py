@@ -10,7 +10,7 @@ from relora.config.frozen import freeze, thaw
 from relora.config.rates import NOT_TUNED, RatesConfig
 from relora.config.tuned import Presets, remarks
 from relora.studies.baselines import FACTORS
-from relora.studies.study import plan
+from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 
 
@@ -79,7 +79,7 @@ def test_a_preset_that_nobody_tuned_says_so_in_its_own_setting(experiment: str, 
 
 
 def test_a_baseline_whose_preset_nobody_tuned_has_its_ladder() -> None:
-    planned = plan(expand(["experiments=laptop/crossing", "method.rank=4,8"]))
+    planned = planned_runs(expand(["experiments=laptop/crossing", "method.rank=4,8"]))
     rates = [item.config.optimizer.learning_rate for item in planned if item.role == "baseline"]
     assert sorted(rates) == [2.5e-3 * factor for factor in FACTORS]
 

@@ -11,7 +11,7 @@ from relora.cli import main as cli
 from relora.common.errors import ConfigError
 from relora.config import credentials
 from relora.config.compose import compose
-from relora.config.frozen import at_home, freeze
+from relora.config.frozen import freeze, read_frozen
 from relora.runs.rundir import RunDir
 from relora.training.summary import relaunch_command
 
@@ -111,7 +111,7 @@ def test_no_file_and_no_output_of_a_study_holds_the_password(
     assert PASSWORD not in shown
     holders = [path for path in runs_dir.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
     assert holders == [runs_dir / ".secrets.json"]
-    assert at_home(run.config_file).mlflow_uri == f"http://alice@{server}"
+    assert read_frozen(run.config_file).mlflow_uri == f"http://alice@{server}"
     assert (run.path / "model").is_dir(), "it trained to its end"
 
 
@@ -123,7 +123,7 @@ def test_a_folder_of_an_earlier_version_is_read_and_its_password_shown_nowhere(
     run = RunDir(config.run_dir)
     freeze(config, run.config_file)
     run.launch_file.write_text(json.dumps({"overrides": [f"tracker.uri={config.tracker.uri}"]}))
-    read = at_home(run.config_file)
+    read = read_frozen(run.config_file)
     assert read.mlflow_uri == "http://alice@head:5000"
     assert credentials.whole(read.mlflow_uri, tmp_path) == f"http://alice:{PASSWORD}@head:5000"
     assert relaunch_command(run) == "python run.py tracker.uri=http://alice@head:5000"
@@ -155,7 +155,7 @@ def test_a_run_keeps_the_store_that_it_was_launched_with(tmp_path: Path, monkeyp
     freeze(config, run.config_file)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setattr(credentials, "_whole", {})
-    assert at_home(run.config_file).mlflow_uri == "http://alice@head:5000"
+    assert read_frozen(run.config_file).mlflow_uri == "http://alice@head:5000"
     assert credentials.whole("http://alice@head:5000", tmp_path) == "http://alice:secret@head:5000"
 
 

@@ -1,6 +1,6 @@
 """Whatever stands behind run.py is a valid run, or one clear line, in bounded time.
 
-    FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py
+    FUZZ_EXAMPLES=20000 pytest tests/config/test_fuzz.py
 
 searches longer, and from another beginning each time.
 """

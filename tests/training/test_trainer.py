@@ -39,7 +39,7 @@ class Recorder:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.rows.setdefault(step, {}).update(metrics)
 
-    def say(self, message: str) -> None:
+    def log_line(self, message: str) -> None:
         self.said.append(message)
 
     def flush(self) -> None:

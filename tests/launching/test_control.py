@@ -6,7 +6,7 @@ import pytest
 
 from relora.cli import main as cli
 from relora.config.compose import compose
-from relora.studies.study import plan, prepare, write_manifest
+from relora.studies.study import planned_runs, prepare, write_manifest
 from relora.studies.sweeps import expand
 
 
@@ -15,7 +15,7 @@ def runs_dir(tiny: list[str]) -> Path:
     """Holds the study `ranks`, of which nothing was begun."""
     overrides = [*tiny, "method.rank=2,3", "study=ranks"]
     sweep = expand(overrides)
-    folder, planned = Path(compose(tiny).runs_dir), plan(sweep)
+    folder, planned = Path(compose(tiny).runs_dir), planned_runs(sweep)
     prepare(planned, ["-m", *overrides])
     write_manifest(folder, sweep, planned, overrides)
     return folder

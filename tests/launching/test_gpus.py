@@ -23,7 +23,7 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(gpus, "_listed", cache(gpus._listed.__wrapped__))  # nothing is kept from or for other tests
     monkeypatch.setattr(gpus, "_taken", [])
-    monkeypatch.setattr(gpus, "_told", set())
+    monkeypatch.setattr(gpus, "_warned", set())
 
 
 def seen(tmp_path: Path, device: str, count: int, max_parallel: int) -> list[str | None]:

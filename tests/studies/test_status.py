@@ -1,22 +1,22 @@
 """The table of a study; what stands in it comes from tests/test_state.py and tests/slurm."""
 
-from relora.runs.state import State
-from relora.studies.status import Standing, render_plain
+from relora.runs.state import ObservedState
+from relora.studies.status import StatusRow, render_plain
 
-QUEUED = Standing(
+QUEUED = StatusRow(
     run="llama_tiny-relora-r128-b8382e77",
     role="baseline",
-    state=State(name="queued", message="Priority", requeues=2),
+    state=ObservedState(name="queued", message="Priority", requeues=2),
     step=12000,
     total_steps=20000,
     attempts=3,
     validation_perplexity=103.25,
     tokens_per_second=123456.0,
 )
-RUNNING = Standing(
+RUNNING = StatusRow(
     run="llama_tiny-relora-r4-38e2b877",
     role="arm",
-    state=State(name="running", message="on n1"),
+    state=ObservedState(name="running", message="on n1"),
     step=300,
     total_steps=20000,
     seconds_left=3661.0,

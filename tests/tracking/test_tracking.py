@@ -15,7 +15,7 @@ from mlflow.entities import Run
 
 from relora.cli import main as cli
 from relora.config.compose import compose
-from relora.config.frozen import at_home, freeze, thaw
+from relora.config.frozen import freeze, read_frozen, thaw
 from relora.config.rates import NOT_TUNED
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
@@ -799,7 +799,7 @@ def test_runs_that_moved_with_their_store_are_the_same_runs_there(runs_dir: Path
         path = tmp_path / place / run.path.name
         for _ in range(2):
             assert cli.main(["sync", str(path)]) == 0
-        config = at_home(path / "config.yaml")
+        config = read_frozen(path / "config.yaml")
         found = the_run(config)
         assert found.data.tags["run_dir"] == str(path)
         assert (found.info.run_id, points(config, found.info.run_id)) == (before[0], before[-1])
