@@ -1,11 +1,12 @@
 """What `relora plan` says that an update takes, against what torch allocates in one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from allocations import most_allocated_bytes
 from small import TINY
 
 from relora.config.compose import compose
@@ -65,16 +66,6 @@ def trainer_of(config: RunConfig, folder: Path) -> Trainer:
         checkpoint_folder=folder / "checkpoints",
         device=torch.device("cpu"),
     )
-
-
-def most_allocated_bytes(action: Callable[[], object]) -> int:
-    """The most that `action` held at a time, beyond what was there before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        action()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # type: ignore[attr-defined]
-    held = np.cumsum(changes)
-    return int(held.max())
 
 
 def kept_bytes(trainer: Trainer) -> int:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import TINY
-from test_trainer import OutOfMemory, Recorder, assert_equal_states, config_of, stop_after, trainer_of
 from torch import Tensor, nn
+from trainers import OutOfMemory, Recorder, assert_equal_states, config_of, stop_after, trainer_of
 
 from relora.common.errors import RunError
 from relora.config.compose import compose

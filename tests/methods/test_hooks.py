@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_trainer import WITHOUT_METHOD, Recorder, stop_after, trainer_of
 from torch import nn
+from trainers import WITHOUT_METHOD, Recorder, stop_after, trainer_of
 
 from relora.common.errors import ConfigError, Interrupted
 from relora.config.compose import compose

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory import most_allocated_bytes
-from test_trainer import config_of, stop_after, trainer_of
+from allocations import most_allocated_bytes
 from torch import Tensor, nn
+from trainers import config_of, stop_after, trainer_of
 
 from relora.budget.cost import MATRICES, REST, Trained
 from relora.common.errors import ConfigError, Interrupted

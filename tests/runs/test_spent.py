@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from lab import FULL, RELORA, Lab
-from test_trainer import config_of, stop_after, trainer_of
-from test_warmstart import OTHERS, setting, trained
-from test_warmstart import RELORA as ARM
+from trainers import config_of, stop_after, trainer_of
+from warm_starts import OTHERS, setting, trained
+from warm_starts import RELORA as ARM
 
 from relora.common.errors import Interrupted
 from relora.config.compose import compose

@@ -8,33 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import REPOSITORY
+from warm_starts import OTHERS, RELORA, setting, trained
 
 from relora.config.compose import compose
 from relora.runs.metrics import read_rows
 from relora.runs.rundir import RunDir
 from relora.runs.warmstart import folder_of, key
-from relora.training.job import launch
-
-RELORA = ["method=relora", "method.rank=4"]
-OTHERS = [
-    ["method=relora", "method.rank=8", "optimizer.learning_rate=3e-3"],
-    ["method=lora", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
-    ["method=full", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
-    ["method=galore", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
-]
-
-
-def setting(tiny: list[str], *arm: str) -> list[str]:
-    """The small setting without the method's values where `arm` brings its own."""
-    own = [item for item in tiny if not item.startswith("method.") or arm[0] == "method=relora"]
-    rates = ["optimizer.learning_rate=4e-3", "optimizer.embedding_learning_rate=5e-3"]
-    return [*own, *rates, *arm]
-
-
-def trained(overrides: list[str]) -> RunDir:
-    config = compose(overrides)
-    assert launch(config, overrides).state == "finished"
-    return RunDir(config.run_dir)
 
 
 def weights(run: RunDir) -> dict[str, torch.Tensor]:

@@ -1,122 +1,35 @@
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from small import TINY
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainers import (
+    VOCAB,
+    WITHOUT_METHOD,
+    OutOfMemory,
+    Recorder,
+    assert_equal_states,
+    config_of,
+    stop_after,
+    stop_in_validation,
+    trainer_of,
+)
 
 from relora.config.compose import compose
 from relora.config.run import RunConfig
 from relora.core.lowrank import LowRankLinear, low_rank_layers
-from relora.data.sequences import TokenSequences
 from relora.methods.lora import LoRA
 from relora.runs import checkpoint
 from relora.runs.metrics import MetricsLog, Progress, read_rows, row_metrics
 from relora.training.distributed import World
 from relora.training.model import build, summed_cross_entropy
-from relora.training.trainer import Interrupted, Trainer, TrainingError
-
-VOCAB = 64
-
-
-class Recorder:
-    """A tracker that remembers."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, dict[str, float]] = {}
-        self.said: list[str] = []
-        self.progressed: list[Progress] = []
-
-    def progress(self, progress: Progress) -> None:
-        self.progressed.append(progress)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.rows.setdefault(step, {}).update(metrics)
-
-    def log_line(self, message: str) -> None:
-        self.said.append(message)
-
-    def flush(self) -> None:
-        pass
-
-
-def config_of(*overrides: str) -> RunConfig:
-    return compose([*TINY, *overrides])
-
-
-def tokens(folder: Path, name: str, count: int) -> TokenSequences:
-    """A noisy cycle through the vocabulary: learnable, and no two sequences are equal."""
-    chance = np.random.default_rng(len(name))
-    values = (np.arange(count) * 3 + chance.integers(0, 3, count)) % VOCAB
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.bin"
-    path.write_bytes(values.astype(np.uint16).tobytes())
-    return TokenSequences(path, "uint16", 16)
-
-
-def trainer_of(config: RunConfig, folder: Path, **changes) -> Trainer:
-    parts = {
-        "model": build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=config.trainer.seed),
-        "training": tokens(folder, "training", 1500),
-        "validation": tokens(folder, "validation", 200),
-        "tracker": Recorder(),
-        "vocab_size": VOCAB,
-        "checkpoint_folder": folder / "checkpoints",
-        "device": torch.device("cpu"),
-        **changes,
-    }
-    trainer = Trainer(config, **parts)
-    if isinstance(trainer.stop, stop_after):
-        trainer.update = trainer.stop.counting(trainer.update)  # type: ignore[method-assign]
-    return trainer
-
-
-class stop_after:  # noqa: N801 -- used as a function
-    """A stop that says yes when a trainer of `trainer_of` has made `steps` updates, for its next one."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.made = steps, 0
-
-    def counting(self, update: Callable[..., None]) -> Callable[..., None]:
-        def counted(*args) -> None:
-            update(*args)
-            self.made += 1
-
-        return counted
-
-    def __call__(self) -> str | None:
-        return "test" if self.made == self.steps else None
-
-
-def stop_in_validation(batches: int, monkeypatch: pytest.MonkeyPatch):
-    """A stop that says yes when `batches` batches have been evaluated."""
-    done: list[int] = []
-
-    def counted(model, inputs_BxT, targets_BxT, **settings):
-        done.append(len(inputs_BxT))
-        return summed_cross_entropy(model, inputs_BxT, targets_BxT, **settings)
-
-    monkeypatch.setattr("relora.training.evaluate.summed_cross_entropy", counted)
-    return lambda: "test" if len(done) >= batches else None, done
-
-
-def assert_equal_states(one: Trainer, other: Trainer) -> None:
-    first, second = one.model.state_dict(), other.model.state_dict()
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-    old, new = one.optimizer.state_dict(), other.optimizer.state_dict()
-    assert old["param_groups"] == new["param_groups"]
-    for number, state in old["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, new["state"][number][name]), (number, name)
-
+from relora.training.trainer import Interrupted, TrainingError
 
 # ------------------------------------------------------------------------------------------- independent references
 
@@ -376,22 +289,6 @@ def test_tokens_are_tokens(tmp_path: Path) -> None:
     assert trainer.tracker.progressed[-1].step == 14  # type: ignore[attr-defined]
 
 
-class OutOfMemory(nn.Module):
-    """A model that cannot take more than `limit` sequences at a time: a real failed allocation, or CUDA's exception."""
-
-    def __init__(self, model: nn.Module, limit: int, kind: str) -> None:
-        super().__init__()
-        self.inner, self.limit, self.kind = model, limit, kind
-        self.limit_of_evaluation = 10_000
-
-    def forward(self, input_ids: Tensor, **settings):
-        if len(input_ids) > (self.limit if self.training else self.limit_of_evaluation):
-            if self.kind == "cpu":
-                torch.empty(1 << 55, dtype=torch.uint8)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.inner(input_ids=input_ids, **settings)
-
-
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_running_out_of_memory_halves_the_micro_batch_and_says_so(tmp_path: Path, kind: str) -> None:
     config = config_of("method.target_modules=[q_proj]", "trainer.sequences_per_step=6")
@@ -590,9 +487,6 @@ def test_every_setting_continues_to_the_bit(tmp_path: Path, overrides: list[str]
     assert resumed.first_step == 8
     resumed.train()
     assert_equal_states(resumed, whole)
-
-
-WITHOUT_METHOD = tuple(override for override in TINY if not override.startswith("method"))
 
 
 @pytest.mark.parametrize(

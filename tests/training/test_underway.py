@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from small import TINY
-from test_trainer import Recorder, stop_after, trainer_of
+from trainers import Recorder, stop_after, trainer_of
 
 from relora.common.errors import Interrupted
 from relora.config.compose import compose
