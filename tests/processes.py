@@ -43,14 +43,14 @@ def at_step(step: int, action) -> None:
     """Do `action(trainer)` after the update of `step`."""
     from relora.training.trainer import Trainer
 
-    report = Trainer.report
+    update = Trainer.update
 
-    def sabotaged(self, update, *others) -> None:
-        report(self, update, *others)
-        if update.step == step:
+    def sabotaged(self, at: int, loss) -> None:
+        update(self, at, loss)
+        if at == step:
             action(self)
 
-    Trainer.report = sabotaged  # type: ignore[method-assign]
+    Trainer.update = sabotaged  # type: ignore[method-assign]
 
 
 def _process(rank: int, size: int, port: int, overrides: Sequence[str], log: Path, sabotage: Sabotage) -> None:

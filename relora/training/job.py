@@ -219,7 +219,7 @@ class _Attempt:
             for lost in log.begin(trainer.first_step):
                 log_line(f"{lost}: " + ("computed again now" if lost.recomputed else "what stood there stays lost"))
             epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
-            cost, ranks = trainer.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
+            cost, ranks = trainer.reporter.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
             log_line(
                 f"{config.method.name} on {ranks}{device}: {cost.parameters / 1e6:.2f}M parameters, "
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
@@ -240,7 +240,7 @@ class _Attempt:
                 "peak_memory_bytes": max(trainer.counters.peak_memory_bytes, peak_memory_bytes(device)),
                 "test_loss": exported.test.loss,
                 "test_perplexity": exported.test.perplexity,
-                **trainer.progress_metrics(config.total_steps),
+                **trainer.reporter.progress_metrics(config.total_steps),
                 "restarts": trainer.clock.restarts_before(config.total_steps),
                 "skipped_updates": trainer.counters.skipped_updates,
                 "parameters": cost.parameters,

@@ -19,7 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from relora.common.errors import DamagedFile
 from relora.config.run import DataConfig
-from relora.data.corpus import SPLITS, Corpus, CorpusError, _source_files, load, prepare, prepare_apart
+from relora.data.corpus import Corpus, load, prepare, prepare_apart
+from relora.data.documents import CorpusError, source_files
+from relora.data.encoding import SPLITS
 
 WORDS = ["alpha", "naïve", "straße", "日本語", "über", "тест", "🙂", "the", "of", "and", "run", "x1", "=", "foo(bar)"]
 
@@ -206,7 +208,7 @@ def test_a_split_shorter_than_a_sequence_is_named(tmp_path: Path, corpora: Path)
 
 def test_the_standard_library_is_its_sources_without_tests() -> None:
     root = Path(sysconfig.get_path("stdlib"))
-    files = _source_files(DataConfig(name="stdlib"))
+    files = source_files(DataConfig(name="stdlib"))
     names = [path.relative_to(root).as_posix() for path in files]
     assert {"argparse.py", "asyncio/tasks.py", "json/decoder.py", "typing.py"} <= set(names)
     forbidden = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

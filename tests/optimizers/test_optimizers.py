@@ -70,7 +70,7 @@ def test_its_state_takes_as_many_bytes_as_the_plan_says(choice: str, method: str
     config = compose([*SMALL, *given, f"method={method}", *(["method.rank=4"] if method == "lora" else [])])
     trainer = trainer_of(config, tmp_path)
     trainer.train()
-    assert bytes_of_state(trainer) == trainer.method_cost.optimizer_bytes
+    assert bytes_of_state(trainer) == trainer.reporter.method_cost.optimizer_bytes
 
 
 SMALL = [

@@ -521,7 +521,7 @@ def test_the_control_arm_trains_as_many_parameters_as_the_factors_would(tmp_path
     low_rank.method.begin(low_rank.model, low_rank.config)
     counts = [sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) for trainer in (control, low_rank)]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
-    assert counts[0] == control.method_cost.trainable_parameters
+    assert counts[0] == control.reporter.method_cost.trainable_parameters
     assert control.config.comparison_key == low_rank.config.comparison_key
 
 
@@ -534,8 +534,8 @@ def test_galore_projects_the_targeted_matrices_and_nothing_else(tmp_path: Path) 
         state = trainer.optimizer.state[parameter]
         assert ("projector" in state) == ("q_proj" in name), name
         state_bytes += sum(value.numel() * value.element_size() for value in state.values())
-    assert state_bytes == trainer.method_cost.optimizer_bytes
-    steps = 14 * trainer.method_cost.flops_per_update(64)
+    assert state_bytes == trainer.reporter.method_cost.optimizer_bytes
+    steps = 14 * trainer.reporter.method_cost.flops_per_update(64)
     assert trainer.tracker.rows[14]["progress/flops"] == steps  # type: ignore[attr-defined]
 
 

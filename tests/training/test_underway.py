@@ -131,5 +131,5 @@ def test_every_evaluation_has_its_tokens_flops_and_seconds(ahead: int, tmp_path:
     assert list(evaluated) == [0, 10, 20, 30, 40]
     for step, row in evaluated.items():
         assert row["progress/tokens"] == step * trainer.config.tokens_per_step
-        assert row["progress/flops"] == trainer.progress_metrics(step)["progress/flops"]
+        assert row["progress/flops"] == trainer.reporter.progress_metrics(step)["progress/flops"]
         assert row["perf/training_seconds"] == pytest.approx(step * DEVICE_SECONDS, abs=step * HOST_SECONDS + 1e-9)

@@ -473,4 +473,4 @@ def test_an_error_of_all_ranks_is_told_once(few: list[str]) -> None:
 def test_a_factor_that_strays_on_one_rank_is_found_after_the_next_merge(few: list[str]) -> None:
     ranks = Ranks(4, [*few, "trainer.checkpoint_interval_steps=100"], one_strays)
     assert ranks.ended() == [1, 1, 1, 1]
-    assert message(ranks.run).startswith("step 11: the weights of rank 1 are not those of rank 0")
+    assert message(ranks.run).startswith("step 11: the weights of rank 1 differ from those of rank 0")

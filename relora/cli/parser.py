@@ -1,0 +1,117 @@
+"""The arguments of each verb of `relora`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from relora.cli import verbs
+from relora.common.errors import printable
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without the usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"relora: {printable(message)}; {self.prog} --help shows its options\n")
+
+
+def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    """Return an argument type: a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be from {low} to {high}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse shows this name when the text is not a number
+    return number
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `relora VERB`. Each verb sets `verb` to its function in relora.cli.verbs."""
+    parser = _Parser(
+        prog="relora",
+        description="Pre-train with ReLoRA and inspect the results.",
+        epilog="relora train [key=value ...] is python run.py [key=value ...]; python run.py --help shows the config.",
+    )
+    subparsers = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, action: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="one JSON object instead of text")
+        sub.set_defaults(verb=action)
+        return sub
+
+    subparsers.add_parser("train", help="train: the same as python run.py", add_help=False)
+
+    sub = verb(
+        "plan", verbs.plan, "Show what a run will need, beside full rank: parameters, FLOPs, memory. Starts nothing."
+    )
+    sub.add_argument("overrides", nargs="*", help="as for python run.py")
+
+    sub = verb("evaluate", verbs.evaluate, "Perplexity of an exported model on held-out text.")
+    sub.add_argument("folder", type=Path, help="the model folder of a run, or any local Hugging Face folder")
+    sub.add_argument("--split", choices=("test", "validation"), default="test")
+    sub.add_argument(
+        "overrides", nargs="*", help="data=..., runs_dir=..., trainer.device=... (default: as its run did)"
+    )
+
+    sub = verb("sample", verbs.sample, "Print text that an exported model writes.")
+    sub.add_argument("folder", type=Path, help="the model folder of a run")
+    sub.add_argument("--prompt", default="", help="the text to continue (default: the beginning of a document)")
+    sub.add_argument(
+        "--tokens", type=_number(int, 1, 10**6), default=80, help="the most tokens to write (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--temperature",
+        type=_number(float, 0, 1000),
+        default=0.8,
+        help="0: always the most likely token (default: %(default)s)",
+    )
+    sub.add_argument("--seed", type=_number(int, 0, 2**63 - 1), default=0)
+    sub.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+
+    sub = verb("report", verbs.report, "Write a study's tables and pictures: report.md, report.html and results.csv.")
+    sub.add_argument("study")
+    sub.add_argument("overrides", nargs="*", help="runs_dir=..., as the study was launched with")
+
+    where = "runs_dir=..., as it was launched with"
+    sub = verb("status", verbs.status, "Show the runs of a study: state, step, time left, perplexity, problems.")
+    sub.add_argument("study", help="a study, or the name of a run")
+    sub.add_argument("--watch", action="store_true", help="show it again until every run has ended")
+    sub.add_argument("overrides", nargs="*", help=where)
+
+    sub = verb("logs", verbs.logs, "Show the log of a run that was submitted, or belongs to a study.")
+    sub.add_argument("run", metavar="[STUDY/]RUN", help="its name, or a part of the name that is unique")
+    sub.add_argument("overrides", nargs="*", help=where)
+
+    sub = verb(
+        "cancel", verbs.cancel, "Stop a study's queued and running runs, or one run; they can be launched again."
+    )
+    sub.add_argument("study", help="a study, or the name of a run")
+    sub.add_argument("overrides", nargs="*", help=where)
+
+    sub = verb("retry", verbs.retry, "Launch a study's failed and stopped runs again, from their frozen configs.")
+    sub.add_argument("study")
+    sub.add_argument("overrides", nargs="*", help=where + ", and cluster settings to change, like cluster.mem_gb=32")
+
+    sub = verb("ui", verbs.ui, "Open the MLflow UI on the runs' store; prints the link and serves until Ctrl-C.")
+    sub.add_argument("--port", type=_number(int, 0, 65535), default=None, help="default: 5000, or a free one")
+    text = "accept other machines at this name or address; creates the store if there is none"
+    sub.add_argument("--host", metavar="NAME", default=None, help=text)
+    text = "ask for a password, by MLflow's basic auth; needs pip install 'mlflow[auth]'"
+    sub.add_argument("--auth", action="store_true", help=text)
+    sub.add_argument("overrides", nargs="*", help="runs_dir=..., tracker.uri=..., as the runs were launched with")
+
+    sub = verb("sync", verbs.sync, "Send to MLflow what it lacks of some runs, and correct the state of dead runs.")
+    sub.add_argument("runs", type=Path, nargs="+", help="run folders")
+
+    sub = verb("clean", verbs.clean, "Show what checkpoints, models and warm starts cost on disk; --delete frees it.")
+    sub.add_argument(
+        "--delete", action="store_true", help="delete what the list calls deletable (default: only list it)"
+    )
+    text = "whose runs (default: all), and runs_dir=..., as the runs were launched with"
+    sub.add_argument("overrides", metavar="STUDY", nargs="*", help=text)
+    return parser

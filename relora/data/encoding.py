@@ -1,0 +1,129 @@
+"""Text to token files: a tokenizer is trained or copied, and every split is encoded. Imports tokenizers."""
+
+import codecs
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relora.common.errors import DamagedFile
+from relora.common.files import read_json
+from relora.config.groups import DataConfig, tokenizer_file
+from relora.data.documents import FORMAT, CorpusError, Splits, digest_of
+
+SPLITS = ("train", "validation", "test")
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_TRAINING_BYTES = 200_000_000
+"""A BPE vocabulary does not change any more beyond this much text."""
+BATCH_PIECES = 512
+
+
+def train_tokenizer(config: DataConfig, files: list[Path], splits: Splits, folder: Path) -> str:
+    """Train a byte-level BPE on the training split and save it in `folder`; return its end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def training_text() -> Iterator[str]:
+        read = 0
+        for split, piece, _ in splits.assign(files, config.text_field):
+            if split == "train":
+                read += len(piece)
+                yield piece
+                if read >= TOKENIZER_TRAINING_BYTES:
+                    return
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(training_text(), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **special}, indent=2) + "\n")
+    return END_OF_TEXT
+
+
+def copy_tokenizer(source: str, folder: Path) -> str:
+    """Take a tokenizer of one's own; return its end-of-text token."""
+    file = tokenizer_file(source)
+    # Editors on Windows write a byte-order mark, which the libraries do not read.
+    (folder / "tokenizer.json").write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    try:
+        made = read_json(file)
+        settings = read_json(file.with_name("tokenizer_config.json"))
+    except DamagedFile as error:
+        raise CorpusError(f"data.tokenizer={source} is no tokenizer: {error}") from error
+    settings = settings or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    token = settings.get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        added = [entry["content"] for entry in made.get("added_tokens", [])]
+        token = next((known for known in (END_OF_TEXT, "</s>", "<eos>") if known in added), None)
+    if token is None:
+        raise CorpusError(
+            f"the tokenizer {file} names no end-of-text token; set eos_token in its tokenizer_config.json"
+        )
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": token}, indent=2) + "\n")
+    return token
+
+
+def write_tokens(
+    config: DataConfig, files: list[Path], splits: Splits, folder: Path, end_of_text: str
+) -> dict[str, Any]:
+    """Encode every split into its file; return the meta.json."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise CorpusError(f"data.tokenizer={config.tokenizer} cannot be read as a tokenizer: {error}") from error
+    vocab_size, end_of_text_id = tokenizer.get_vocab_size(), tokenizer.token_to_id(end_of_text)
+    if end_of_text_id is None:
+        raise CorpusError(f"the tokenizer {config.tokenizer} does not know its own end-of-text token {end_of_text!r}")
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    counts = {name: {"tokens": 0, "pieces": 0} for name in SPLITS}
+    digest = hashlib.blake2b(digest_size=16)
+    handles = {name: (folder / f"{name}.bin").open("wb") for name in SPLITS}
+    pending: list[tuple[str, str, bool]] = []
+
+    def write_pending() -> None:
+        encoded = tokenizer.encode_batch_fast([piece for _, piece, _ in pending], add_special_tokens=False)
+        for (split, _, ends), encoding in zip(pending, encoded, strict=True):
+            ids = [*encoding.ids, end_of_text_id] if ends else encoding.ids
+            handles[split].write(np.asarray(ids, dtype=dtype).tobytes())
+            counts[split]["tokens"] += len(ids)
+            counts[split]["pieces"] += 1
+        pending.clear()
+
+    try:
+        for split, piece, ends in splits.assign(files, config.text_field):
+            digest.update(split.encode() + digest_of(piece) + bytes([ends]))
+            pending.append((split, piece, ends))
+            if len(pending) == BATCH_PIECES:
+                write_pending()
+        write_pending()
+    finally:
+        for handle in handles.values():
+            handle.close()
+    return {
+        "format": FORMAT,
+        "source": asdict(config),
+        "python": sys.version.split()[0] if config.name == "stdlib" else None,
+        "corpus_digest": digest.hexdigest(),
+        "tokenizer_digest": hashlib.blake2b((folder / "tokenizer.json").read_bytes(), digest_size=16).hexdigest(),
+        "vocab_size": vocab_size,
+        "end_of_text_id": end_of_text_id,
+        "dtype": dtype,
+        "splits": counts,
+    }
