@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers.add_parser("train", help="train: the same as python run.py", add_help=False)
 
     sub = verb(
-        "plan", verbs.plan, "Show what a run will need, beside full rank: parameters, FLOPs, memory. Starts nothing."
+        "plan", verbs.plan, "Show what a run will need beside full rank: parameters, FLOPs, memory; start nothing."
     )
     sub.add_argument("overrides", nargs="*", help="as for python run.py")
 
@@ -109,9 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("runs", type=Path, nargs="+", help="run folders")
 
     sub = verb("clean", verbs.clean, "Show what checkpoints, models and warm starts cost on disk; --delete frees it.")
-    sub.add_argument(
-        "--delete", action="store_true", help="delete what the list calls deletable (default: only list it)"
-    )
+    sub.add_argument("--delete", action="store_true", help="delete what is listed as deletable (default: only list it)")
     text = "whose runs (default: all), and runs_dir=..., as the runs were launched with"
     sub.add_argument("overrides", metavar="STUDY", nargs="*", help=text)
     return parser
