@@ -277,9 +277,9 @@ class Trainer:
         unequal = [rank for rank, found in enumerate(others, start=1) if found != first]
         if unequal:
             raise TrainingError(
-                """Evaluate on the validation set after `step` steps. A run that stops here repeats the validation later."""
-                "must be equal to the bit; give all processes the same kind of machine, number of threads, versions of "
-                "libraries and runs_dir, and continue from the newest checkpoint"
+                f"step {step}: the weights of rank {', '.join(map(str, unequal))} differ from those of rank 0, and "
+                "they must be equal to the bit; give all processes the same kind of machine, number of threads, versions "
+                "of libraries and runs_dir, and continue from the newest checkpoint"
             )
 
     def validate(self, step: int) -> Evaluation:
