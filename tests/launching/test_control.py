@@ -1,11 +1,18 @@
 """What the verbs say to names and settings that are wrong; what they do to runs, tests/slurm."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from small import REPOSITORY, eventually
 
 from relora.cli import main as cli
 from relora.config.compose import compose
+from relora.runs.checkpoint import latest_step
+from relora.runs.metrics import read_rows
+from relora.runs.rundir import RunDir, Status
+from relora.runs.state import observe
 from relora.studies.study import planned_runs, prepare, write_manifest
 from relora.studies.sweeps import expand
 
@@ -54,3 +61,46 @@ def test_what_is_wrong_is_told_in_a_line(words: list[str], message: str, runs_di
     shown = capsys.readouterr().err
     assert message.format(runs_dir=runs_dir) in shown
     assert shown.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ runs of this machine
+
+
+def test_a_run_of_this_machine_is_cancelled_with_a_checkpoint_and_goes_on(tiny: list[str], capsys) -> None:
+    """Without SLURM: relora cancel sends SIGTERM to the run's process."""
+    overrides = [*tiny, "trainer.total_steps=3002", "trainer.validation_interval_steps=3002"]
+    config = compose(overrides)
+    run, where = RunDir(config.run_dir), f"runs_dir={config.runs_dir}"
+    command = [sys.executable, "run.py", *overrides]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        eventually(lambda: read_rows(run.metrics_file)[20:], "20 rows of metrics", seconds=120)
+        assert cli.main(["cancel", config.name[-8:], where]) == 0
+        assert capsys.readouterr().out == f"{config.name}: cancelled\n1 runs cancelled\n"
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    status, step = run.status, latest_step(run.checkpoints)
+    assert status is not None
+    assert status.state == "interrupted"
+    assert "SIGTERM" in status.message
+    assert step is not None
+    assert 20 <= step < 3002
+    assert "Traceback" not in output
+    (state,) = observe([run])
+    assert (state.name, state.needs_launch) == ("interrupted", True)
+
+    assert cli.main(["cancel", config.name[-8:], where]) == 0
+    assert capsys.readouterr().out == "0 runs cancelled\n", "it has ended already"
+    stopped_before = max(row["step"] for row in read_rows(run.metrics_file))
+    assert stopped_before == step, "no update is lost and none is made twice"
+
+
+def test_a_run_of_another_machine_is_not_cancelled_from_here(runs_dir: Path, capsys) -> None:
+    folder = next(path for path in sorted(runs_dir.glob("*relora-r2*")))
+    run = RunDir(folder)
+    run.status = Status(state="running", host="elsewhere", pid=1)
+    with run.locked():
+        assert cli.main(["cancel", "ranks", f"runs_dir={runs_dir}"]) == 1
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in (folder.name, "elsewhere", "cancel it there"))

@@ -1,7 +1,13 @@
 """The table of a study; what stands in it comes from tests/test_state.py and tests/slurm."""
 
+from pathlib import Path
+
+import pytest
+from lab import FULL, RELORA, Lab
+
 from relora.runs.state import ObservedState
-from relora.studies.status import StatusRow, render_plain
+from relora.studies.status import StatusRow, render_plain, status_rows
+from relora.studies.study import of_manifest
 
 QUEUED = StatusRow(
     run="llama_tiny-relora-r128-b8382e77",
@@ -33,3 +39,63 @@ def test_how_often_slurm_put_a_job_back_has_a_column_where_it_has() -> None:
 
 def test_columns_with_nothing_in_them_are_left_out() -> None:
     assert render_plain([RUNNING]).split("\n")[0].split() == ["run", "role", "state", "step", "left", "note"]
+
+
+# ------------------------------------------------------------------------------------------------------- baselines
+
+
+def shown(lab: Lab) -> tuple[dict[str, StatusRow], str]:
+    """The rows of the study, by run, and the table as text."""
+    rows = status_rows(of_manifest(lab.runs_dir, "mine"))
+    return {row.run: row for row in rows}, render_plain(rows)
+
+
+def at_rate(lab: Lab, rate: str, loss: float, *overrides: str, **changes):
+    return lab.run(*FULL, f"optimizer.learning_rate={rate}", *overrides, loss=loss, **changes)
+
+
+def test_the_baseline_shown_is_the_best_on_validation_and_not_on_test(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "runs")
+    best = at_rate(lab, "1e-3", 2.9, summary={"test_loss": 3.3, "test_perplexity": 27.1})
+    worse = at_rate(lab, "2e-3", 3.0, summary={"test_loss": 2.0, "test_perplexity": 7.4})
+    arm = lab.run(*RELORA, loss=3.3)
+    lab.study(best, worse, arm)
+    rows, text = shown(lab)
+    assert rows[arm.name].baseline == best.name
+    assert rows[arm.name].gap_to_full == pytest.approx(2.718281828 ** (3.4 - 3.3) - 1)
+    assert rows[best.name].gap_to_full == 0
+    assert rows[best.name].rates == "the best of 2 rates"
+    assert text.splitlines()[-1].split()[-1] == best.name
+    assert worse.name not in text.splitlines()[-1]
+
+
+def test_each_seed_is_measured_against_the_full_rank_run_of_its_seed(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "runs")
+    full = [at_rate(lab, "1e-3", 3.0 + seed, f"trainer.seed={seed}") for seed in range(2)]
+    arms = [lab.run(*RELORA, f"trainer.seed={seed}", loss=3.2 + seed) for seed in range(3)]
+    lab.study(*full, *arms)
+    rows, text = shown(lab)
+    assert [rows[config.name].baseline for config in arms] == [full[0].name, full[1].name, None]
+    assert rows[arms[2].name].gap_to_full is None
+    assert all(config.name in text.splitlines()[-1] for config in full)
+
+
+def test_a_full_rank_run_with_a_warm_start_or_of_another_length_is_no_baseline(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "runs")
+    warm = at_rate(lab, "1e-3", 2.0, "method.warm_start_steps=5")
+    short = at_rate(lab, "1e-3", 2.0, "trainer.total_steps=20")
+    arm = lab.run(*RELORA, loss=3.2)
+    lab.study(warm, short, arm)
+    rows, text = shown(lab)
+    assert {row.baseline for row in rows.values()} == {None, short.name}, "the short one is a baseline of its length"
+    assert rows[arm.name].baseline is rows[warm.name].baseline is None
+    assert rows[arm.name].gap_to_full is None
+    assert text.splitlines()[-1].endswith(f"against {short.name}")
+
+
+def test_a_baseline_that_came_by_itself_and_was_not_chosen_says_so(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "runs")
+    sweep_runs = [at_rate(lab, "1e-3", 3.0), lab.run(*RELORA, loss=3.2)]
+    lab.study(*sweep_runs)
+    rows, _ = shown(lab)
+    assert [rows[config.name].role for config in sweep_runs] == ["arm", "arm"]
