@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,42 @@ settings.register_profile("relora", derandomize=True, deadline=None)
 settings.load_profile("relora")
 
 
+STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+"""Python's audit events."""
+_quick_test: list[str] = []
+"""The quick test that runs now."""
+
+
+def _forbid_processes(event: str, _: tuple[object, ...]) -> None:
+    if _quick_test and event in STARTS_A_PROCESS:
+        raise RuntimeError(f"{_quick_test[0]} starts a process ({event}); mark it slow")
+
+
+sys.addaudithook(_forbid_processes)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """SLURM's tests first: they take the longest, and wait more than they compute."""
+    """SLURM's tests first, because they take the longest. Tests without the mark `slow` are `quick`."""
     items.sort(key=lambda item: item.path.parent.name != "slurm")
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: the worker with SLURM's tests waits most of the time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A quick test starts no process."""
+    if item.get_closest_marker("quick") is not None:
+        _quick_test.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _quick_test.clear()
 
 
 class OneWorkerPerFile(LoadFileScheduling):

@@ -135,14 +135,29 @@ def test_a_deep_healthy_bf16_model_is_exported_without_a_doubt(tiny: list[str], 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_compiled_by_the_real_inductor_is_exported(tiny: list[str], precision: str) -> None:
+def test_a_run_compiled_by_the_real_inductor_is_exported_and_resumes_to_the_bit(tiny: list[str], precision: str) -> None:
     if shutil.which("g++") is None:
         skip_or_fail("compiler", "torch.compile's own backend needs a C++ compiler")
     torch.compiler.reset()
     overrides = [*tiny, f"trainer.precision={precision}", "trainer.compile=true", "model.layers=1"]
     overrides += ["method.warm_start_steps=0", "method.reset_interval_steps=null", "trainer.total_steps=4"]
+    overrides += ["trainer.checkpoint_interval_steps=2"]
     status = launch(compose(overrides), overrides)
     assert (status.state, status.message) == ("finished", "")
+    if precision == "bf16":
+        return
+
+    plain = [*overrides, "trainer.compile=false", f"runs_dir={run_of(overrides).path.parent.parent / 'plain'}"]
+    assert launch(compose(plain), plain).summary["test_loss"] == pytest.approx(status.summary["test_loss"], abs=1e-4)
+
+    # The state after step 2, as a run that was stopped there left it, in a new process.
+    again = [*overrides, f"runs_dir={run_of(overrides).path.parent.parent / 'again'}"]
+    run = run_of(again)
+    run.checkpoints.mkdir(parents=True)
+    shutil.copy(run_of(overrides).checkpoints / "step-00000002.pt", run.checkpoints)
+    torch.compiler.reset()
+    assert launch(compose(again), again).state == "finished"
+    assert digest(run.model) == digest(run_of(overrides).model)
 
 
 # ------------------------------------------------------------------------------------ results first, then decoration
