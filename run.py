@@ -1,4 +1,4 @@
-"""python run.py [key=value ...]: train. python run.py --help: what can be set."""
+"""Train: python run.py [key=value ...]. Show all settings: python run.py --help."""
 
 import sys
 

@@ -1,16 +1,18 @@
-"""Kill runs at random and at named moments, start them again, and compare what they leave with an undisturbed run.
+"""Kill runs at random and at named moments, start them again, and compare their results with an undisturbed run.
 
     python benchmarks/kills.py --kills 200              # about half an hour on two cores
-    python benchmarks/kills.py --kills 12 --seed 3      # a short form; another seed kills elsewhere
-    python benchmarks/kills.py --moments merge,exit     # named moments alone, each with every signal
+    python benchmarks/kills.py --kills 12 --seed 3      # a short form; another seed chooses other moments
+    python benchmarks/kills.py --moments merge,exit     # only named moments, each with every signal
 
-Every run is a small one in a folder of its own: corpus, MLflow store, warm start, two restarts, export. It is killed up
-to `KILLS_A_RUN` times, by SIGKILL, SIGTERM, SIGINT or SIGUSR2, the process alone or its whole group. The same command
-starts it again each time, and at last nothing disturbs it. After a signal that can be handled, the process must have
-ended by itself, with a true status. In the end weights, metrics and results of the run, and what MLflow has of it, must
-equal those of a run that was never disturbed, to the bit, and no temporary file may be left.
+Every run is small and has its own folder. It has all parts: corpus, MLflow store, warm start, two restarts, export. It
+is killed up to `KILLS_A_RUN` times by SIGKILL, SIGTERM, SIGINT or SIGUSR2. The signal goes to the process or to its
+whole group. The same command starts the run again each time. The last launch is not disturbed.
 
-Prints a table and the folder of each run that differs; the exit code is 1 where one does.
+After a signal that can be handled, the process must end by itself and leave a true status. In the end the run's
+weights, metrics and results, and MLflow's copy of them, must equal those of an undisturbed run to the bit. No temporary
+file may be left.
+
+Prints a table, and the folder of each run that differs. The exit code is 1 if a run differs.
 """
 
 import argparse
@@ -45,21 +47,21 @@ SETTING = (
     *("trainer.device=cpu", "data=text", "data.sequence_length_tokens=16", "data.vocab_size=300"),
     *("data.validation_fraction=0.05", "data.test_fraction=0.05"),
 )
-"""A warm start of 6 steps and restarts at 12 and 18 of 24; a checkpoint every 4."""
+"""A warm start of 6 steps, restarts at steps 12 and 18 of 24, and a checkpoint every 4 steps."""
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 KILLS_A_RUN = 4
 LIMIT_SECONDS = 300.0
-"""No launch of such a run takes so long."""
+"""A launch that takes longer counts as hung."""
 RANDOM = "random"
 PYTHON_STARTS_SECONDS = 1.0
-"""Python has reached the first line of run.py by then, on a busy machine too; no program can answer a signal before."""
+"""By then Python has reached the first line of run.py, even on a busy machine. Before, it cannot handle a signal."""
 REPRODUCIBLE = ("train/", "eval/", "restart/", "progress/")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a signal is sent; the fields are those of victim/sitecustomize.py."""
+    """The moment at which a signal is sent. victim/sitecustomize.py explains the fields."""
 
     kind: str
     where: str
@@ -90,13 +92,13 @@ MOMENTS = {
 
 @dataclass(frozen=True)
 class Kill:
-    """One signal: which, to whom, when."""
+    """One signal: its number, its receiver and its moment."""
 
     moment: str
     number: signal.Signals
     to_group: bool
     after_seconds: float = 0.0
-    """Of a random moment: since the launch."""
+    """Seconds from the launch to a random moment."""
 
     def __str__(self) -> str:
         at = f"{self.after_seconds:.2f} s after the launch" if self.moment == RANDOM else self.moment
@@ -105,7 +107,7 @@ class Kill:
 
 @dataclass
 class Story:
-    """What happened to one run."""
+    """The signals that one run got, and the faults found."""
 
     folder: Path
     sent: list[Kill] = field(default_factory=list)
@@ -113,29 +115,35 @@ class Story:
 
 
 class Kills:
-    """The kills that are still to come; several runs take from them at a time."""
+    """The queue of kills that are still to be done. Several threads take from it."""
 
     def __init__(self, kills: Sequence[Kill]) -> None:
         self._waiting, self._lock = deque(kills), threading.Lock()
         self._phases = {name: number for number, name in enumerate(MOMENTS)}
 
     def take(self) -> list[Kill]:
-        """Those of the next run, in the order in which a run comes to their moments; empty where none is left."""
+        """The kills of the next run, in the order in which a run reaches their moments. Empty if no kill is left."""
         with self._lock:
             taken = [self._waiting.popleft() for _ in range(min(KILLS_A_RUN, len(self._waiting)))]
         return sorted(taken, key=lambda kill: self._phases.get(kill.moment, 0))
 
     def give_back(self, kills: Sequence[Kill]) -> None:
-        """Those whose moment a run had passed already: another run comes to it."""
+        """Put back the kills that a run did not reach or had passed. Another run gets them."""
         with self._lock:
             self._waiting.extend(kills)
 
 
 def launch(folder: Path, kill: Kill | None, attempt: int) -> tuple[int, str, int | None]:
-    """Start the run of `folder`.
+    """Start the run of `folder` and wait until it ends.
 
-    Returns the exit code, what it printed, and the process that got the signal: -1 for one that the run started, None
-    where no signal was sent.
+    Args:
+        folder: The folder of this run. Its parent holds the text.
+        kill: The signal to send, None for an undisturbed launch.
+        attempt: Number of the launch, for the names of its files.
+
+    Returns:
+        The exit code, the output, and the id of the process that got the signal. The id is -1 for a child process of
+        the run, and None if no signal was sent.
     """
     mark = folder / f"killed-{attempt}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -179,13 +187,13 @@ def launch(folder: Path, kill: Kill | None, attempt: int) -> tuple[int, str, int
 
 
 def run_folder(folder: Path) -> Path | None:
-    """The folder of the run; None where the run did not come so far."""
+    """The run's own folder, None if the run did not make it."""
     found = [path for path in (folder / "runs").glob("llama*") if path.is_dir()]
     return found[0] if found else None
 
 
 def check_end(kill: Kill, code: int, said: str, hit: int, run: Path | None) -> list[str]:
-    """What is wrong with how a killed process ended."""
+    """Faults in how a killed launch ended. `code`, `said` (the output) and `hit` are the results of `launch`."""
     faults: list[str] = []
     status = json.loads((run / "status.json").read_text()) if run and (run / "status.json").exists() else {}
     if code == 999:
@@ -209,9 +217,10 @@ def check_end(kill: Kill, code: int, said: str, hit: int, run: Path | None) -> l
 
 
 def live(folder: Path, kills: Sequence[Kill]) -> tuple[Story, Sequence[Kill]]:
-    """Kill a run as planned, start it again each time, let it end at last.
+    """Kill a run as planned, start it again after each kill, and let the last launch end undisturbed.
 
-    Returns its story, and the kills whose moment did not come; a random one that came too late comes earlier then.
+    Returns the run's story, and the kills that were not done because the run ended before their moment. A random kill
+    that came too late gets an earlier time.
     """
     story = Story(folder)
     folder.mkdir()
@@ -242,7 +251,7 @@ def live(folder: Path, kills: Sequence[Kill]) -> tuple[Story, Sequence[Kill]]:
 
 
 def left_behind(folder: Path) -> dict[str, Any]:
-    """All of a finished run that must not depend on how often it was killed."""
+    """All results of a finished run that must not depend on the kills."""
     run = run_folder(folder)
     if run is None:
         return {"run": "no run folder"}
@@ -267,7 +276,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
 
 
 def mirrored(folder: Path, run: Path) -> dict[str, Any]:
-    """What is wrong with MLflow's copy of the run; nothing is expected."""
+    """The number of MLflow's runs, the run's status there, and the metrics that differ from metrics.jsonl."""
     from relora.tracking.store import quiet_mlflow
 
     quiet_mlflow()
@@ -296,7 +305,7 @@ def mirrored(folder: Path, run: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """The keys whose values differ, the first few with their values."""
+    """Describe the keys whose values differ: the first three with both values, and the number of further ones."""
     keys = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
     told = [f"{key}: {found.get(key)!r} instead of {expected.get(key)!r}" for key in sorted(keys)[:3]]
     return [*told, *([f"and {len(keys) - 3} more"] if len(keys) > 3 else [])]
@@ -306,7 +315,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def write_text(folder: Path) -> None:
-    """Some text with a structure to learn."""
+    """Write text files with a structure that a model can learn."""
     folder.mkdir()
     chance = random.Random(0)
     words = ["".join(chance.choices("abcdefgh", k=chance.randint(2, 6))) for _ in range(40)]
@@ -315,7 +324,7 @@ def write_text(folder: Path) -> None:
 
 
 def planned(kills: int, seed: int, seconds: float) -> list[Kill]:
-    """Half of them at the named moments, each in turn, half at random ones."""
+    """Plan the kills: half at the named moments in turn, half at random times within `seconds` of the launch."""
     chance = random.Random(seed)
     named = [(moment, number) for moment in MOMENTS for number in SIGNALS]
     chance.shuffle(named)
@@ -328,7 +337,7 @@ def planned(kills: int, seed: int, seconds: float) -> list[Kill]:
 
 
 def table(stories: Sequence[Story]) -> str:
-    """How many signals were sent at which moment, and how many launches ended before theirs."""
+    """A table of the number of signals sent, by moment and signal."""
     sent = Counter((kill.moment, kill.number.name) for story in stories for kill in story.sent)
     moments = sorted({moment for moment, _ in sent})
     width = max(map(len, moments), default=0)
@@ -341,12 +350,12 @@ def table(stories: Sequence[Story]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Kill and compare runs. Return 1 if a run differs, else 0."""
     parser = argparse.ArgumentParser(description="Kill runs, start them again, compare with an undisturbed run.")
     parser.add_argument("--kills", type=int, default=200, help="how many signals to send (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of moments (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of moments (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: the cores)")
-    parser.add_argument("--moments", default=None, help="named moments, by a part of their name; none are random then")
+    parser.add_argument("--moments", default=None, help="comma-separated parts of moment names; use only these")
     chosen = parser.parse_args(arguments)
     if chosen.moments is None:
         moments = list(MOMENTS)
@@ -383,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tell_all(folder: Path, kills: Kills, expected: dict[str, Any], jobs: int) -> list[Story]:
-    """Runs until no kill is left, `jobs` of them at a time."""
+    """Run the runs, `jobs` at a time, until no kill is left. Return their stories."""
     numbers, comparing = itertools.count(), threading.Lock()
 
     def work() -> list[Story]:

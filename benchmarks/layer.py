@@ -1,9 +1,10 @@
-"""One low-rank layer by each exact way, as ratios to a full-rank layer: a check of the choice in relora.budget.cost.
+"""Time one low-rank layer by each exact way, relative to a full-rank layer. Check the choice in relora.budget.cost.
 
     OMP_NUM_THREADS=1 python benchmarks/layer.py --threads 1
 
-Forward, backward and what it takes to form W + sBA, in rounds of all ways by turns; beside each measured ratio that of
-the multiply-adds. A case in which another way was faster than the chosen one by more than `TOLERANCE` is marked.
+The time is that of forward, backward and forming W + sBA. In each round all ways take turns. The table shows each
+measured ratio, and beside it the ratio of the multiply-adds. It marks a case if another way was faster than the chosen
+one by more than `TOLERANCE`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class Case:
-    """A matrix and how many tokens an update has."""
+    """The shape of a matrix, the rank, and the number of tokens in an optimizer step."""
 
     in_features: int
     out_features: int
@@ -44,7 +45,7 @@ class Case:
     tokens: int
 
     def multiply_adds(self, merged_weight: str, way: str) -> float:
-        """As a ratio to a full-rank layer's."""
+        """The multiply-adds by this way, divided by those of a full-rank layer."""
         ways = way_multiply_adds(
             self.in_features,
             self.out_features,
@@ -56,13 +57,13 @@ class Case:
         return ways[way] / (3 * self.in_features * self.out_features * self.tokens)
 
     def chosen(self, merged_weight: str) -> str:
-        """What `refresh` takes."""
+        """The way that `refresh` chooses."""
         shape = (self.in_features, self.out_features, self.rank)
         return cheapest_way(*shape, merged_weight=merged_weight, tokens_per_micro_step=self.tokens)
 
 
 def passes(case: Case, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
-    """A pass through a full-rank layer, and through one for each of `WAYS`."""
+    """Functions that do one pass: the first through a full-rank layer, then one for each of `WAYS`."""
 
     def linear() -> nn.Linear:
         return nn.Linear(case.in_features, case.out_features, bias=False, device=device, dtype=dtype)
@@ -91,7 +92,10 @@ def passes(case: Case, dtype: torch.dtype, device: torch.device) -> list[Callabl
 
 
 def ratios(case: Case, rounds: int, dtype: torch.dtype, device: torch.device) -> list[float]:
-    """Of each of `WAYS`, medians over rounds; every pass runs as often as it takes for a few milliseconds."""
+    """The measured time ratio of each of `WAYS` to full rank, as the median over the rounds.
+
+    Each pass is repeated until one measurement takes a few milliseconds.
+    """
     actions = passes(case, dtype, device)
     repeats = max(1, round(3e9 / (6 * case.in_features * case.out_features * case.tokens)))
     times: list[list[float]] = [[] for _ in actions]
@@ -106,7 +110,7 @@ def ratios(case: Case, rounds: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark. The module's docstring describes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=12)

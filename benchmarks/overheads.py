@@ -1,9 +1,9 @@
-"""What a run spends beside its updates: seconds to the first one, what is imported when, and the share of tracking.
+"""Measure the time of a run outside its optimizer steps: start-up, imports, and the share of tracking.
 
     python benchmarks/overheads.py [key=value ...]      # overrides as for python run.py; without any, the default run
 
-Start-up is timed from outside, as a person sees it, `ROUNDS` times each; tracking inside a run, by clocks around every
-call of the training loop to its tracker and around the work of the thread that mirrors to MLflow.
+Start-up is timed from outside, as the user sees it, `ROUNDS` times each. Tracking is timed inside a run: clocks measure
+every call of the training loop to its tracker, and the work of the thread that mirrors to MLflow.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ LIBRARIES = ("hydra", "omegaconf", "torch", "transformers", "datasets", "tokeniz
 
 
 def imported_by(*arguments: str) -> dict[str, float]:
-    """The `LIBRARIES` that `python run.py` imports, each with the seconds that it takes with all it imports itself."""
+    """The `LIBRARIES` that `python run.py` imports, each with its import time in seconds, nested imports included."""
     command = [sys.executable, "-X", "importtime", "run.py", *arguments]
     told = subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True).stderr
     found: dict[str, float] = {}
@@ -40,7 +40,7 @@ def imported_by(*arguments: str) -> dict[str, float]:
 
 
 def start_up(own: list[str], folder: Path) -> None:
-    """To an answer, and to the first update with the text prepared."""
+    """Print the seconds to an answer, and to the first optimizer step when the corpus is prepared already."""
     run_py(*own, f"runs_dir={folder}", "trainer.seed=99")
     for name, arguments in (("--help", ["--help"]), ("--cfg job", ["--cfg", "job"])):
         seconds = [run_py(*arguments) for _ in range(ROUNDS)]
@@ -66,7 +66,7 @@ def start_up(own: list[str], folder: Path) -> None:
 
 
 def tracking(own: list[str], folder: Path) -> None:
-    """Seconds of the loop that tracking takes, and of the CPU that the mirror takes beside it."""
+    """Print the time that tracking takes in the training loop, and the CPU time of the mirroring thread."""
     from relora.runs.metrics import Broadcast
     from relora.tracking.mirror import Mirror
     from relora.training.job import launch
@@ -111,7 +111,7 @@ def tracking(own: list[str], folder: Path) -> None:
 
 
 def _first_row(run: RunDir, process: subprocess.Popen[bytes]) -> dict[str, float]:
-    """The first with a training loss, as soon as it is there."""
+    """Wait for the first metrics row with a training loss, and return it."""
     while process.poll() in (None, 0):
         if found := rows(run):
             return found[0]
@@ -128,7 +128,7 @@ def _listed(found: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Both."""
+    """Measure start-up, then tracking."""
     own = sys.argv[1:]
     with tempfile.TemporaryDirectory() as name:
         start_up([*own, "trainer.total_steps=110", "method.warm_start_steps=0"], Path(name))

@@ -1,6 +1,6 @@
-"""What SLURM costs: seconds to submit 1, 100 and 1000 runs, to the first update, and for a preemption.
+"""Measure the cost of SLURM in seconds: to submit 1, 100 and 1000 runs, to the first step, and for a preemption.
 
-On a submit node; the figures of docs/slurm.md are from the cluster of the tests:
+Run this on a submit node. The figures of docs/slurm.md are from the cluster of the tests:
     bash tests/slurm/cluster.sh up; python benchmarks/slurm.py; bash tests/slurm/cluster.sh down
 """
 
@@ -28,33 +28,33 @@ SMALL = (
 
 
 def run_py(*arguments: str) -> float:
-    """Seconds that `python run.py` took."""
+    """Run `python run.py` and return the seconds that it took."""
     began = time.monotonic()
     subprocess.run([sys.executable, "run.py", *arguments], check=True, cwd=REPOSITORY, capture_output=True)
     return time.monotonic() - began
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:
-    """Those with a training loss."""
+    """The run's metrics rows that have a training loss."""
     text = run.metrics_file.read_text() if run.metrics_file.exists() else ""
     found = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     return [row for row in found if "train/loss" in row]
 
 
 def wait_for_rows(run: RunDir, more_than: int) -> list[dict[str, float]]:
-    """Its rows, once there are so many."""
+    """Wait until the run has more than `more_than` rows with a training loss, and return all such rows."""
     while len(found := rows(run)) <= more_than:
         time.sleep(0.1)
     return found
 
 
 def submission(own: Sequence[str], folder: Path) -> None:
-    """Seconds from the command to its return, with the partition closed so that nothing runs meanwhile."""
+    """Print the seconds that submitting takes. The partition is closed, so that no job runs meanwhile."""
     subprocess.run(["scontrol", "update", "partition=debug", "state=down"], check=True)
     try:
         for count in COUNTS:
             settings = [*own, f"runs_dir={folder / str(count)}", "method.warm_start_steps=0"]
-            # A baseline a seed is among them.
+            # The runs are 24 ranks and one baseline for each seed.
             seeds = count // 25
             sweep = [f"trainer.seed=range(0,{seeds})", "method.rank=range(1,25)"] if count > 1 else []
             seconds = run_py("-m" if sweep else "cluster.wait=false", *settings, "cluster=slurm", *sweep, "study=many")
@@ -67,7 +67,7 @@ def submission(own: Sequence[str], folder: Path) -> None:
 
 
 def first_update(own: Sequence[str], folder: Path) -> None:
-    """Seconds from the command to the first update, here and through SLURM, the text prepared."""
+    """Print the seconds from the command to the first step, here and through SLURM, with a prepared corpus."""
     for name, where in (("python run.py", []), ("through SLURM", ["cluster=slurm"])):
         seconds: list[float] = []
         for seed in range(3):
@@ -89,7 +89,7 @@ def first_update(own: Sequence[str], folder: Path) -> None:
 
 
 def preemption(own: Sequence[str], folder: Path) -> None:
-    """Seconds of a node that a preemption costs: the next attempt's start, and the updates that it repeats."""
+    """Print the node seconds that a preemption costs: the next attempt's start, and the steps that it repeats."""
     for grace in (20, 0):
         subprocess.run(["scontrol", "update", "partition=debug", f"GraceTime={grace}"], check=True)
         settings = [*own, f"runs_dir={folder / f'grace-{grace}'}", "cluster=slurm"]
@@ -125,7 +125,7 @@ def preemption(own: Sequence[str], folder: Path) -> None:
 
 
 def main() -> None:
-    """All three."""
+    """Measure submission, the first step, and preemption."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text"

@@ -1,16 +1,20 @@
-"""Step time, tokens/s, FLOP utilisation and peak memory of low-rank training as ratios to full rank's, and merge time.
+"""Measure step time, tokens/s, FLOP utilisation and peak memory of low-rank training against full rank.
+
+Also the time of a restart.
 
     pip install -e '.[bench]'
     OMP_NUM_THREADS=1 python benchmarks/step.py --threads 1 --out docs/performance    # .json, .md, .png
 
-A step is what the trainer does in an update: forward, backward, clip, AdamW, and for the fast paths the refresh. All
-arms of a case live in one process and take turns, a step each a round, so that what else the machine does hits all
-alike, and each is first and last as often as any other when `--rounds` is a multiple of their number; a ratio is the
-median over rounds of a step's time to the full-rank step's of its round. On the CPU with one thread the time is that
-thread's CPU time, otherwise wall-clock; on CUDA it is taken with events. The peak is what torch has allocated at most
-in one more step, weights and optimizer state included, and beside it what relora.budget.memory says. Models have the
-width, heads and vocabulary of conf/model and `--layers` layers. Cases that the .json holds already are not measured
-again.
+A step is one optimizer step of the trainer: forward, backward, clip, AdamW, and for the fast paths the refresh.
+
+All arms of a case are in one process and take turns: each makes one step in a round. So other load on the machine hits
+all arms equally. Each arm is first and last equally often if `--rounds` is a multiple of the number of arms. A ratio is
+the median over the rounds of an arm's step time divided by the full-rank step time of the same round.
+
+On the CPU with one thread, the time is the CPU time of that thread, and with more threads the wall-clock time. On CUDA
+it is measured with events. The peak is the most memory that torch allocates in one more step, with weights and
+optimizer state. Beside it is the estimate of relora.budget.memory. Models have the width, heads and vocabulary of
+conf/model, and `--layers` layers. Cases that are in the .json file already are not measured again.
 """
 
 import argparse
@@ -51,7 +55,7 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is compared at a time."""
+    """A setting in which all arms are compared."""
 
     size: str
     rank: int
@@ -61,12 +65,12 @@ class Case:
     layers: int
 
     def model_config(self) -> ModelConfig:
-        """The size's, with fewer layers."""
+        """The model config of this size, with at most `layers` layers."""
         values = dict(composed([f"model=llama_{self.size}"]).model)
         return ModelConfig(**{**values, "layers": min(self.layers, values["layers"])})
 
     def cost(self, arm: str) -> Cost:
-        """Of the model as it is measured."""
+        """The cost of the measured model in this arm."""
         factors = {} if arm == "full" else {"rank": self.rank, "target_modules": TARGETS}
         return cost(
             self.model_config().shape(VOCAB_SIZE),
@@ -76,7 +80,7 @@ class Case:
         )
 
     def flops(self, arm: str) -> int:
-        """Of one step by the arm's own way."""
+        """FLOPs of one step in this arm."""
         if arm == "full":
             return self.cost(arm).flops_per_update(self.tokens)
         way = "never" if arm == "peft" else arm
@@ -84,7 +88,7 @@ class Case:
 
 
 class Arm:
-    """A model, its optimizer, and a step."""
+    """A model and its optimizer, which can make steps and restarts."""
 
     def __init__(self, case: Case, name: str, device: torch.device) -> None:
         self.case, self.name, self.device = case, name, device
@@ -114,7 +118,7 @@ class Arm:
             )
 
     def step(self) -> None:
-        """One update, as the trainer makes it."""
+        """Make one optimizer step as the trainer does."""
         for tokens in self.tokens.chunk(self.case.micro_steps):
             with precision_context(self.case.precision, self.device):
                 loss = summed_cross_entropy(self.model, tokens, tokens)
@@ -126,13 +130,13 @@ class Arm:
         self._refresh()
 
     def kept_bytes(self) -> int:
-        """Weights, resident merged weights and optimizer state."""
+        """Bytes of weights, resident merged weights and optimizer state."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         merged = [layer._merged for _, layer in low_rank_layers(self.model) if layer._merged is not None]
         return sum(each.numel() * each.element_size() for each in [*self.model.parameters(), *state, *merged])
 
     def planned_bytes(self) -> int:
-        """The peak as relora.budget.memory has it, PEFT's as that of the reference path."""
+        """The peak memory that relora.budget.memory estimates. PEFT gets the estimate of the reference path."""
         case = self.case
         return peak_bytes(
             case.model_config().shape(VOCAB_SIZE),
@@ -148,13 +152,13 @@ class Arm:
         )
 
     def restart(self) -> None:
-        """What a restart does."""
+        """Make one restart: merge, reinitialise the factors, and prune the optimizer state."""
         merge_and_reinit(self.model, seed=0, restart=1)
         reset_optimizer(self.optimizer, self.model)
 
 
 def _peft(model: nn.Module, rank: int) -> None:
-    """PEFT's LoRA in the same matrices; everything else stays trainable, as ReLoRA has it."""
+    """Put PEFT's LoRA into the same matrices. Everything else stays trainable, as in ReLoRA."""
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank / 4, target_modules=TARGETS), model)  # type: ignore[arg-type]
@@ -163,7 +167,7 @@ def _peft(model: nn.Module, rank: int) -> None:
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `action` took."""
+    """Run `action` and return the seconds that it took."""
     if device.type == "cuda":
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began.record()
@@ -178,7 +182,7 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_flops_per_second(precision: str, device: torch.device) -> float:
-    """The most that a square matrix product reaches here: what utilisation is relative to."""
+    """The FLOPs per second of a square matrix product on this device. Utilisation is relative to this."""
     n = 8192 if device.type == "cuda" else 1024
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -188,11 +192,11 @@ def peak_flops_per_second(precision: str, device: torch.device) -> float:
 
 
 def measured(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each arm, the restart among them."""
+    """Measure a case. Return a row for each arm, and one for the restart."""
     arms = {name: Arm(case, name, device) for name in ARMS}
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     for number in range(-1, rounds):
-        # Another one begins each round: what came last in every round was seen to take 5% longer, whatever it was.
+        # Another arm is first in each round. Any arm that was last in every round was measured 5% slower.
         first = number % len(ARMS)
         for name in (*ARMS[first:], *ARMS[:first]):
             took = timed(arms[name].step, device)
@@ -227,7 +231,7 @@ def _wrapped(case: Case) -> int:
 
 
 def most_allocated_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """The most that torch had allocated in `action` at a time, beyond what was there before it."""
+    """The peak of torch's allocated memory during `action`, minus the memory that was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -241,7 +245,7 @@ def most_allocated_bytes(action: Callable[[], object], device: torch.device) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The rows as two Markdown tables: arms and restarts."""
     lines = [
         "| size (layers) | rank | precision | tokens | arm | step | ratio to full | FLOP ratio "
         "| tokens/s | use | peak (plan) |"
@@ -278,7 +282,7 @@ def _size(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Measured ratios beside the FLOP limit of each case."""
+    """Plot the measured ratios and the FLOP limit of each case."""
     import matplotlib.pyplot as plt
 
     arms = [arm for arm in ARMS if arm != "full"]
@@ -300,7 +304,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the benchmark. The module's docstring describes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["9m:8,32,64", "20m:8,64,128", "60m:8,128,256", "350m:128,512"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
@@ -310,7 +314,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("performance"), help="without the ending")
+    parser.add_argument("--out", type=Path, default=Path("performance"), help="output path without a suffix")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

@@ -1,14 +1,14 @@
-"""Take both nodes of the tests' cluster away again and again while a study trains, then compare with undisturbed runs.
+"""Preempt both nodes of the tests' cluster repeatedly while a study trains. Then compare with undisturbed runs.
 
     bash tests/slurm/cluster.sh up
     python benchmarks/storm.py --minutes 5    # eight runs; a job of a higher partition every 20 s
     python benchmarks/storm.py --minutes 1 --seeds 1 --steps 800    # a short form, of four runs
 
-The study has three low-rank runs and one of full rank for each seed, and a shared warm start that is a job of its own.
-A job of the partition `high` takes both nodes, holds them for a moment, leaves, and comes back. In the end all runs
-must be finished, and their weights must equal, to the bit, those of the same study that nothing disturbed here.
+For each seed, the study has three low-rank runs and one full-rank run. Their shared warm start is a separate job. Again
+and again, a job of the partition `high` takes both nodes, holds them for a moment, and ends. In the end all runs must
+be finished. Their weights must equal, to the bit, those of the same study trained undisturbed on this machine.
 
-Prints how often SLURM put jobs back into the queue; the exit code is 1 where a run is not finished or differs.
+Prints how often SLURM put jobs back into the queue. The exit code is 1 if a run is not finished or differs.
 """
 
 import argparse
@@ -35,25 +35,25 @@ SETTING = (
     *("data.validation_fraction=0.05", "data.test_fraction=0.05", "study=storm"),
 )
 LIMIT_SECONDS = 900
-"""After the storm, for all runs to end."""
+"""How long all runs may take to end after the last preemption."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Sums, and so weights, are the same to the bit only for the same number of threads."""
+"""One thread: sums, and so weights, are the same to the bit only with the same number of threads."""
 
 
 def launch(runs_dir: Path, *overrides: str) -> None:
-    """The study, by run.py. Raises CalledProcessError."""
+    """Launch the study with run.py. Raises CalledProcessError if it fails."""
     command = [sys.executable, "run.py", "-m", *SETTING, f"runs_dir={runs_dir}", *overrides]
     subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
 
 def standing(runs_dir: Path) -> list[dict[str, Any]]:
-    """What `relora status` says of each run."""
+    """The output of `relora status --json`: one object for each run."""
     command = [sys.executable, "-m", "relora", "status", "storm", "--json", f"runs_dir={runs_dir}"]
     return json.loads(subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def take_nodes(hold_seconds: float) -> None:
-    """Both nodes for the partition `high`: whatever runs there is put back into the queue."""
+    """Take both nodes with a job of the partition `high`. SLURM puts the jobs that run there back into the queue."""
     command = ["sbatch", "--parsable", "-p", "high", "--exclusive", "-N", "2", "-o", "/dev/null"]
     done = subprocess.run([*command, "--wrap", "sleep 600"], capture_output=True, text=True, check=True)
     job, deadline = done.stdout.strip(), time.monotonic() + 60
@@ -67,7 +67,7 @@ def take_nodes(hold_seconds: float) -> None:
 
 
 def requeues(runs_dir: Path) -> int:
-    """How often sacct saw a job of the study leave a node before its end."""
+    """How often a job of the study left a node before its end, by sacct."""
     files = [*runs_dir.glob("*/submission.json"), *runs_dir.glob("*/*.job")]
     jobs = {json.loads(file.read_text())["job"] for file in files}
     command = ["sacct", "-n", "-P", "-X", "-D", "-j", ",".join(sorted(jobs)), "-o", "State"]
@@ -76,7 +76,7 @@ def requeues(runs_dir: Path) -> int:
 
 
 def weights(runs_dir: Path) -> dict[str, str]:
-    """A digest of each finished model, by the run's name."""
+    """Run name -> digest of the weights, for each exported model."""
     return {
         file.parent.parent.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in runs_dir.glob("*/model/model.safetensors")
@@ -84,7 +84,7 @@ def weights(runs_dir: Path) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Preempt the study and compare. Return 1 if a run is not finished or differs, else 0."""
     parser = argparse.ArgumentParser(description="Preempt a study again and again, compare with an undisturbed one.")
     parser.add_argument("--minutes", type=float, default=5.0, help="how long it storms (default: %(default)s)")
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two takings (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""python -m relora VERB: the same as relora VERB."""
+"""`python -m relora VERB` is the same as `relora VERB`."""
 
 import sys
 
@@ -6,7 +6,7 @@ from relora.common import signals
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run `relora VERB` and return the exit code."""
     with signals.whole_process():
         from relora.cli import main as cli
 

@@ -1,4 +1,4 @@
 """The commands: run.py and `relora VERB`.
 
-Imports all other packages, most of them when a verb needs them.
+Imports all other packages, most of them only when a verb needs them.
 """

@@ -15,12 +15,12 @@ from relora.training.distributed import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`relora VERB ...`: returns the exit code."""
+    """Run `relora VERB ...` and return the exit code. `argv` is without the program's name; None means sys.argv."""
     arguments = _without_passwords(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         return run(arguments[1:])
     parser = build_parser()
-    # argparse takes no second row of positionals after an option: overrides may stand anywhere.
+    # argparse does not accept more positionals after an option, but overrides may be anywhere on the command line.
     known, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(known, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -30,25 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """`python run.py ...`: returns the exit code."""
+    """Run `python run.py ...` with these arguments and return the exit code."""
     arguments = _without_passwords(argv)
     return _reported(lambda: _train(arguments))
 
 
 def _without_passwords(argv: Sequence[str]) -> list[str]:
-    """The arguments as they may be written down and shown."""
+    """The arguments without passwords, so that they can be stored and shown. Prints a note if there was a password."""
     arguments = credentials.without_passwords(argv)
     if arguments != list(argv) and World.here().is_first:
         print(
-            f"note: others see a command's arguments, the password in tracker.uri too; {credentials.VARIABLE}=... "
-            "in the environment keeps it from them",
+            "note: other users can see a command's arguments, also the password in tracker.uri; set "
+            f"{credentials.VARIABLE}=... in the environment instead to hide it",
             file=sys.stderr,
         )
     return arguments
 
 
 def _reported(action: Callable[[], int]) -> int:
-    """Run a command; what a person can mend becomes one message and an exit code, never a traceback."""
+    """Run a command. An error that the user can fix becomes one message and an exit code instead of a traceback."""
 
     def print_note(message: object) -> None:
         if World.here().is_first:
@@ -69,13 +69,13 @@ def _reported(action: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:  # a file that is missing, a folder of someone else, a disk that is full
+    except OSError as error:  # such as a missing file, a folder without permission or a full disk
         print_note(printable(str(error)))
         return 1
 
 
 def _stoppable(action: Callable[[], int]) -> int:
-    """A library may turn the KeyboardInterrupt of a signal into an error of its own; here it is one again."""
+    """Raise KeyboardInterrupt again if a library has turned the one of a signal into another error."""
     try:
         return action()
     except BaseException as error:
@@ -88,9 +88,9 @@ def _stoppable(action: Callable[[], int]) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    """Compose, check and run: one run, or with -m a study; other options (--help, --cfg, ...) are Hydra's own.
+    """Compose, check and run one run, or with -m a study.
 
-    A sweep that names one of Hydra's launchers or sweepers is left to Hydra as well.
+    Hydra handles other options (--help, --cfg, ...), and also a sweep that names one of Hydra's launchers or sweepers.
     """
     from relora.training.job import EXIT_CODES, launch
 
@@ -98,7 +98,9 @@ def _train(argv: Sequence[str]) -> int:
     hydras = any(argument.startswith(("hydra/launcher=", "hydra/sweeper=")) for argument in argv)
     if options in (["-m"], ["--multirun"]) and not hydras:
         if World.here().size > 1:
-            raise ConfigError("-m starts the runs of a study by itself; give torchrun a single run, or leave it out")
+            raise ConfigError(
+                "-m starts the processes of a study itself; give torchrun a single run, or do not use torchrun"
+            )
         from relora.launching.launch import launch_study
         from relora.launching.tune import tune
 
@@ -119,7 +121,7 @@ def _train(argv: Sequence[str]) -> int:
         print(f"note: {remark}")
     if config.cluster.name == "slurm":
         if World.here().size > 1:
-            raise ConfigError("cluster=slurm starts a run's processes by itself; leave torchrun out")
+            raise ConfigError("cluster=slurm starts the processes of a run itself; do not use torchrun")
         from relora.launching.launch import submit_run
 
         return 0 if submit_run(config, argv) else 1
@@ -127,7 +129,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _hydra_job(composed: Any, overrides: list[str]) -> None:
-    """One job of Hydra's own launcher."""
+    """Run one job of Hydra's launcher."""
     from relora.training.job import EXIT_CODES, launch
 
     code = _reported(

@@ -10,7 +10,7 @@ from relora.common.errors import printable
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage page."""
+    """A parser that prints an error in one line, without the usage page."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"relora: {printable(message)}; {self.prog} --help shows its options\n")
@@ -40,76 +40,85 @@ def build_parser() -> argparse.ArgumentParser:
 
     def verb(name: str, action: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=text)
-        sub.add_argument("--json", action="store_true", help="one JSON object instead of text")
+        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         sub.set_defaults(verb=action)
         return sub
 
     subparsers.add_parser("train", help="train: the same as python run.py", add_help=False)
 
     sub = verb(
-        "plan", verbs.plan, "Show what a run will need beside full rank: parameters, FLOPs, memory; start nothing."
+        "plan",
+        verbs.plan,
+        "Show what a run will need compared with full rank: parameters, FLOPs, memory. Nothing is started.",
     )
     sub.add_argument("overrides", nargs="*", help="as for python run.py")
 
-    sub = verb("evaluate", verbs.evaluate, "Perplexity of an exported model on held-out text.")
+    sub = verb("evaluate", verbs.evaluate, "Print the perplexity of an exported model on held-out text.")
     sub.add_argument("folder", type=Path, help="the model folder of a run, or any local Hugging Face folder")
     sub.add_argument("--split", choices=("test", "validation"), default="test")
-    sub.add_argument(
-        "overrides", nargs="*", help="data=..., runs_dir=..., trainer.device=... (default: as its run did)"
-    )
+    sub.add_argument("overrides", nargs="*", help="data=..., runs_dir=..., trainer.device=... (default: as in its run)")
 
-    sub = verb("sample", verbs.sample, "Print text that an exported model writes.")
+    sub = verb("sample", verbs.sample, "Print text that an exported model generates.")
     sub.add_argument("folder", type=Path, help="the model folder of a run")
     sub.add_argument("--prompt", default="", help="the text to continue (default: the beginning of a document)")
     sub.add_argument(
-        "--tokens", type=_number(int, 1, 10**6), default=80, help="the most tokens to write (default: %(default)s)"
+        "--tokens",
+        type=_number(int, 1, 10**6),
+        default=80,
+        help="the maximum number of tokens to generate (default: %(default)s)",
     )
     sub.add_argument(
         "--temperature",
         type=_number(float, 0, 1000),
         default=0.8,
-        help="0: always the most likely token (default: %(default)s)",
+        help="0 always picks the most likely token (default: %(default)s)",
     )
     sub.add_argument("--seed", type=_number(int, 0, 2**63 - 1), default=0)
     sub.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
 
     sub = verb("report", verbs.report, "Write a study's tables and pictures: report.md, report.html and results.csv.")
     sub.add_argument("study")
-    sub.add_argument("overrides", nargs="*", help="runs_dir=..., as the study was launched with")
+    sub.add_argument("overrides", nargs="*", help="runs_dir=..., as at the study's launch")
 
-    where = "runs_dir=..., as it was launched with"
+    where = "runs_dir=..., as at the launch"
     sub = verb("status", verbs.status, "Show the runs of a study: state, step, time left, perplexity, problems.")
     sub.add_argument("study", help="a study, or the name of a run")
-    sub.add_argument("--watch", action="store_true", help="show it again until every run has ended")
+    sub.add_argument("--watch", action="store_true", help="show the table again until every run has ended")
     sub.add_argument("overrides", nargs="*", help=where)
 
-    sub = verb("logs", verbs.logs, "Show the log of a run that was submitted, or belongs to a study.")
-    sub.add_argument("run", metavar="[STUDY/]RUN", help="its name, or a part of the name that is unique")
+    sub = verb("logs", verbs.logs, "Show the log of a run that was submitted or is part of a study.")
+    sub.add_argument("run", metavar="[STUDY/]RUN", help="the run's name, or a unique part of the name")
     sub.add_argument("overrides", nargs="*", help=where)
 
     sub = verb(
-        "cancel", verbs.cancel, "Stop a study's queued and running runs, or one run; they can be launched again."
+        "cancel", verbs.cancel, "Stop the queued and running runs of a study, or one run. They can be launched again."
     )
     sub.add_argument("study", help="a study, or the name of a run")
     sub.add_argument("overrides", nargs="*", help=where)
 
-    sub = verb("retry", verbs.retry, "Launch a study's failed and stopped runs again, from their frozen configs.")
+    sub = verb("retry", verbs.retry, "Launch the failed and stopped runs of a study again, from their frozen configs.")
     sub.add_argument("study")
-    sub.add_argument("overrides", nargs="*", help=where + ", and cluster settings to change, like cluster.mem_gb=32")
+    sub.add_argument("overrides", nargs="*", help=where + ", and cluster settings to change, such as cluster.mem_gb=32")
 
-    sub = verb("ui", verbs.ui, "Open the MLflow UI on the runs' store; prints the link and serves until Ctrl-C.")
-    sub.add_argument("--port", type=_number(int, 0, 65535), default=None, help="default: 5000, or a free one")
-    text = "accept other machines at this name or address; creates the store if there is none"
+    sub = verb("ui", verbs.ui, "Serve the MLflow UI on the runs' store until Ctrl-C, and print its link.")
+    sub.add_argument(
+        "--port", type=_number(int, 0, 65535), default=None, help="default: 5000, or a free port if 5000 is in use"
+    )
+    text = "accept other machines at this name or address of this machine; creates the store if there is none"
     sub.add_argument("--host", metavar="NAME", default=None, help=text)
-    text = "ask for a password, by MLflow's basic auth; needs pip install 'mlflow[auth]'"
+    text = "ask for a password, with MLflow's basic auth; needs pip install 'mlflow[auth]'"
     sub.add_argument("--auth", action="store_true", help=text)
-    sub.add_argument("overrides", nargs="*", help="runs_dir=..., tracker.uri=..., as the runs were launched with")
+    sub.add_argument("overrides", nargs="*", help="runs_dir=..., tracker.uri=..., as at the launch of the runs")
 
-    sub = verb("sync", verbs.sync, "Send to MLflow what it lacks of some runs, and correct the state of dead runs.")
+    sub = verb(
+        "sync", verbs.sync, "Send the data that MLflow lacks of the given runs, and correct the state of dead runs."
+    )
     sub.add_argument("runs", type=Path, nargs="+", help="run folders")
 
-    sub = verb("clean", verbs.clean, "Show what checkpoints, models and warm starts cost on disk; --delete frees it.")
-    sub.add_argument("--delete", action="store_true", help="delete what is listed as deletable (default: only list it)")
-    text = "whose runs (default: all), and runs_dir=..., as the runs were launched with"
+    sub = verb("clean", verbs.clean, "Show the disk space of checkpoints, models and warm starts. --delete frees it.")
+    sub.add_argument(
+        "--delete", action="store_true", help="delete the files listed as deletable (default: only list them)"
+    )
+    text = "the studies of the runs (default: all runs), and runs_dir=..., as at their launch"
     sub.add_argument("overrides", metavar="STUDY", nargs="*", help=text)
     return parser

@@ -1,4 +1,4 @@
-"""The MLflow UI on the runs' store: its links, its server, and the mirror that keeps the store up to date."""
+"""The MLflow UI on the runs' store: its links, its server, and the mirroring that keeps the store up to date."""
 
 import configparser
 import contextlib
@@ -27,21 +27,31 @@ from relora.studies.study import Planned
 from relora.tracking.store import print_note
 
 ADMIN = "admin"
-"""The user of a server that asks for a password; MLflow's UI can add others."""
+"""The first user of a server that asks for a password. MLflow's UI can add more users."""
 PORT = 5000
 START_SECONDS = 90.0
 MIRROR_SECONDS = 10.0
 
 
 def links(config: RunConfig, *, create: bool = False) -> dict[str, str]:
-    """What to put behind a server's address: "all", and the prepared view of each study.
+    """The links into the MLflow UI.
 
-    Raises ConfigError where nothing was recorded, unless the store is to be created.
+    Args:
+        config: Says where the store and the runs are. With a `study`, only the view of this study is linked.
+        create: Whether the store may be created if it does not exist.
+
+    Returns:
+        URL fragments to append to the server's address: "all" for all runs, and the view of each study by its name.
+
+    Raises:
+        ConfigError: No run was recorded or submitted and `create` is False, or the study is unknown.
     """
     uri, runs_dir = config.mlflow_uri, Path(config.runs_dir)
     store = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:") and not store.exists() and not create and not _submissions(runs_dir):
-        raise ConfigError(f"{store} does not exist: no run was recorded there; give the runs_dir=... of the runs")
+        raise ConfigError(
+            f"{store} does not exist: no run was recorded there; set runs_dir=... to the folder of the runs"
+        )
 
     from relora.studies.view import view_key, write_view
     from relora.tracking.store import experiment_id, mlflow_errors, open_store
@@ -67,9 +77,9 @@ def _submissions(runs_dir: Path) -> list[Path]:
 
 
 def submitted_runs(runs_dir: Path, seen: set[Path]) -> list[Planned]:
-    """The runs that were submitted to SLURM: with a store that is a file, their jobs leave it alone.
+    """The runs that were submitted to SLURM. Their jobs do not write to a store that is a file.
 
-    A config that cannot be read is told of, unless it is among those `told` already, and its run is left out.
+    A run whose config cannot be read is left out. The user gets one note of it: its file is then added to `seen`.
     """
     planned: list[Planned] = []
     for file in _submissions(runs_dir):
@@ -85,23 +95,33 @@ def submitted_runs(runs_dir: Path, seen: set[Path]) -> list[Planned]:
 def serve(
     config: RunConfig, *, port: int | None, host: str | None, auth: bool, ready: Callable[[str, str], None]
 ) -> int:
-    """An MLflow server of one worker until Ctrl-C or SIGTERM.
+    """Run an MLflow server with one worker until Ctrl-C or SIGTERM, and mirror the submitted runs to it.
 
-    `ready` is told its address, and the tracker.uri by which runs record there. With `host`, a name or an address of
-    this machine, it accepts other machines at that address. With `auth` it asks for the password of `sign_in`. Raises
-    RunError where it does not start.
+    Args:
+        config: Says where the store and the runs are.
+        port: None for 5000, or a free port if 5000 is in use.
+        host: A name or an address of this machine at which the server accepts other machines. None accepts
+            only this machine.
+        auth: Whether the server asks for the password of `sign_in`.
+        ready: Called when the server answers, with its address and the tracker.uri with which runs record there.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        RunError: The server does not start.
     """
     address = "127.0.0.1" if host is None else own_address(host)
     port = port or _free_port(address)
     if _listens(address, port):
-        raise RunError(f"port {port} is in use; take another --port, or leave it out for a free one")
+        raise RunError(f"port {port} is in use; choose another --port, or omit it for a free one")
     runs_dir = Path(config.runs_dir)
     name = host or address
     url = store = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     command = ["--workers", "1", "--host", address, "--port", str(port)]
     command += ["--artifacts-destination", (runs_dir / "mlartifacts").as_uri()]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    # An argument would show the store's password to all users of the machine.
+    # In an argument, the store's password would be visible to all users of the machine.
     environment["MLFLOW_BACKEND_STORE_URI"] = credentials.whole(config.mlflow_uri, runs_dir)
     if host is not None:
         names = dict.fromkeys((name, address, "localhost", "127.0.0.1"))
@@ -114,10 +134,10 @@ def serve(
         credentials.keep(store, runs_dir)
         print_note(f"sign in as {ADMIN}; the password is admin_password in {file}")
     elif host is not None:
-        print_note(f"whoever reaches {url} sees, changes and deletes the runs in it; --auth asks for a password")
+        print_note(f"anyone who can reach {url} can see, change and delete its runs; --auth asks for a password")
     if host is not None and ipaddress.ip_address(address).is_loopback:
-        print_note(f"{host} is {address} here, which no other machine reaches; give --host an address of this machine")
-    log = tempfile.TemporaryFile()  # noqa: SIM115 -- a pipe that nobody reads would block the server one day
+        print_note(f"{host} is {address} here, which other machines cannot reach; give --host another address")
+    log = tempfile.TemporaryFile()  # noqa: SIM115 -- a full pipe that nobody reads would block the server
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", *command],
         env=environment,
@@ -152,7 +172,7 @@ def serve(
 
 
 def own_address(host: str) -> str:
-    """The address of this machine that a name stands for. Raises RunError where it stands for none."""
+    """The address of this machine that the name `host` has. Raises RunError if there is none."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -164,20 +184,26 @@ def own_address(host: str) -> str:
             probe.bind((address, 0))
             if not ipaddress.ip_address(address).is_unspecified:
                 return str(address)
-    is_what = f"is {addresses[0]}, which is no single address of this machine" if addresses else "cannot be resolved"
+    is_what = f"is {addresses[0]}, which is not a single address of this machine" if addresses else "cannot be resolved"
     raise RunError(
-        f"--host {host} {is_what}; give a name or address of this machine by which others reach it, or leave --host "
-        "out and tunnel with ssh -L"
+        f"--host {host} {is_what}; give a name or address at which other machines reach this machine, or "
+        "omit --host and use a tunnel: ssh -L"
     )
 
 
 def sign_in(runs_dir: Path) -> tuple[Path, str, str]:
-    """MLflow's settings for a server that asks for a password: their file, the admin's password, the server's key.
+    """Get MLflow's settings for a server that asks for a password.
 
-    Made once for a runs_dir, where only their owner can read them. Raises RunError without MLflow's extra.
+    They are made once for each runs_dir. Only their owner can read the file.
+
+    Returns:
+        The settings file, the admin's password and the server's secret key.
+
+    Raises:
+        RunError: MLflow's extra for this is not installed.
     """
     if importlib.util.find_spec("flask_wtf") is None:
-        raise RunError("--auth needs MLflow's own extra; install it with: pip install 'mlflow[auth]'")
+        raise RunError("--auth needs an extra of MLflow; install it with: pip install 'mlflow[auth]'")
     folder = runs_dir / ".mlflow_auth"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = folder / "basic_auth.ini"
@@ -209,7 +235,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _free_port(address: str) -> int:
-    """5000 if nothing listens there, else one that the system picks."""
+    """Port 5000 if it is free, else a port that the system picks."""
     for wanted in (PORT, 0):
         with socket.socket(_family(address)) as probe:
             try:

@@ -1,4 +1,4 @@
-"""The verbs of `relora`, except train: each gets its parsed arguments and returns the exit code."""
+"""The verbs of `relora`, except train. Each gets its parsed arguments and returns the exit code."""
 
 import argparse
 import codecs
@@ -19,7 +19,7 @@ from relora.training.distributed import World
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Print what a run will need, without starting it."""
+    """Print the plan of a run: its parameters, FLOPs and memory. Do not start it."""
     from relora.config import plan as plans
 
     config = compose.compose(arguments.overrides)
@@ -31,13 +31,13 @@ def plan(arguments: argparse.Namespace) -> int:
 def _model_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{folder} is no model folder: it has no config.json; a run leaves its model in RUN_DIR/model"
+            f"{folder} is not a model folder: it has no config.json; a run exports its model to RUN_DIR/model"
         )
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         file = folder / name
         if file.is_file() and file.read_bytes().startswith(codecs.BOM_UTF8):
             raise ConfigError(
-                f"{file} begins with a byte-order mark, which transformers does not read; save it without"
+                f"{file} begins with a byte-order mark, which transformers does not accept; save the file without it"
             )
     return folder.absolute()
 
@@ -61,8 +61,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     corpus = prepare(config.data, Path(config.runs_dir) / "corpora", log_line)
     if run.get("corpus_digest", corpus.corpus_digest) != corpus.corpus_digest:
         log_line(
-            f"note: data={config.data.name} is another text than {run['run']} was trained on, or split in another way: "
-            "what is held out here may have been trained on, and no perplexity of that run compares"
+            f"note: data={config.data.name} is not the text, or not the split, of the training of {run['run']}: the "
+            "held-out text may be in its training data, and this perplexity cannot be compared with the run's"
         )
     result = evaluate(
         load_pretrained(folder, device),
@@ -80,7 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _as_trained(folder: Path, run: dict[str, Any], limit: int) -> list[str]:
-    """Overrides under which the folder's own run evaluated it; the user's come after them and win."""
+    """The overrides with which the model's run evaluated it. The user's overrides come after them and win."""
     overrides = ["method=full", f"model.max_position_embeddings={limit}", f"data.tokenizer={folder}"]
     if run:
         overrides += [
@@ -91,7 +91,7 @@ def _as_trained(folder: Path, run: dict[str, Any], limit: int) -> list[str]:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    """Print text that an exported model writes."""
+    """Print text that an exported model generates."""
     folder = _model_folder(arguments.folder)
 
     from relora.training.sampling import sample
@@ -114,7 +114,7 @@ def sample(arguments: argparse.Namespace) -> int:
 
 
 def sync(arguments: argparse.Namespace) -> int:
-    """Send to MLflow what it lacks of some runs."""
+    """Send the data that MLflow lacks of the given runs."""
     from relora.runs.state import observe
     from relora.tracking.mirror import Mirror
     from relora.tracking.store import mlflow_errors, print_note
@@ -127,7 +127,7 @@ def sync(arguments: argparse.Namespace) -> int:
             observe([run])
             with mlflow_errors(config):
                 sent = Mirror(run, config).sync()
-        except (ConfigError, RunError) as error:  # the other runs are sent all the same
+        except (ConfigError, RunError) as error:  # the other runs are still sent
             print_note(credentials.redacted(str(error)))
             code = max(code, 2 if isinstance(error, ConfigError) else 1)
             continue
@@ -169,7 +169,7 @@ def ui(arguments: argparse.Namespace) -> int:
             print(json.dumps({"url": everything, "studies": urls}), flush=True)
             return
         lines = [f"MLflow UI: {everything}", *(f"study {study}: {url}" for study, url in urls.items())]
-        lines += [f"runs of other machines record here with tracker.uri={store}"] if arguments.host else []
+        lines += [f"runs on other machines record here with tracker.uri={store}"] if arguments.host else []
         print("\n".join(lines), flush=True)
 
     if config.mlflow_uri.startswith("http"):
@@ -231,7 +231,7 @@ def retry(arguments: argparse.Namespace) -> int:
 
 
 def clean(arguments: argparse.Namespace) -> int:
-    """Print what runs cost on disk; with --delete, delete what is not needed."""
+    """Print the disk space of runs. With --delete, delete the files that are not needed."""
     from relora.studies import clean, disk
 
     overrides = [word for word in arguments.overrides if "=" in word]

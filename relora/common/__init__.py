@@ -1,4 +1,4 @@
-"""What every package may use: errors for people, stop signals of a process, files that are whole or not there.
+"""Helpers that every package may use: errors for users, stop signals, atomic file writes, checks of values.
 
-Imports Python's own library alone.
+Imports only Python's standard library.
 """

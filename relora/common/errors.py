@@ -1,4 +1,4 @@
-"""What a person is told instead of a traceback."""
+"""Errors that the user sees as a message instead of a traceback, and helpers that format their text."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ CHARACTERS_SHOWN = 80
 
 
 def shown(value: Any, characters: int = CHARACTERS_SHOWN) -> str:
-    """A value as a message shows it: control characters are escaped, a long value loses its middle."""
+    """Format a value for a message: control characters are escaped, and the middle of a long value is cut out."""
     try:
         text = printable(str(value))
     except ValueError:  # Python does not write integers of more than 4300 digits
@@ -19,7 +19,7 @@ def shown(value: Any, characters: int = CHARACTERS_SHOWN) -> str:
 
 
 def printable(text: str) -> str:
-    """The text in one line: control characters and bytes that are no text are escaped."""
+    """Return the text on one line, with control characters and undecodable bytes escaped."""
     if text.isprintable():
         return text
     return "".join(
@@ -28,48 +28,48 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what was raised that is not blank; the class of an error without words."""
+    """Return the first line of the error's message that is not blank, or the error's class if it has no message."""
     lines = (printable(line.strip()) for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run; the one line of its message says which value breaks which rule and what to do."""
+    """A config cannot be run. The message is one line: which value breaks which rule, and what to do."""
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(str(message)))
 
 
-class Interrupted(Exception):  # noqa: N818 -- like KeyboardInterrupt, no error
-    """The run was asked to stop, and wrote a checkpoint first."""
+class Interrupted(Exception):  # noqa: N818 -- like KeyboardInterrupt, not an error
+    """A stop was requested, and the run wrote a checkpoint first."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"{reason} after step {step}")
         self.step, self.reason = step, reason
 
 
-class Stopped(Exception):  # noqa: N818 -- no error
-    """The work was asked to stop, and nothing of it needs to be kept."""
+class Stopped(Exception):  # noqa: N818 -- not an error
+    """A stop was requested, and no result of the work needs to be kept."""
 
 
 class RunError(RuntimeError):
-    """Something that went wrong in a run and that a person can mend; the message stands alone."""
+    """A run failed for a reason that the user can fix. The message is complete without a traceback."""
 
 
-class DamagedFile(RunError):  # noqa: N818 -- what is found, seen from here
-    """A file does not hold what it should; the message names the file and what is wrong."""
+class DamagedFile(RunError):  # noqa: N818 -- named after the cause
+    """A file does not have the expected content. The message names the file and what is wrong with it."""
 
     def __init__(self, path: Path, why: str, remedy: str = "") -> None:
         super().__init__(f"{path} cannot be read: {why}" + (f"; {remedy}" if remedy else ""))
         self.path, self.why = path, why
 
 
-class WarmStartTrained(Exception):  # noqa: N818 -- no error
-    """The warm start stands, and this job was to do no more."""
+class WarmStartTrained(Exception):  # noqa: N818 -- not an error
+    """The warm start is trained, and this job has no more work."""
 
     def __init__(self) -> None:
-        super().__init__("the warm start is trained; the runs that share it go on from there")
+        super().__init__("the warm start is trained; the runs that share it continue from it")
 
 
 class TrainingError(RunError):
-    """Training cannot go on."""
+    """Training cannot continue."""

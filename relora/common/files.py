@@ -1,7 +1,7 @@
-"""Files that are whole or not there: how they are written, put in their place, read and checked.
+"""Write files and folders atomically, read them, and check them for damage.
 
-A file, or a folder of files, gets its name only after all of it is on the disk, so that neither a kill nor a power cut
-nor a full disk leaves a half-written one under that name. What they leave, *.tmp, is removed by the next write.
+A file or folder gets its final name only after all its content is on the disk. So a kill, a power cut or a full disk
+never leaves a half-written file under that name. The *.tmp files that they leave are removed by the next write.
 """
 
 import fcntl
@@ -24,9 +24,9 @@ READ_BYTES = 1 << 20
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is complete and on the disk.
+    """Give a temporary file to write, which replaces `path` when it is complete and on the disk.
 
-    Where that fails, `path` is what it was. Raises OSError that names `path`.
+    If writing fails, `path` is unchanged. Raises OSError that names `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,9 +47,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `folder` when all its files are complete and on the disk.
+    """Give a temporary folder to fill, which replaces `folder` when all its files are complete and on the disk.
 
-    For one writer at a time, as a lock ensures. Where that fails, `folder` is what it was. Raises OSError.
+    The caller holds a lock, so that there is one writer at a time. If writing fails before the replacement, `folder`
+    is unchanged. Raises OSError.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -72,15 +73,16 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that holds its old text or the new one at any time. Raises OSError that names it."""
+    """Write a file atomically: at any time it has its old text or the new one. Raises OSError that names the file."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def overwrite(path: Path, text: str) -> None:
-    """Write into a file that is there, which a full disk still takes where the text is no longer than a block.
+    """Write into an existing file, in place. This works on a full disk if the text is no longer than one block.
 
-    Cut short it is damaged: for a file that is worth less as it is. Raises OSError that names it.
+    An interrupted write damages the file. So use this only for a file whose old text is worth less than that risk.
+    Raises OSError that names the file.
     """
     try:
         with path.open("r+b") as file:
@@ -93,12 +95,12 @@ def overwrite(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write an object; the file is whole at any time. Raises OSError that names it."""
+    """Write a JSON object atomically. Raises OSError that names the file."""
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is no file. Raises DamagedFile for a file that holds none."""
+    """Read the JSON object in a file; empty if there is no file. Raises DamagedFile if the file has no JSON object."""
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -106,12 +108,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedFile(path, reason(error)) from error
     if not isinstance(values, dict):
-        raise DamagedFile(path, "it holds no JSON object")
+        raise DamagedFile(path, "it is not a JSON object")
     return values
 
 
 def sha256_of(path: Path, size_bytes: int | None = None) -> str:
-    """The digest of a file, or of its first `size_bytes`, in hexadecimal digits."""
+    """Return the SHA-256 of a file, or of its first `size_bytes` bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         left = os.fstat(file.fileno()).st_size if size_bytes is None else size_bytes
@@ -122,7 +124,10 @@ def sha256_of(path: Path, size_bytes: int | None = None) -> str:
 
 
 def crc32_of(path: Path) -> str:
-    """The checksum of a file, in eight hexadecimal digits: for damage, at more than 1 GB/s, not for malice."""
+    """Return the CRC-32 of a file in eight hexadecimal digits.
+
+    It is fast (more than 1 GB/s) and finds accidental damage, but not a deliberate change.
+    """
     found = 0
     with path.open("rb") as file:
         while piece := file.read(READ_BYTES):
@@ -131,35 +136,44 @@ def crc32_of(path: Path) -> str:
 
 
 def check_crc32(path: Path, wanted: str, remedy: str = "") -> None:
-    """Raise DamagedFile where a file has another checksum than when it was written, or cannot be read."""
+    """Check a file against the checksum from when it was written.
+
+    Args:
+        path: The file.
+        wanted: The CRC-32 from when the file was written.
+        remedy: The end of the error message: what the user can do.
+
+    Raises:
+        DamagedFile: The checksum differs, or the file cannot be read.
+    """
     try:
         found = crc32_of(path)
     except OSError as error:
         raise DamagedFile(path, reason(error), remedy) from error
     if found != wanted:
-        raise DamagedFile(path, f"its checksum is {found}, when it was written it was {wanted}", remedy)
+        raise DamagedFile(path, f"its checksum is {found}, but was {wanted} when it was written", remedy)
 
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Of the element types of a safetensors file."""
+"""Bytes per element of each data type of a safetensors file."""
 
 
 def check_weight_sums(folder: Path) -> None:
-    """Compare a model's weights with the checksums that its export left in relora.json; a folder may have none.
+    """Compare the weight files of a model with the checksums that its export wrote into relora.json.
 
-    Raises DamagedFile.
+    A folder without checksums passes. Raises DamagedFile if a checksum differs.
     """
     sums = read_json(folder / "relora.json").get("crc32", {})
     if not isinstance(sums, dict):
-        raise DamagedFile(folder / "relora.json", "its crc32 holds no checksums")
+        raise DamagedFile(folder / "relora.json", "its crc32 is not a table of checksums")
     for name, wanted in sums.items():
-        check_crc32(folder / name, wanted, "take a copy of the model, or train it again")
+        check_crc32(folder / name, wanted, "use a copy of the model, or train it again")
 
 
 def check_weights(folder: Path) -> None:
-    """Read the safetensors files of a model's folder, every byte. Raises DamagedFile where one is not whole.
+    """Read every byte of the safetensors files of a model's folder. Raises DamagedFile if one is not complete.
 
-    Each is to have the checksum of its export, where the folder tells it.
+    Files whose checksum is in relora.json must also match it.
 
     The format: the length of a header in 8 bytes, the header (JSON: name, shape and place of each tensor), the tensors.
     """
@@ -170,14 +184,14 @@ def check_weights(folder: Path) -> None:
                 size_bytes = os.fstat(file.fileno()).st_size
                 header_bytes = int.from_bytes(file.read(8), "little")
                 if not 0 < header_bytes <= size_bytes - 8:
-                    raise DamagedFile(path, f"it has {size_bytes} bytes and no header")
+                    raise DamagedFile(path, f"it has {size_bytes} bytes and no valid header")
                 header = json.loads(file.read(header_bytes))
                 end = 0
                 tensors = {name: about for name, about in header.items() if name != "__metadata__"}
                 for name, about in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
                     first, last = about["data_offsets"]
                     if first != end or last - first != math.prod(about["shape"]) * ITEM_BYTES[about["dtype"]]:
-                        raise DamagedFile(path, f"its tensor {name} has not the bytes of its shape")
+                        raise DamagedFile(path, f"the bytes of its tensor {name} do not fit the shape")
                     end = last
                 if not tensors or size_bytes != 8 + header_bytes + end:
                     raise DamagedFile(path, f"it has {size_bytes} bytes and should have {8 + header_bytes + end}")
@@ -188,7 +202,7 @@ def check_weights(folder: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what cannot be read to *.damaged, where it disturbs nothing and a person can look at it."""
+    """Rename a damaged file or folder to *.damaged, so that it is not read again and the user can look at it."""
     aside = path.with_name(path.name + ".damaged")
     if aside.is_dir():
         shutil.rmtree(aside)
@@ -197,7 +211,7 @@ def set_aside(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, pattern: str = "*.tmp") -> None:
-    """Remove the files that a killed process has left half-written; those that are being written are locked."""
+    """Remove half-written files that a killed process left. Files that are being written are locked, and stay."""
     for path in folder.glob(pattern):
         with suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,19 +220,19 @@ def remove_leftovers(folder: Path, pattern: str = "*.tmp") -> None:
 
 @contextmanager
 def _held(path: Path) -> Iterator[BinaryIO]:
-    """A new file, locked while it is written."""
+    """Open a new file that is locked while it is written."""
     while True:
         with path.open("wb") as file:
-            with suppress(OSError):  # some file systems know no locks
+            with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink:
                 yield file
                 return
-            # Another process took it for a leftover before it was locked.
+            # Another process removed the file as a leftover before it was locked. Try again.
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside it survive a power cut."""
+    """Sync the folder to the disk, so that a rename inside it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -227,18 +241,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def naming(error: OSError, path: Path) -> OSError:
-    """The same error, with the file that it happened to; a full disk alone names none."""
+    """Return the same error with the name of the file. Python's error of a full disk has no file name."""
     if error.errno is None or error.filename is not None:
         return error
     return OSError(error.errno, error.strerror, os.fspath(path))
 
 
 RUST_ERROR = re.compile(r"\bos error (\d+)\b|\bOs \{ code: (\d+)")
-"""How a library that is written in Rust (safetensors, tokenizers) tells an error of the system."""
+"""The form of a system error in messages of libraries written in Rust (safetensors, tokenizers)."""
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The error of the system that `error` is, or that its text tells; None where it is none."""
+    """Return the system error that `error` is or that its message reports; None for any other error."""
     if isinstance(error, OSError):
         return error
     found = RUST_ERROR.search(str(error)) if isinstance(error, Exception) else None
@@ -249,5 +263,5 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def reason(error: BaseException) -> str:
-    """Why a file cannot be read or written, in one line, for a message that names the file."""
+    """Say on one line why a file cannot be read or written. The message around it names the file."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

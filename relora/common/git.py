@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def git_commit() -> str | None:
-    """The commit of this package's checkout, with "-dirty" where it is changed; None outside one."""
+    """Return the commit of this package's checkout, with "-dirty" if it has changes; None outside a checkout."""
     command = [
         "git",
         "-C",

@@ -1,9 +1,9 @@
-"""Stop signals of a process, from its first line to its end: Ctrl-C, SIGTERM and SLURM's SIGUSR2.
+"""Handling of stop signals from the first line of a process to its end: Ctrl-C, SIGTERM and SLURM's SIGUSR2.
 
-An exception in the middle of an import, of torch's own code or of a file that is being written breaks more than it
-stops. So a signal is remembered, and the work asks for it where it can stop. Imports nothing heavy, because every
-entry point calls `whole_process` before its other imports. `python -m relora.common.signals -m MODULE ...` starts a
-module that comes to it only after its imports: until then signals wait.
+An exception in the middle of an import, of torch's code or of a file write can do damage. So the handler only
+remembers the signal, and the work checks for it where it can stop safely. This module imports nothing heavy, because
+every entry point calls `whole_process` before its other imports. `python -m relora.common.signals -m MODULE ...` starts
+a module that calls `hold` only after its imports. Signals are blocked until then.
 """
 
 import runpy
@@ -41,46 +41,46 @@ _now = _Now()
 
 
 def reason() -> str | None:
-    """The signal that asks this process to stop, None before one came."""
+    """The signal that requested this process to stop; None if there was no signal."""
     return _now.reason
 
 
 def interrupted() -> bool:
-    """Whether a KeyboardInterrupt was raised for a signal, whatever a library made of it."""
+    """Whether a KeyboardInterrupt was raised for a signal, even if a library turned it into another error."""
     return _now.raised
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if a signal came."""
+    """Raise KeyboardInterrupt if a stop was requested."""
     if _now.reason is not None:
         _now.raised = True
         raise KeyboardInterrupt
 
 
 def forget() -> None:
-    """Take the signal so far as answered; the next one counts as the first."""
+    """Forget the signal that came. The next signal counts as the first."""
     _now.reason, _now.raised = None, False
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     name = NAMES[signal.Signals(number)]
-    # SIGTERM after SLURM's warning is the end: no time is left then, and the reason stays the warning.
+    # SIGTERM after SLURM's warning means that no time is left. The reason is still the warning.
     is_the_end = _now.reason == "SIGUSR2" and number == signal.SIGTERM
     # SLURM may repeat SIGUSR2 at any time.
     again = is_the_end or (_now.reason == name and number != signal.SIGUSR2)
     if not again:
         _now.reason = name
-    # One exception at most: a second one would hit the code that records the first.
+    # Raise at most one exception. A second one would interrupt the code that records the first.
     if not _now.raised and (_now.mode is _Mode.RAISING or (_now.mode is _Mode.ASKED and again)):
         _now.raised = True
         raise KeyboardInterrupt
     if not again:
-        with suppress(RuntimeError):  # the signal came in the middle of another message
+        with suppress(RuntimeError):  # the signal came while another message was printed
             _now.log_line(name)
 
 
 def hold() -> None:
-    """Handle the signals of this process from now on, and let those through that its parent has blocked."""
+    """Install the handlers in this process, and unblock the signals that its parent has blocked."""
     if threading.current_thread() is threading.main_thread():
         for number in NAMES:
             signal.signal(number, _handle)
@@ -89,7 +89,7 @@ def hold() -> None:
 
 
 def ignore() -> None:
-    """Ignore the signals until the process is gone; a handler would be replaced by death when Python shuts down."""
+    """Ignore the signals until the process ends. At shutdown Python removes handlers, and a signal would kill it."""
     if threading.current_thread() is threading.main_thread():
         for number in NAMES:
             signal.signal(number, signal.SIG_IGN)
@@ -97,7 +97,7 @@ def ignore() -> None:
 
 @contextmanager
 def whole_process() -> Iterator[None]:
-    """For the first line of an entry point: inside, signals are remembered; after it, they are ignored."""
+    """Remember signals inside the block, and ignore them after it. Use it in the first line of an entry point."""
     hold()
     try:
         yield
@@ -107,14 +107,17 @@ def whole_process() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Inside, no signal raises."""
+    """Remember signals inside the block, without an exception."""
     with _in_mode(_Mode.HELD):
         yield
 
 
 @contextmanager
 def asked(log_line: Callable[[str], None]) -> Iterator[None]:
-    """Inside, the first signal is only remembered, and `say` is told its name; the same one again interrupts."""
+    """Remember the first signal inside the block, and raise KeyboardInterrupt when the same signal comes again.
+
+    `log_line` is called with the name of the first signal.
+    """
     before, _now.log_line = _now.log_line, log_line
     try:
         with _in_mode(_Mode.ASKED):
@@ -125,7 +128,7 @@ def asked(log_line: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Inside, a signal raises KeyboardInterrupt at once, and so does one that came before."""
+    """Raise KeyboardInterrupt at once for a signal inside the block, and for a signal that came before it."""
     with _in_mode(_Mode.RAISING):
         check()
         yield
@@ -133,7 +136,7 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def _in_mode(mode: _Mode) -> Iterator[None]:
-    """Handlers that were not installed for the whole process, as for a caller of the library, are installed inside."""
+    """Set the mode inside the block. Also install the handlers if the process, such as a library caller's, has none."""
     main = threading.current_thread() is threading.main_thread()
     before: dict[signal.Signals, Any] = {}
     if main and not _now.installed:
@@ -154,7 +157,10 @@ def _in_mode(mode: _Mode) -> Iterator[None]:
 
 @contextmanager
 def blocked(numbers: Sequence[signal.Signals] = tuple(NAMES)) -> Iterator[None]:
-    """Inside, signals wait. A process started inside has them blocked until it calls `hold`: none of them is lost."""
+    """Block signals inside the block; they arrive after it.
+
+    A child process that is started inside has them blocked until it calls `hold`. So no signal is lost.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -163,7 +169,7 @@ def blocked(numbers: Sequence[signal.Signals] = tuple(NAMES)) -> Iterator[None]:
 
 
 def _run_module(arguments: Sequence[str]) -> None:
-    """What Python does with [-u] -m MODULE ARGUMENTS; signals wait until the module calls `hold`."""
+    """Run a module as Python does for [-u] -m MODULE ARGUMENTS. Signals are blocked until the module calls `hold`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
     at = arguments.index("-m") + 1
     sys.argv[1:] = arguments[at + 1 :]

@@ -1,5 +1,5 @@
-"""A run's config: dataclasses and checks, composition by Hydra, presets, and what the run will cost.
+"""The config of a run: dataclasses and checks, composition by Hydra, presets, and the estimated cost of the run.
 
-Imports `methods`, `optimizers`, `budget`, `common` and `core.schedule`; never torch. `compose`, `overrides` and
-`typed` alone import Hydra and OmegaConf.
+Imports `methods`, `optimizers`, `budget`, `common` and `core.schedule`; never torch. Only `compose`, `overrides` and
+`typed` import Hydra and OmegaConf.
 """

@@ -1,4 +1,4 @@
-"""What config groups, choices and keys there are, and which of them a misspelt one may have meant."""
+"""The config groups, their choices and keys, and suggestions for misspelt keys."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -15,46 +15,49 @@ CHARACTERS_LISTED = 120
 
 
 def conf_dir() -> Path:
-    """The folder of config groups: inside an installed package, beside the package in a checkout."""
+    """Return the folder of config groups. It is inside an installed package, and beside the package in a checkout."""
     return home() / "conf"
 
 
 def home() -> Path:
-    """Where conf/, experiments/ and sweeps/ stand, whatever the working directory is."""
+    """Return the folder that contains conf/, experiments/ and sweeps/. It does not depend on the working directory."""
     package = Path(__file__).resolve().parent.parent
     return package if (package / "conf").is_dir() else package.parent
 
 
 def conf_dirs() -> list[Path]:
-    """The folders that hold choices of config groups: relora's, and those of packages that bring some."""
+    """List the folders with choices of config groups: relora's folder, and those of packages that provide choices."""
     return list(dict.fromkeys([conf_dir(), *METHODS.conf_dirs(), *OPTIMIZERS.conf_dirs()]))
 
 
 def preset_file(experiment: str, method: str) -> Path | None:
-    """What a method is tuned to in an experiment; None where it has no preset there."""
+    """Return the file of a method's preset in an experiment; None if it has no preset there."""
     files = (folder / "presets" / experiment / f"{method}.yaml" for folder in conf_dirs())
     return next((file for file in files if file.is_file()), None)
 
 
 def new_preset_file(experiment: str, method: str) -> Path:
-    """Where a preset is written: in place of the one that is there, else beside the method's own file."""
+    """Return the path for a new preset: that of the existing preset, else in the conf/ folder of the method's file."""
     return preset_file(experiment, method) or _home_of(method) / "presets" / experiment / f"{method}.yaml"
 
 
 def is_untuned_by_its_file(experiment: str | None, method: str) -> bool:
-    """Whether the file that a method's rates come from says itself that nobody has tuned them."""
+    """Whether the file with a method's learning rates states that they are not tuned.
+
+    The file is the method's preset in `experiment`, or conf/method/METHOD.yaml without an experiment.
+    """
     file = preset_file(experiment, method) if experiment else _home_of(method) / "method" / f"{method}.yaml"
     rates = _read(file).get("rates") if file is not None else None
     return isinstance(rates, dict) and rates.get("basis") == "untuned"
 
 
 def _home_of(method: str) -> Path:
-    """The conf/ folder that has the method's own file."""
+    """Return the conf/ folder with the method's own file, else relora's."""
     return next((each for each in conf_dirs() if (each / "method" / f"{method}.yaml").is_file()), conf_dir())
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The keys of a YAML file; none where it cannot be read, which Hydra tells where the file is chosen."""
+    """Read the keys of a YAML file; empty if it cannot be read. Hydra reports that error when the file is chosen."""
     try:
         values = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -63,20 +66,20 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def groups() -> set[str]:
-    """The config groups."""
+    """Return the names of the config groups."""
     own = {path.name for path in conf_dir().iterdir() if path.is_dir()} - {"hydra"}
     return own | {"experiments", "sweeps"}
 
 
 def options(group: str) -> list[str]:
-    """The choices of a config group, those of experiments in their folders."""
+    """List the choices of a config group. Choices in subfolders (experiments) include the folder: FOLDER/NAME."""
     folders = (*(folder / group for folder in conf_dirs()), home() / group)
     paths = [path.relative_to(folder).with_suffix("") for folder in folders for path in folder.rglob("*.yaml")]
     return sorted({path.as_posix() for path in paths})
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names in one line of a message, cut where there are many."""
+    """Join the names for one line of a message. A long list is cut, and the rest is counted."""
     fitting: list[str] = []
     for name in names:
         if fitting and sum(map(len, fitting)) + len(name) > CHARACTERS_LISTED:
@@ -86,16 +89,16 @@ def listed(names: Sequence[str]) -> str:
 
 
 def did_you_mean(key: str) -> str:
-    """The end of the message that `key` is unknown: the key that was meant, or how to see all keys."""
+    """Return the end of an "unknown key" message: the key that was probably meant, or how to see all keys."""
     known = known_keys()
     if key in known:
-        return f" with this choice of {key.partition('.')[0]}; other choices of the group have it"
+        return f" with this choice of {key.partition('.')[0]}; only other choices of the group have it"
     meant = _meant(key, known)
     return f"; did you mean {meant}?" if meant else "; python run.py --cfg job shows every key"
 
 
 def _meant(key: str, known: Sequence[str]) -> str | None:
-    """The known key that is nearest to `key`: of the same group if one is near, else of any."""
+    """Return the known key that is most similar to `key`, first in the same group, then in all groups."""
     group, _, last = key.rpartition(".")
     leaves = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
     siblings = [name for name in leaves if name.rpartition(".")[0] == group]
@@ -109,7 +112,7 @@ def _meant(key: str, known: Sequence[str]) -> str | None:
 
 
 def _abbreviates(short: str, name: str) -> bool:
-    """Whether `short` is the initials of the words of `name` ("lr"), or the beginnings of some ("seq_len")."""
+    """Whether `short` consists of the initials of the words of `name` ("lr"), or of word beginnings ("seq_len")."""
     words = name.split("_")
     if len(words) > 1 and short == "".join(word[:1] for word in words):
         return True
@@ -117,7 +120,7 @@ def _abbreviates(short: str, name: str) -> bool:
 
 
 def known_keys() -> tuple[str, ...]:
-    """Every dotted key that some choice of groups has."""
+    """Return every dotted key that any choice of any group has."""
     return _known_keys(tuple(conf_dirs()))
 
 

@@ -1,4 +1,4 @@
-"""Where runs are executed: the choices of the `cluster` group, each checked for what can be wrong with it alone."""
+"""The choices of the `cluster` group, which say where runs are executed. Each dataclass checks its own fields."""
 
 import re
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ LARGEST = {
 }
 
 START_UP_SECONDS = 30
-"""What a job is given to import, load its checkpoint and make its first update."""
+"""Time that a job needs to import, load its checkpoint and make its first optimizer step."""
 
 SET_BY_RELORA = (
     *("dependency", "array", "output", "error", "signal", "open-mode"),
     *("requeue", "no-requeue", "kill-on-invalid-dep"),
 )
-"""Options of sbatch that have to be what they are."""
+"""Options of sbatch that relora sets and the user must not change."""
 
 HAS_A_SETTING = {
     **{name: name for name in ("partition", "account", "qos", "nodes")},
@@ -34,12 +34,12 @@ HAS_A_SETTING = {
     "gpus-per-node": "gpus_per_node",
     "mem": "mem_gb",
 }
-"""Options of sbatch that are set by a field of SlurmConfig."""
+"""Options of sbatch that have a field in SlurmConfig, with the name of that field."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    """What every choice has: how many runs of a study are trained at a time."""
+    """Settings of every choice. `max_parallel` is the number of runs of a study that train at the same time."""
 
     name: str
     max_parallel: int = 1
@@ -47,20 +47,20 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         cluster_class(self.name)
         at_least("cluster.max_parallel", self.max_parallel, 1)
-        at_most("cluster.max_parallel", self.max_parallel, 10**6, "no cluster takes as many jobs")
+        at_most("cluster.max_parallel", self.max_parallel, 10**6, "no cluster accepts that many jobs")
 
     def check_folder(self, runs_dir: str) -> None:
-        """Raise ConfigError where runs cannot stand in `runs_dir`: asked at a launch, not when an old run is read."""
+        """Raise ConfigError if runs cannot be stored in `runs_dir`. Only a launch calls this."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(ClusterConfig):
-    """A process on this machine for each run of a study; a single run trains in the process that launched it."""
+    """Each run of a study trains in its own process on this machine. A single run trains in the launching process."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DebugConfig(ClusterConfig):
-    """The runs of a study one after the other in the process that launched it."""
+    """The runs of a study train one after the other, in the launching process."""
 
     def __post_init__(self) -> None:
         ClusterConfig.__post_init__(self)
@@ -70,58 +70,58 @@ class DebugConfig(ClusterConfig):
 
 @dataclass(kw_only=True, slots=True)
 class SlurmConfig(ClusterConfig):
-    """A SLURM job for each run; None leaves a setting to the cluster's own default.
+    """Each run is a SLURM job. None leaves a setting at the cluster's default.
 
-    A run is trained by nodes * tasks_per_node processes, each with a share of every update's batch.
+    nodes * tasks_per_node processes train a run. Each process trains on an equal share of every step's batch.
     """
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     timeout_minutes: int = 240
-    """Walltime of one attempt; a run that needs more is requeued and goes on."""
+    """Walltime of one attempt. A run that needs more time is requeued and continues."""
     nodes: int = 1
     tasks_per_node: int = 1
     cpus_per_task: int = 1
     gpus_per_node: int | None = None
     mem_gb: float | None = None
-    """Of a node."""
+    """Memory of a node."""
     signal_delay_seconds: int = 120
-    """How long before the end of its walltime a job is told, to write its checkpoint and be requeued."""
+    """A job gets a signal this long before its walltime ends. It then writes a checkpoint and is requeued."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the job's command: modules, containers, environment."""
+    """Shell lines that run before the job's command: modules, containers, environment."""
     python: str | None = None
-    """What starts Python on a node, where it is not the Python that submits: a container's, say."""
+    """The command that starts Python on a node, if it is not the submitting Python: in a container, for example."""
     srun_options: list[str] = field(default_factory=list)
-    """Options of srun, which starts a run's processes: ["--container-image=IMAGE"]."""
+    """Options of srun, which starts a run's processes, for example ["--container-image=IMAGE"]."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Any other option of sbatch, by its long name: {constraint: a100, exclude: n7}."""
+    """Other options of sbatch, by their long names, for example {constraint: a100, exclude: n7}."""
     wait: bool = False
-    """Stay until the last run ends, with the table of the runs, instead of returning when all are submitted."""
+    """Wait until the last run ends, with a table of the runs, instead of returning after the submission."""
 
     def __post_init__(self) -> None:
         ClusterConfig.__post_init__(self)
         for name, maximum in LARGEST.items():
             at_least(f"cluster.{name}", getattr(self, name), 0 if name == "gpus_per_node" else 1)
-            at_most(f"cluster.{name}", getattr(self, name), maximum, "no cluster has as much")
+            at_most(f"cluster.{name}", getattr(self, name), maximum, "no cluster has that many")
         positive("cluster.mem_gb", self.mem_gb)
         if self.mem_gb is not None and not round(self.mem_gb * 1024) >= 1:
             raise ConfigError(
                 f"cluster.mem_gb={self.mem_gb} is less than a megabyte, and SLURM reads --mem=0 as the whole node; "
-                "give what a process needs, some gigabytes, or null for the cluster's default"
+                "set the gigabytes that a node needs, or null for the cluster's default"
             )
-        at_most("cluster.mem_gb", self.mem_gb, 10**6, "no node has as much")
+        at_most("cluster.mem_gb", self.mem_gb, 10**6, "no node has that much memory")
         at_least("cluster.signal_delay_seconds", self.signal_delay_seconds, 1)
         if self.timeout_minutes * 60 < self.signal_delay_seconds + START_UP_SECONDS:
             raise ConfigError(
-                f"cluster.timeout_minutes={self.timeout_minutes} is below what a checkpoint needs: "
+                f"cluster.timeout_minutes={self.timeout_minutes} is too short: a job needs "
                 f"{START_UP_SECONDS} s to start and cluster.signal_delay_seconds={self.signal_delay_seconds} to write "
-                "it; raise the walltime or lower the delay"
+                "its checkpoint; raise the walltime or lower the delay"
             )
         for name, value in self.options.items():
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ConfigError(
-                    f"cluster.options: {shown(name)} is no option of sbatch; write its long name without --"
+                    f"cluster.options: {shown(name)} is not an option of sbatch; write its long name without --"
                 )
             if not isinstance(value, str | int | float) or value != value:
                 raise ConfigError(
@@ -129,23 +129,23 @@ class SlurmConfig(ClusterConfig):
                     "without a value"
                 )
             if name.replace("_", "-") in SET_BY_RELORA:
-                raise ConfigError(f"cluster.options.{name} is set by relora itself; leave it out")
+                raise ConfigError(f"cluster.options.{name} is set by relora; leave it out")
             if name.replace("_", "-") in HAS_A_SETTING:
                 raise ConfigError(
-                    f"cluster.options.{name} has a setting of its own: cluster.{HAS_A_SETTING[name.replace('_', '-')]}"
+                    f"cluster.options.{name} has its own setting; use cluster.{HAS_A_SETTING[name.replace('_', '-')]}"
                 )
 
     def check_folder(self, runs_dir: str) -> None:
-        """SLURM replaces %j and its like in the path of a job's log."""
+        """Refuse a folder with %, because SLURM replaces %j and similar patterns in the path of a job's log."""
         if "%" in runs_dir:
             raise ConfigError(
-                f"runs_dir={shown(runs_dir)} holds %, which SLURM replaces in the paths of logs; with cluster=slurm "
-                "name a folder without it"
+                f"runs_dir={shown(runs_dir)} contains %, which SLURM replaces in the paths of logs; with cluster=slurm "
+                "use a folder without %"
             )
 
     @property
     def world_size(self) -> int:
-        """That train one run."""
+        """Number of processes that train one run."""
         return self.nodes * self.tasks_per_node
 
 
@@ -153,7 +153,7 @@ CLUSTERS: dict[str, type[ClusterConfig]] = {"local": LocalConfig, "debug": Debug
 
 
 def cluster_class(name: object) -> type[ClusterConfig]:
-    """The class of a cluster's settings. Raises ConfigError for a name that is unknown."""
+    """Return the class of a cluster's settings. Raises ConfigError for an unknown name."""
     if not isinstance(name, str) or name not in CLUSTERS:
         raise ConfigError(f"cluster.name={shown(name)} is not one of {', '.join(CLUSTERS)}")
     return CLUSTERS[name]

@@ -1,6 +1,6 @@
-"""Passwords in the URIs of MLflow stores: never written where others read, and known to every process that connects.
+"""Passwords in the URIs of MLflow stores. They are never in a file that other users can read.
 
-A store is named by its URI without the password. The whole URI is in the memory of the process that was given it, in
+Configs and logs use the URI without the password. A process that connects finds the full URI in its memory, in
 MLFLOW_TRACKING_URI, or in runs_dir/.secrets.json, which only its owner can read.
 """
 
@@ -17,24 +17,24 @@ from relora.common.errors import DamagedFile
 from relora.common.files import read_json, sync_folder
 
 FILE = ".secrets.json"
-"""In runs_dir: the URI without its password -> the whole URI."""
+"""A file in runs_dir: URI without its password -> full URI."""
 VARIABLE = "MLFLOW_TRACKING_URI"
 SECRET_PARAMETERS = ("password", "passwd", "pwd", "sslpassword", "token", "odbc_connect")
-"""Of a URI's query: what database drivers take a password from."""
+"""Parameters in the query of a URI from which database drivers read a password."""
 SHORTEST_HIDDEN = 4
-"""Characters of a password that is replaced in any text; a shorter one is part of common words."""
+"""Minimum number of characters of a password that is hidden in texts. Shorter ones are part of common words."""
 
 _whole: dict[str, str] = {}
-"""What this process was given: the URI without its password -> the whole URI."""
+"""The URIs that this process knows: URI without its password -> full URI."""
 
 
 def without_password(uri: str) -> str:
-    """The URI that names a store everywhere."""
+    """Return the URI without its passwords."""
     return _split(uri)[0]
 
 
 def learn(uri: str) -> str:
-    """Remember a URI's password in this process, and return the URI without it."""
+    """Remember the full URI in this process, and return the URI without its passwords."""
     public, passwords = _split(uri)
     if passwords:
         _whole[public] = uri
@@ -42,7 +42,11 @@ def learn(uri: str) -> str:
 
 
 def whole(uri: str, runs_dir: Path) -> str:
-    """The URI to connect to, for one without a password: as it was given here, in the environment, or at launch."""
+    """Return the full URI to connect to, for a URI without its password.
+
+    It comes from this process, from MLFLOW_TRACKING_URI, or from the file that a launch wrote into `runs_dir`. If none
+    of them has the full URI, `uri` is returned.
+    """
     if uri in _whole:
         return _whole[uri]
     given = os.environ.get(VARIABLE, "")
@@ -50,13 +54,13 @@ def whole(uri: str, runs_dir: Path) -> str:
         return learn(given) and given
     try:
         kept = read_json(runs_dir / FILE).get(uri)
-    except DamagedFile:  # or somebody else's
+    except DamagedFile:  # or it belongs to another user
         kept = None
     return _whole.setdefault(uri, kept) if isinstance(kept, str) and without_password(kept) == uri else uri
 
 
 def keep(uri: str | None, runs_dir: Path) -> None:
-    """Keep a store's password, where it has one, for jobs and later commands, in a file that only its owner reads."""
+    """Save the password of a store, if it has one, for jobs and later commands. Only the owner can read the file."""
     if uri is None or (known := whole(uri, runs_dir)) == uri:
         return
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +75,7 @@ def keep(uri: str | None, runs_dir: Path) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole at any time. The caller holds a lock."""
+    """Write a file atomically that only its owner can read. The caller holds a lock."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -83,7 +87,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def without_passwords(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command, the password of tracker.uri=... remembered and taken out."""
+    """Return the arguments of a command without the password in tracker.uri=..., which is remembered."""
     return [_without_password(argument) for argument in arguments]
 
 
@@ -98,7 +102,7 @@ def _without_password(argument: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text for people, such as a library's error, without the passwords that may stand in it."""
+    """Return a text for users, such as a library's error message, with *** in place of passwords."""
     for public, known in _whole.items():
         text = text.replace(known, public)
         for password in _split(known)[1]:
@@ -111,14 +115,14 @@ def redacted(text: str) -> str:
 
 
 def _split(uri: str) -> tuple[str, list[str]]:
-    """A URI without its passwords, and these."""
+    """Split a URI into the URI without its passwords, and the list of its passwords."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme.startswith("sqlite"):
         return uri, []
     rest, mark, query = rest.partition("?")
     passwords: list[str] = []
     host = re.split(r"[/#]", rest, maxsplit=1)[0]
-    # An unescaped "/" may be part of the password; an "@" behind a complete host is part of the path.
+    # An unescaped "/" may be part of the password. An "@" after a complete host is part of the path.
     user_ends = host.rfind("@") if "@" in host or re.fullmatch(r"[^:]*(:\d+)?", host) else rest.rfind("@")
     user, colon, password = rest[: max(user_ends, 0)].partition(":")
     if colon:

@@ -1,4 +1,4 @@
-"""A run's config as a file: written once by a launch, read by whoever works on the run."""
+"""The config file of a run: a launch writes it once, and all commands on the run read it."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,28 +14,28 @@ from relora.config.typed import checked, structured
 
 
 def freeze(config: RunConfig, path: Path) -> None:
-    """Write the whole config; the file is whole at any time. A password of its store is kept in private."""
+    """Write the full config atomically. The password of its MLflow store goes into a private file instead."""
     path.parent.mkdir(parents=True, exist_ok=True)
     credentials.keep(config.tracker.uri, Path(config.runs_dir))
     write_whole(path, yaml.dump(asdict(config), Dumper=yaml.CSafeDumper, sort_keys=False))
 
 
 def read_frozen(path: Path) -> RunConfig:
-    """The config of a run's frozen file, its runs_dir the one where it stands now. Raises ConfigError."""
+    """Read the config of a run's frozen file. Its runs_dir is the folder where the run is now. Raises ConfigError."""
     return replace(thaw(path), runs_dir=str(path.absolute().parent.parent))
 
 
 def thaw(path: Path) -> RunConfig:
-    """The config that `freeze` wrote. Raises ConfigError for a file that is not one."""
+    """Read the config that `freeze` wrote. Raises ConfigError if the file is missing or is not a config."""
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; {path.parent} is no run folder")
+        raise ConfigError(f"{path} does not exist; {path.parent} is not a run folder")
     try:
-        # By the library that wrote it: OmegaConf's own loader takes the text 1e3 for a number.
+        # Read with the library that wrote it: OmegaConf's own loader reads the text 1e3 as a number.
         values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.CSafeLoader)
     except (OSError, ValueError, YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as a config: {shown(error, 200)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no config")
+        raise ConfigError(f"{path} contains no config")
     try:
         return checked(structured(values))
     except ConfigError as error:

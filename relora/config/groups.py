@@ -1,9 +1,9 @@
-"""What can be set: one dataclass per config group, each checked for what can be wrong with it alone.
+"""The settings of a run: one dataclass per config group. Each dataclass checks its own fields.
 
-Methods, optimizers and clusters have theirs in files of their own.
+The settings of methods, optimizers and clusters are in other files.
 
-Fields with the metadata UNHASHED do not change the mathematics of a run and stay out of its hash. All errors are
-ConfigError: the value, the rule, the remedy.
+Fields with the metadata UNHASHED do not change the mathematics of a run, and its hash leaves them out. All errors are
+ConfigError: the value, the rule and the remedy.
 """
 
 import re
@@ -39,13 +39,13 @@ LARGEST_MODEL = {
     "vocab_size": 2**24,
     "max_position_embeddings": 2**31 - 1,
 }
-"""Above what anyone trains, and small enough for the arithmetic of costs, which goes through every layer."""
+"""Limits above all practical models. They keep the cost computation fast, because it loops over all layers."""
 MOST_SEQUENCES = 2**20
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A Llama-style decoder. `vocab_size=None` takes the tokenizer's."""
+    """A Llama-style decoder. `vocab_size=None` means the vocabulary size of the tokenizer."""
 
     name: str = field(metadata=UNHASHED)
     hidden_size: int
@@ -67,10 +67,10 @@ class ModelConfig:
                 "(rotary embeddings turn pairs)"
             )
         positive("model.rms_norm_eps", self.rms_norm_eps)
-        at_most("model.rms_norm_eps", self.rms_norm_eps, 1, "a larger one outweighs what is normalised")
+        at_most("model.rms_norm_eps", self.rms_norm_eps, 1, "a larger value outweighs the values that it normalizes")
 
     def shape(self, vocab_size: int) -> LlamaShape:
-        """The sizes that costs are computed from."""
+        """Return the sizes from which costs are computed."""
         return LlamaShape(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -82,10 +82,10 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Where the text comes from and how it is cut.
+    """The source of the text, its tokenizer, the sequence length and the splits.
 
-    name: "stdlib" (the Python standard library's sources) or "text" (`path`, a file or folder).
-    tokenizer: folder or file with a tokenizer.json; None trains a byte-level BPE of `vocab_size` on the training split.
+    name: "stdlib" (the sources of the Python standard library) or "text" (`path`, a file or folder).
+    tokenizer: A tokenizer.json or its folder. None trains a byte-level BPE of `vocab_size` on the training split.
     """
 
     name: str
@@ -106,7 +106,7 @@ class DataConfig:
         at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
         at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
         at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
-        at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model takes as many")
+        at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model accepts that many")
         for name in ("validation_fraction", "test_fraction"):
             if not 0.0 < getattr(self, name) <= 0.4:
                 raise ConfigError(f"data.{name}={shown(getattr(self, name))} must be above 0 and at most 0.4")
@@ -114,7 +114,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """The jagged cosine (relora.core.schedule)."""
+    """The jagged cosine schedule (relora.core.schedule)."""
 
     name: str = "jagged_cosine"
     warmup_steps: int
@@ -126,15 +126,17 @@ class ScheduleConfig:
         at_least("schedule.warmup_steps", self.warmup_steps, 0)
         at_least("schedule.restart_warmup_steps", self.restart_warmup_steps, 0, " (0: no re-warm-up)")
         for name in ("warmup_steps", "restart_warmup_steps"):
-            at_most(f"schedule.{name}", getattr(self, name), MOST_STEPS, "no run has as many updates")
+            at_most(f"schedule.{name}", getattr(self, name), MOST_STEPS, "no run has that many steps")
         fraction("schedule.min_lr_ratio", self.min_lr_ratio)
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
-    """Budget, batch, precision and cadence; `total_tokens`, where given, decides instead of `total_steps`.
+    """Budget, batch, precision and intervals of a run.
 
-    `sequences_per_step` are shared by all ranks; each takes at most `sequences_per_micro_step` of its share at a time.
+    total_tokens: If it is set, it replaces `total_steps`.
+    sequences_per_step: The batch of one optimizer step, divided among all processes.
+    sequences_per_micro_step: The most sequences of its share that a process trains on at a time.
     """
 
     total_steps: int | None = field(default=None, metadata=UNHASHED)
@@ -159,7 +161,7 @@ class TrainerConfig:
             parse_count("trainer.total_tokens", self.total_tokens)
         whole, micro = self.sequences_per_step, self.sequences_per_micro_step
         at_least("trainer.sequences_per_step", whole, 1)
-        at_most("trainer.sequences_per_step", whole, MOST_SEQUENCES, "no update takes as many sequences")
+        at_most("trainer.sequences_per_step", whole, MOST_SEQUENCES, "no step has that many sequences")
         at_least("trainer.sequences_per_micro_step", micro, 1)
         if micro is not None:
             check_divides("trainer.sequences_per_micro_step", micro, "trainer.sequences_per_step", whole)
@@ -167,8 +169,8 @@ class TrainerConfig:
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device, re.ASCII):
             raise ConfigError(f"trainer.device={shown(self.device)} is not one of auto, cpu, cuda, cuda:N")
         at_least("trainer.seed", self.seed, 0)
-        at_most("trainer.seed", self.seed, 2**63 - 1, "random number generators take 63 bits")
-        at_most("trainer.total_steps", self.total_steps, MOST_STEPS, "no run has as many updates")
+        at_most("trainer.seed", self.seed, 2**63 - 1, "random number generators accept 63 bits")
+        at_most("trainer.total_steps", self.total_steps, MOST_STEPS, "no run has that many steps")
         for name in ("total_steps", "log_interval_steps", "validation_interval_steps", "checkpoint_interval_steps"):
             at_least(f"trainer.{name}", getattr(self, name), 1)
         at_least("trainer.max_consecutive_skipped_updates", self.max_consecutive_skipped_updates, 1)
@@ -176,9 +178,10 @@ class TrainerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackerConfig:
-    """Where metrics go besides run_dir/metrics.jsonl.
+    """The place to which metrics are also written, besides run_dir/metrics.jsonl.
 
-    "mlflow" mirrors them to `uri` (None: a sqlite file under runs_dir); "jsonl" leaves it at the file.
+    name: "mlflow" copies the metrics to the MLflow store `uri`. "jsonl" writes only the file.
+    uri: None means a sqlite file in runs_dir.
     """
 
     name: str = "mlflow"
@@ -189,7 +192,7 @@ class TrackerConfig:
         one_of("tracker.name", self.name, TRACKERS)
         if self.uri is not None and not re.match(r"(sqlite:///.|(https?|postgresql|mysql|mssql)[+a-z]*://.)", self.uri):
             raise ConfigError(
-                f"tracker.uri={shown(self.uri)} is no store; write sqlite:///FILE, http://HOST:PORT or a database's URI"
+                f"tracker.uri={shown(self.uri)} is not a store; use sqlite:///FILE, http://HOST:PORT or a database URI"
             )
         if not self.experiment:
             raise ConfigError("tracker.experiment must not be empty")
@@ -203,32 +206,33 @@ OTHER_ARCHITECTURES = (
 
 
 def check_architecture(name: str) -> None:
-    """Raise ConfigError for a model that is called like an architecture that is not built here.
+    """Raise ConfigError for a model whose name is that of an architecture that relora cannot build.
 
-    A model's name is a label outside the run's hash, so it cannot choose what is built. Asked at launch alone.
+    The name of a model is only a label, which the run's hash leaves out. So it cannot choose the architecture. Only a
+    launch calls this.
     """
     family = re.match(r"[a-z]+(?=[^a-z]|$)", name.lower())
     if family and family[0] in OTHER_ARCHITECTURES:
         raise ConfigError(
             f"model.name={name} names another architecture, but every model here is a Llama-style decoder; "
-            f"take another name, such as llama_{name}"
+            f"use another name, such as llama_{name}"
         )
 
 
 def text_files(path: Path) -> list[Path]:
-    """The readable files of a folder, sorted by path, or the file itself."""
+    """List the readable files of a folder, sorted by path. For a file, return the file itself."""
     candidates = [path] if path.is_file() else sorted(path.rglob("*"))
     return [file for file in candidates if file.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and file.is_file()]
 
 
 def tokenizer_file(tokenizer: str) -> Path:
-    """The tokenizer.json of a folder, or the file itself."""
+    """Return the path of tokenizer.json in a folder. For a file, return the file itself."""
     path = Path(tokenizer)
     return path / "tokenizer.json" if path.is_dir() else path
 
 
 def check_files(data: DataConfig) -> None:
-    """Raise ConfigError where a file that the config names is missing: asked at launch, not when an old run is read."""
+    """Raise ConfigError if a file of the config is missing or unreadable. Only a launch calls this."""
     name, value = "data.path", data.path
     try:
         if data.path is not None:
@@ -238,10 +242,10 @@ def check_files(data: DataConfig) -> None:
             if not text_files(path):
                 readable = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
                 raise ConfigError(
-                    f"data.path={shown(path, 200)} holds no text; files that can be read end in {readable}"
+                    f"data.path={shown(path, 200)} contains no text; relora reads files that end in {readable}"
                 )
         name, value = "data.tokenizer", data.tokenizer
         if data.tokenizer is not None and not tokenizer_file(data.tokenizer).is_file():
             raise ConfigError(f"data.tokenizer={shown(data.tokenizer, 200)} has no tokenizer.json")
-    except OSError as error:  # too long, or not for this user to read
+    except OSError as error:  # the path is too long, or this user has no permission
         raise ConfigError(f"{name}={shown(value, 150)} cannot be read: {error.strerror}") from error

@@ -1,8 +1,8 @@
-"""Which runs are the same: the fields that change a run's results, and their hash, under a numbered scheme.
+"""The identity of a run: the fields that change its results, and their hash, with a numbered scheme.
 
-Scheme 2 hashes every such field, so a changed default gives another hash. Scheme 1 (version 0.1 and the commits after
-it) left out fields at their default. `EARLIER_DEFAULTS` holds those defaults as they were, so the folders of earlier
-runs are found for ever.
+Scheme 2 hashes every such field, so a changed default changes the hash. Scheme 1 (version 0.1 and the commits after it)
+left out fields that had their default. `EARLIER_DEFAULTS` has the defaults of that time, so that the folders of earlier
+runs are always found.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from relora.config.run import RunConfig
 
 SCHEME = 2
-"""To be raised whenever the same fields get another hash. `hashes` then needs the scheme before it."""
+"""Increase it when the same fields get another hash. `hashes` must then also return the hash of the old scheme."""
 
 EARLIER_DEFAULTS: dict[str, Any] = {
     "model.vocab_size": None,
@@ -54,28 +54,28 @@ EARLIER_DEFAULTS: dict[str, Any] = {
     "optimizer.momentum": 0.95,
     "optimizer.newton_schulz_steps": 5,
 }
-"""What scheme 1 left out of its hash. Never changed: new fields do not belong here."""
+"""Fields and values that scheme 1 left out of its hash. Never change this or add new fields."""
 
 
 def canonical(config: "RunConfig") -> dict[str, Any]:
-    """The fields that change the results of a run, by dotted name, with equal meanings written in one way.
+    """Return the fields that change the results of a run, by dotted name. Values with the same meaning are equal.
 
-    Fields that have no effect beside the others are left out.
+    Fields that have no effect with the values of the other fields are left out.
     """
     fields = config.method.canonical(_written_out(config), config)
     interval, phase_steps = config.reset_interval_steps, config.total_steps - config.method.warm_start_steps
-    if interval is None or interval >= phase_steps:  # nothing is restarted
+    if interval is None or interval >= phase_steps:  # no restart happens
         fields.pop("schedule.restart_warmup_steps", None)
     if config.data.tokenizer is not None:
         fields.pop("data.vocab_size", None)
     if config.data.name == "stdlib":
         fields.pop("data.text_field", None)
-    # -0.0 is 0.0, but JSON writes another text.
+    # -0.0 equals 0.0, but JSON writes them differently. Adding 0.0 turns -0.0 into 0.0.
     return {name: value + 0.0 if isinstance(value, float) else value for name, value in sorted(fields.items())}
 
 
 def setting(config: "RunConfig") -> dict[str, Any]:
-    """The fields that runs of one setting share: model, data, batch and precision, and no budget."""
+    """Return the fields that runs of one setting share: model, data, batch and precision, but not the budget."""
     batch = ("trainer.sequences_per_step", "trainer.precision")
     return {
         name: value
@@ -85,22 +85,22 @@ def setting(config: "RunConfig") -> dict[str, Any]:
 
 
 def every_field(config: "RunConfig") -> dict[str, Any]:
-    """All fields that can change the results, by dotted name, as they were set."""
+    """Return all fields that can change the results, by dotted name, with the values that were set."""
     return _flat(config, "")
 
 
 def spelled_out(config: "RunConfig") -> dict[str, Any]:
-    """All fields that can change the results, with equal meanings written in one way where they have an effect."""
+    """Return all fields that can change the results. Fields with an effect have their values of `canonical`."""
     return {**every_field(config), **canonical(config), "model.name": config.model.name}
 
 
 def digest(fields: dict[str, Any]) -> str:
-    """8 hex digits of some fields of the present scheme."""
+    """Return the hash of `fields` in the current scheme: 8 hex digits."""
     return _digits({"scheme": SCHEME, **fields})
 
 
 def hashes(config: "RunConfig") -> list[str]:
-    """The hash of a run, then those that earlier versions gave the same run, the latest first."""
+    """Return the hash of a run, followed by the hashes that earlier versions gave the same run, the latest first."""
     fields, as_set = canonical(config), _written_out(config)
     if config.reset_interval_steps is None:
         as_set.pop("schedule.restart_warmup_steps", None)
@@ -108,7 +108,7 @@ def hashes(config: "RunConfig") -> list[str]:
 
 
 def _written_out(config: "RunConfig") -> dict[str, Any]:
-    """All fields; a token budget is written as its steps, and None as the value that it stands for."""
+    """Return all fields. A budget in tokens is converted to steps, and None to the value that it means."""
     fields = every_field(config)
     fields["trainer.total_steps"] = config.total_steps
     fields |= config.method.written_out
@@ -124,7 +124,7 @@ def _written_out(config: "RunConfig") -> dict[str, Any]:
 
 
 def _without_defaults(fields: dict[str, Any]) -> str:
-    """The hash of scheme 1."""
+    """Return the hash of scheme 1."""
     absent = object()
     return _digits({name: value for name, value in fields.items() if value != EARLIER_DEFAULTS.get(name, absent)})
 

@@ -1,4 +1,4 @@
-"""Overrides as people write them: Hydra's grammar around key=value, what it refuses, and errors in one line."""
+"""Overrides as users write them: parsing by Hydra's grammar, checks, and error messages on one line."""
 
 import itertools
 import re
@@ -16,53 +16,57 @@ if TYPE_CHECKING:
 
 PATHS = ("data.path", "data.tokenizer", "runs_dir", "tracker.uri")
 FREE_KEYS = ("cluster.options.", "cluster.options=")
-"""Begin keys that no file of conf/ has."""
+"""Beginnings of overrides whose keys are in no file of conf/."""
 MOST_VALUES = 10_000
-"""Of one key in a sweep."""
+"""The most values of one key in a sweep."""
 
 
 def given_values(overrides: Sequence[str]) -> dict[str, str]:
-    """Key -> value, both as they are written, the last of each."""
+    """Return key -> value, both as they are written. The last value of a key counts."""
     pairs = (text.partition("=") for text in overrides if "=" in text)
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
 def check(texts: Sequence[str], *, sweeps: bool) -> None:
-    """Raise ConfigError for overrides that Hydra would take for something else, or explain at length."""
+    """Raise ConfigError for overrides that Hydra would misread, or would refuse with a long message.
+
+    Args:
+        texts: The overrides.
+        sweeps: Whether an override may have several values.
+    """
     groups = choices.groups()
     for text, override in zip(texts, overrides_of(texts), strict=True):
         key = override.key_or_group
         if override.is_sweep_override():
             if not sweeps:
                 raise ConfigError(
-                    f"{shown(text)} holds several values, and this is a single run; write python run.py -m for a "
+                    f"{shown(text)} has several values, but this is a single run; write python run.py -m for a "
                     "sweep, or quote a value with a comma: 'key=\"a,b\"'"
                 )
             continue
         value = override.value()
         if not key.strip():
-            raise ConfigError(f"'{shown(text)}' is no override of the form key=value: it has no key")
+            raise ConfigError(f"'{shown(text)}' is not an override of the form key=value: it has no key")
         if override.is_delete():
-            raise ConfigError(
-                f"{shown(text)}: nothing can be taken away from a config; write {shown(key)}= another value"
-            )
+            raise ConfigError(f"{shown(text)}: a key cannot be deleted from a config; set {shown(key)}= another value")
         if key in groups and value not in choices.options(key):
             raise ConfigError(_no_choice(key, text.partition("=")[2]))
         if value == "???":
-            raise ConfigError(f"{shown(key)}=??? is no value; leave {shown(key)} out, or give it one")
+            raise ConfigError(f"{shown(key)}=??? is not a value; leave {shown(key)} out, or give it a value")
 
 
 def as_hydra_reads(text: str) -> str:
-    """An override with what Hydra's grammar asks for beyond key=value: quotes around a path, ++ before a free key."""
+    """Return an override in Hydra's grammar: with quotes around a path, and with ++ before a free key."""
     text = _quoted(text)
     return f"++{text}" if text.startswith(FREE_KEYS) else text
 
 
 @lru_cache(maxsize=1024)
 def _quoted(text: str) -> str:
-    """An override, its value in quotes where that is a path that Hydra's grammar refuses, or reads as no text.
+    """Return an override with quotes around a path that Hydra's grammar refuses, or does not read as text.
 
-    Paths with commas between them stay a sweep. What the grammar reads as text, null or a sweep stays as it is.
+    Paths with commas between them are still a sweep. A value that the grammar reads as text, null or a sweep is not
+    changed.
     """
     key, equals, value = text.partition("=")
     if key.lstrip("+") not in PATHS or not value.strip():
@@ -81,7 +85,7 @@ def _quoted(text: str) -> str:
 
 
 def _parts(value: str) -> list[str]:
-    """What stands between the commas that are not in quotes or brackets."""
+    """Split a value at the commas that are not in quotes or brackets."""
     return re.findall(r"""(?:"[^"]*"|'[^']*'|\([^)]*\)|\[[^]]*\]|\{[^}]*\}|\\,|[^,])+""", value)
 
 
@@ -90,12 +94,15 @@ def _parsed(text: str) -> "Override | None":
 
     try:
         return OverridesParser.create().parse_override(text)
-    except Exception:  # the grammar's own classes, and Python's
+    except Exception:  # the grammar raises its own classes and Python's
         return None
 
 
 def parsed(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(key, the single overrides that it stands for) of each override. Raises ConfigError."""
+    """Return (key, single overrides) for each override. A sweep has one single override per value.
+
+    Raises ConfigError.
+    """
     check(overrides, sweeps=True)
     return [
         (
@@ -109,34 +116,34 @@ def parsed(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _values(override: "Override") -> list[str]:
-    """What a sweep stands for, as it would be written on the command line. Raises ConfigError."""
+    """Return the values of a sweep, as they would be written on the command line. Raises ConfigError."""
     from hydra.core.override_parser.types import Glob
 
     text = shown(override.input_line)
     if override.is_interval_sweep():
         raise ConfigError(
-            f"{text} has no end of values; write key=a,b,c, or search a range with a tune: file of sweeps/"
+            f"{text} has an infinite number of values; write key=a,b,c, or search a range with a tune: file of sweeps/"
         )
     if override.key_or_group.startswith("hydra."):
-        raise ConfigError(f"{text} is a setting of Hydra's and cannot be swept; write the run's own key=a,b,c")
+        raise ConfigError(f"{text} is a setting of Hydra and cannot be swept; sweep a key of the run: key=a,b,c")
     if isinstance(override._value, Glob):
         found = override._value.filter(choices.options(override.key_or_group))
         if not found:
             raise ConfigError(
-                f"{text} matches nothing; glob takes the name of a group's choices, as in model=glob(llama_*)"
+                f"{text} matches nothing; glob needs a pattern for the choices of a group, as in model=glob(llama_*)"
             )
         return found
     try:
         values = [str(value) for value in itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1)]
-    except Exception as error:  # a range without a step, a mixture that cannot be sorted, ...
+    except Exception as error:  # a range without a step, values that cannot be sorted, ...
         raise ConfigError(f"{text} cannot be swept: {explain(error)}") from error
     if not values or len(values) > MOST_VALUES:
-        raise ConfigError(f"{text} holds {'no' if not values else f'more than {MOST_VALUES}'} values")
+        raise ConfigError(f"{text} has {'no' if not values else f'more than {MOST_VALUES}'} values")
     return values
 
 
 def overrides_of(texts: Sequence[str]) -> "list[Override]":
-    """What Hydra's grammar makes of them. Raises ConfigError."""
+    """Parse overrides with Hydra's grammar. Raises ConfigError."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser = OverridesParser.create()
@@ -144,16 +151,16 @@ def overrides_of(texts: Sequence[str]) -> "list[Override]":
     for text in texts:
         try:
             found += parser.parse_overrides([_quoted(text)])
-        except Exception as error:  # the grammar's own classes, and Python's for what is nested too deep or too long
+        except Exception as error:  # the grammar's own classes, or Python's for too deep or too long values
             raise ConfigError(
-                f"'{shown(text, 160)}' is no override of the form key=value; quote a value with special characters: "
-                "'key=\"value\"'"
+                f"'{shown(text, 160)}' is not an override of the form key=value; quote a value with special "
+                "characters: 'key=\"value\"'"
             ) from error
     return found
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping."""
+    """Yield (dotted key, value) for each value of a nested mapping."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -162,7 +169,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def explain(error: Exception) -> str:
-    """One line of ours for an error of Hydra's or OmegaConf's."""
+    """Return our one-line message for an error of Hydra or OmegaConf."""
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -183,4 +190,4 @@ def _no_choice(group: str, value: object) -> str:
     options = choices.listed(choices.options(group))
     if re.fullmatch(r"[A-Za-z][\w./-]*", str(value)) and value != "null":
         return f"{group}={shown(value)} does not exist; choose {group}= one of {options}"
-    return f"{group}={shown(value)} is no choice; leave {group} out, or choose {group}= one of {options}"
+    return f"{group}={shown(value)} is not a choice; leave {group} out, or choose {group}= one of {options}"

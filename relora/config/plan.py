@@ -1,4 +1,4 @@
-"""What a run will take, before anything is built: parameters, FLOPs and bytes beside full rank's. Needs no torch."""
+"""Estimate the parameters, FLOPs and bytes of a run, compared with full rank, before it starts. Needs no torch."""
 
 from dataclasses import asdict, dataclass
 
@@ -9,7 +9,10 @@ from relora.config.run import RunConfig, fitting
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """FLOPs of all processes of a run, by the ways that they take (relora.budget.cost), and the bytes of one."""
+    """The estimated cost of a run. FLOPs are those of all processes together; bytes are those of one process.
+
+    FLOPs depend on the way in which each matrix is computed (relora.budget.cost).
+    """
 
     name: str
     total_steps: int
@@ -26,20 +29,22 @@ class Plan:
     optimizer_bytes: int
     bytes_at_full_rank: int
     peak_bytes: int
-    """The most that an update of the method holds, activations and all (relora.budget.memory); before that, the warm
-    start takes what full rank takes."""
+    """The most memory during an optimizer step of the method, with activations (relora.budget.memory).
+
+    The warm start needs the memory of full rank.
+    """
     peak_bytes_at_full_rank: int
     break_even_rank: int | None
-    """The highest rank at which an update takes fewer FLOPs than at full rank; None where the method has no factors."""
+    """The highest rank at which a step needs fewer FLOPs than at full rank; None if the method has no factors."""
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and optimizer state, all at once; activations come on top."""
+        """Bytes of weights, gradients and optimizer state together, without activations."""
         return self.weight_bytes + self.merged_weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def run_plan(config: RunConfig) -> Plan:
-    """The plan of `config`, its vocabulary the one that is asked for: a tokenizer's own may be smaller."""
+    """Return the plan of `config`. It uses the configured vocabulary size; that of the tokenizer may be smaller."""
     vocab_size = config.model.vocab_size or config.data.vocab_size
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
     steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
@@ -77,18 +82,18 @@ def run_plan(config: RunConfig) -> Plan:
 
 
 def warning(made: Plan, config: RunConfig) -> str | None:
-    """What a person should know before the run starts."""
+    """Return a warning if the rank is above the break-even rank, else None."""
     if made.break_even_rank is None or config.rank is None or config.rank <= made.break_even_rank:
         return None
     ratio = made.flops_per_update / made.flops_per_update_at_full_rank
     return (
-        f"method.rank={config.rank} is above the break-even of {made.break_even_rank}: an update takes {ratio:.2f} "
-        "times the FLOPs of a full-rank one; lower method.rank, or expect to save memory and no time"
+        f"method.rank={config.rank} is above the break-even of {made.break_even_rank}: a step takes {ratio:.2f} "
+        "times the FLOPs of a full-rank step; lower method.rank, or expect to save memory but no time"
     )
 
 
 def text(made: Plan, config: RunConfig) -> str:
-    """For people."""
+    """Return the plan as text for users, one line per item."""
     parts = [f"weights {_size(made.weight_bytes)}", f"gradients {_size(made.gradient_bytes)}"]
     parts += [f"optimizer {_size(made.optimizer_bytes)}"]
     if made.merged_weight_bytes:
@@ -97,19 +102,19 @@ def text(made: Plan, config: RunConfig) -> str:
     share, warm = made.trainable_parameters / made.parameters, config.method.warm_start_steps
     rows = {
         "run": made.name,
-        "updates": f"{made.total_steps:,} of {config.tokens_per_step:,} tokens, {made.tokens:,} in all",
+        "steps": f"{made.total_steps:,} of {config.tokens_per_step:,} tokens, {made.tokens:,} in all",
         "restarts": f"{made.restarts}",
         "parameters": f"{made.parameters:,}, {made.trainable_parameters:,} trainable ({share:.0%})",
-        "FLOPs": f"{made.flops_per_update:.3g} an update ({ratio:.3f} of full rank's), {made.total_flops:.3g} in all",
+        "FLOPs": f"{made.flops_per_update:.3g} per step ({ratio:.3f} of full rank's), {made.total_flops:.3g} in all",
         "memory": f"{_size(made.state_bytes)} ({made.state_bytes / made.bytes_at_full_rank:.3f} of full rank's): "
         + ", ".join(parts),
         "peak": f"{_size(made.peak_bytes)} ({made.peak_bytes / made.peak_bytes_at_full_rank:.3f} of full rank's) "
         f"with {_sequences_at_a_time(config)} sequences at a time"
         + (f" in each of {config.world_size} processes" if config.world_size > 1 else "")
-        + (", the warm start as full rank" if warm else ""),
+        + (", the warm start like full rank" if warm else ""),
     }
     if made.break_even_rank is not None:
-        rows["break-even"] = f"rank {made.break_even_rank}: up to there an update takes fewer FLOPs than at full rank"
+        rows["break-even"] = f"rank {made.break_even_rank}: up to this rank, a step takes fewer FLOPs than at full rank"
     found = warning(made, config)
     if found is not None:
         rows["warning"] = found
@@ -117,7 +122,7 @@ def text(made: Plan, config: RunConfig) -> str:
 
 
 def as_dict(made: Plan, config: RunConfig) -> dict[str, object]:
-    """For programs."""
+    """Return the plan as a dict for programs."""
     return {**asdict(made), "state_bytes": made.state_bytes, "warning": warning(made, config)}
 
 
@@ -148,7 +153,7 @@ def _sequences_at_a_time(config: RunConfig) -> int:
 
 
 def _micro_steps(config: RunConfig) -> int:
-    """Of one update in one process."""
+    """Number of micro-steps of one optimizer step in one process."""
     return config.sequences_per_process // _sequences_at_a_time(config)
 
 

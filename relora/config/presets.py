@@ -1,4 +1,4 @@
-"""Presets as files: what a search found, written beside what a person wrote."""
+"""Preset files: write the values that a search found, and keep the values and comments that the user wrote."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,11 @@ from relora.common.files import write_whole
 
 HEAD = "# @package _global_"
 BEFORE = "before the search:"
-"""Begins what was said of a preset's value that a search has replaced."""
+"""Beginning of the comment after a value that a search has replaced."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes 1e-3 for a number, as Hydra does; YAML 1.1 wants 1.0e-3."""
+    """Reads 1e-3 as a number, as Hydra does. YAML 1.1 reads only 1.0e-3 as a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -27,10 +27,15 @@ def _read(text: str) -> Any:
 
 
 def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
-    """Put `values` (by dotted key) into a preset, beside what it holds already, comments included.
+    """Put values into a preset file, and keep its other values and its comments.
 
-    What was said of a value that is replaced stays behind the new one, with the old one. A mark that the rates were not
-    tuned (`rates`) goes: a search has tuned them. The file is whole at any time.
+    The comment of a replaced value is kept after the new value, together with the old value. The key `rates`, which
+    marks rates that are not tuned, is removed, because a search has tuned them. The file is written atomically.
+
+    Args:
+        file: The preset, which may not exist yet.
+        values: The new values by dotted key.
+        remark: Lines for the comment at the top. They replace the lines of an earlier search's remark.
     """
     old = file.read_text() if file.is_file() else ""
     wanted = _read(old) or {}
@@ -43,10 +48,10 @@ def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
             node = node.setdefault(name, {})
         node[last] = value
         lines = _with_value(lines, key, f"{value}")
-    if not _has_values("\n".join(lines), wanted):  # laid out in another way than presets are
+    if not _has_values("\n".join(lines), wanted):  # the layout is not that of a preset
         lines = [line for line in lines if line.startswith("#")] + yaml.safe_dump(wanted, sort_keys=False).splitlines()
     written = [f"# {line}".rstrip() for line in remark.split("\n")]
-    # An earlier search's remark begins with the same words.
+    # The lines of an earlier search's remark begin with the same words.
     beginnings = {" ".join(line.split()[:4]) for line in written}
     lines = [
         line
@@ -65,7 +70,7 @@ def _has_values(text: str, wanted: dict[str, Any]) -> bool:
 
 
 def _without(lines: list[str], key: str) -> list[str]:
-    """Lines of YAML in blocks, without a key of the top level and what stands under it."""
+    """Return the lines of block-style YAML without a top-level key and its block."""
     first = next((n for n, line in enumerate(lines) if line.startswith(f"{key}:")), None)
     if first is None:
         return lines
@@ -74,7 +79,7 @@ def _without(lines: list[str], key: str) -> list[str]:
 
 
 def _with_value(lines: list[str], key: str, value: str) -> list[str]:
-    """Lines of YAML in blocks, with `value` at a dotted key."""
+    """Return the lines of block-style YAML with `value` at a dotted key."""
     parts, first, last, indent = key.split("."), 0, len(lines), ""
     for number, part in enumerate(parts):
         at = next((n for n in range(first, last) if lines[n].startswith(f"{indent}{part}:")), None)

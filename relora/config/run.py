@@ -1,7 +1,7 @@
-"""What a run is: all groups together, the checks across them, and the names that follow.
+"""The config of a run: all groups, the checks that involve several groups, and the names of the run.
 
-A RunConfig is made once, validated by being made, frozen as run_dir/config.yaml and never changed. What follows from
-other fields is a property and stands in no file.
+A RunConfig is validated when it is made, saved as run_dir/config.yaml, and never changed after that. Values that follow
+from other fields are properties, and are not in the file.
 """
 
 import os
@@ -28,12 +28,12 @@ from relora.optimizers.base import Optimizer
 
 NAME_BYTES = 255
 RUNS_DIR_BYTES = 3500
-"""Of the 4096 bytes of a path."""
+"""The most bytes of runs_dir, of the 4096 bytes of a path."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """All of one run. Raises ConfigError, before torch is imported, for anything that cannot run."""
+    """The full config of one run. Raises ConfigError, before torch is imported, for a config that cannot run."""
 
     model: ModelConfig
     data: DataConfig
@@ -49,7 +49,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.runs_dir:
-            raise ConfigError("runs_dir= is empty; name a folder, or leave it out for runs")
+            raise ConfigError("runs_dir= is empty; name a folder, or leave it out for the folder runs")
         if self.study is not None:
             check_name("study", self.study)
         check_strings("", self)
@@ -72,20 +72,20 @@ class RunConfig:
         self._check_length_of_paths()
 
     def _check_warm_start(self) -> None:
-        """Runs of different methods share a warm start, so it has the configured sizes."""
+        """A warm start has the configured model sizes, because runs of different methods share it."""
         vocab_size = self.model.vocab_size or self.data.vocab_size
         if self.trained_shape(vocab_size) != self.model.shape(vocab_size) and self.method.warm_start_steps:
             raise ConfigError(
-                f"method={self.method.name} has no warm start: it trains a model of other sizes than the configured "
-                "one; set method.warm_start_steps=0"
+                f"method={self.method.name} has no warm start: the sizes of its model differ from the configured "
+                "sizes; set method.warm_start_steps=0"
             )
 
     def _check_clock(self) -> None:
         warm, total = self.method.warm_start_steps, self.total_steps
-        at_most("trainer.total_steps", total, MOST_STEPS, "no run has as many updates")
+        at_most("trainer.total_steps", total, MOST_STEPS, "no run has that many steps")
         if warm >= total:
             raise ConfigError(
-                f"method.warm_start_steps={warm} leaves nothing of the run's {total} steps; "
+                f"method.warm_start_steps={warm} leaves no step of the run's {total} steps; "
                 "lower it or raise trainer.total_steps"
             )
         phase, warmup, rewarm = total - warm, self.schedule.warmup_steps, self.schedule.restart_warmup_steps
@@ -120,8 +120,8 @@ class RunConfig:
         longest = max((len(os.fsencode(part)) for part in Path(self.runs_dir).parts), default=0)
         if longest > NAME_BYTES or len(os.fsencode(self.runs_dir)) > RUNS_DIR_BYTES:
             raise ConfigError(
-                f"runs_dir={shown(self.runs_dir)} is too long: a file system takes {NAME_BYTES} bytes for each "
-                f"folder's name and {RUNS_DIR_BYTES} for runs_dir, so that the runs' files have room"
+                f"runs_dir={shown(self.runs_dir)} is too long: each folder's name may have {NAME_BYTES} bytes, and "
+                f"runs_dir {RUNS_DIR_BYTES} bytes, which leaves room for the runs' files; use a shorter path"
             )
 
     def _check_processes(self) -> None:
@@ -133,8 +133,8 @@ class RunConfig:
             return
         if type(self.method).before_update is not Method.before_update:
             raise ConfigError(
-                f"trainer.update_in_backward=true does not serve method={self.method.name}, whose before_update needs "
-                "all gradients at once; set it to false"
+                f"trainer.update_in_backward=true does not work with method={self.method.name}: its before_update "
+                "needs all gradients at once; set it to false"
             )
         norm, micro = self.optimizer.max_grad_norm, self.trainer.sequences_per_micro_step
         if norm is not None:
@@ -144,28 +144,28 @@ class RunConfig:
             )
         if micro is not None and micro < self.trainer.sequences_per_step:
             raise ConfigError(
-                f"trainer.update_in_backward=true takes a batch at once, not trainer.sequences_per_micro_step={micro} "
-                f"of {self.trainer.sequences_per_step} sequences at a time; set it to null"
+                f"trainer.update_in_backward=true needs all {self.trainer.sequences_per_step} sequences of a batch "
+                f"at once, not trainer.sequences_per_micro_step={micro} at a time; set it to null"
             )
         if self.world_size > 1:
             raise ConfigError(
-                "trainer.update_in_backward=true is for one process: several sum their gradients first; set "
+                "trainer.update_in_backward=true works only with one process: several must sum gradients first; set "
                 "cluster.nodes=1 cluster.tasks_per_node=1"
             )
 
     @property
     def world_size(self) -> int:
-        """That train the run together, as far as its config knows: torchrun may start more."""
+        """Number of processes that train the run, according to the config. torchrun may start more."""
         return self.cluster.world_size if isinstance(self.cluster, SlurmConfig) else 1
 
     @property
     def sequences_per_process(self) -> int:
-        """The share of each in an update's batch."""
+        """Number of sequences of each step's batch that one process trains on."""
         return self.trainer.sequences_per_step // self.world_size
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole run, warm start included; a token budget is rounded up to whole updates."""
+        """Optimizer steps of the whole run, with the warm start. A budget in tokens is rounded up to whole steps."""
         if self.trainer.total_tokens is not None:
             return -(-parse_count("trainer.total_tokens", self.trainer.total_tokens) // self.tokens_per_step)
         assert self.trainer.total_steps is not None
@@ -173,42 +173,42 @@ class RunConfig:
 
     @property
     def validation_interval_steps(self) -> int:
-        """Updates between validations; a tenth of the run where the setting exceeds it, else no curve could be drawn.
+        """Steps between validations. It is a tenth of the run if the setting exceeds the run, to get a curve.
 
-        The start and the end of a run are validated in any case.
+        A run is always validated at its start and at its end.
         """
         given, total = self.trainer.validation_interval_steps, self.total_steps
         return given if given <= total else max(1, total // 10)
 
     @property
     def remarks(self) -> list[str]:
-        """What a launch says of values that the run adapts."""
+        """Messages of a launch about settings that the run changes."""
         given, total = self.trainer.validation_interval_steps, self.total_steps
         if given <= total:
             return []
         return [
-            f"trainer.validation_interval_steps={given} exceeds the run's {total} updates; it validates every "
-            f"{self.validation_interval_steps} instead (set {total} to validate at the start and at the end alone)"
+            f"trainer.validation_interval_steps={given} exceeds the run's {total} steps; the run validates every "
+            f"{self.validation_interval_steps} steps (set it to {total} to validate only at the start and at the end)"
         ]
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens trained on by one update."""
+        """Tokens that one optimizer step trains on."""
         return self.trainer.sequences_per_step * self.data.sequence_length_tokens
 
     @property
     def rank(self) -> int | None:
-        """The method's rank, None at full rank."""
+        """The method's rank; None at full rank."""
         return getattr(self.method, "rank", None)
 
     @property
     def reset_interval_steps(self) -> int | None:
-        """Updates between restarts, None where the method never restarts."""
+        """Optimizer steps between restarts; None if the method never restarts."""
         return getattr(self.method, "reset_interval_steps", None)
 
     @property
     def clock(self) -> RestartClock:
-        """The run's clock."""
+        """The clock that says at which steps the run restarts."""
         return RestartClock(
             total_steps=self.total_steps,
             reset_interval_steps=self.reset_interval_steps,
@@ -221,11 +221,11 @@ class RunConfig:
         return self.method.warm_start_learning_rate or self.optimizer.learning_rate
 
     def trained_shape(self, vocab_size: int) -> LlamaShape:
-        """The sizes of the model that is trained, which a method may change. Raises ConfigError."""
+        """Return the sizes of the model that is trained. The method may change them. Raises ConfigError."""
         return self.method.trained_shape(self.model.shape(vocab_size), self)
 
     def cost(self, vocab_size: int, *, warm_start: bool = False) -> Cost:
-        """What the run's model and method take; with `warm_start`, what the model takes at full rank."""
+        """Return the cost of the run's model with its method, or, with `warm_start`, of the model at full rank."""
         if warm_start:
             return Method.cost(self.method, self.model.shape(vocab_size), self)
         return self.method.cost(self.trained_shape(vocab_size), self)
@@ -237,30 +237,33 @@ class RunConfig:
 
     @property
     def config_hash(self) -> str:
-        """8 hex digits of the identity: those in the run's name."""
+        """The hash of the identity in the run's name: 8 hex digits."""
         return self.name.rpartition("-")[2]
 
     @property
     def comparison_key(self) -> str:
-        """What two runs must share to be compared: model, data, held-out sets, tokens, batch and precision, no seed."""
+        """Hash of the fields that two runs must share to be compared.
+
+        The fields are model, data, held-out sets, tokens, batch and precision, but not the seed.
+        """
         return identity.digest({**identity.setting(self), "trainer.total_steps": self.total_steps})
 
     @property
     def setting_key(self) -> str:
-        """The comparison_key without the budget: what a shorter and a longer run of one setting share."""
+        """The comparison_key without the budget. A shorter and a longer run of one setting share it."""
         return identity.digest(identity.setting(self))
 
     @property
     def variant(self) -> str:
-        """What runs share that differ in their seed alone."""
+        """The label and hash that runs share if they differ only in the seed."""
         fields = {name: value for name, value in self.identity.items() if name != "trainer.seed"}
         return self._label + identity.digest(fields)
 
     @property
     def name(self) -> str:
-        """The run's name: a label for people, and the hash of its identity.
+        """The run's name: a readable label and the hash of the identity.
 
-        A run that an earlier version began keeps the name that it had there.
+        A run that an earlier version started keeps its earlier name.
         """
         names = [self._label + digits for digits in identity.hashes(self)]
         return next((name for name in names if (Path(self.runs_dir) / name).exists()), names[0])
@@ -272,15 +275,18 @@ class RunConfig:
 
     @property
     def mlflow_uri(self) -> str:
-        """The configured MLflow store, or a sqlite file under runs_dir."""
+        """The configured MLflow store, or a sqlite file in runs_dir."""
         return self.tracker.uri or f"sqlite:///{Path(self.runs_dir).absolute() / 'mlflow.db'}"
 
     @property
     def run_dir(self) -> Path:
-        """runs_dir/NAME-HASH."""
+        """The folder of the run: runs_dir/NAME."""
         return Path(self.runs_dir) / self.name
 
 
 def fitting(share: int, wanted: int | None) -> int:
-    """The most sequences at a time, up to `wanted` (None: any number), that divide a process's `share` evenly."""
+    """Return the largest number of sequences at a time that divides a process's `share` and is at most `wanted`.
+
+    `wanted=None` means no limit.
+    """
     return next(count for count in range(wanted or share, 0, -1) if share % count == 0)

@@ -1,7 +1,7 @@
-"""Whether a run's learning rates were tuned for its setting.
+"""Find out whether a run's learning rates were tuned for its setting.
 
-A preset belongs to the setting that its experiment composes to, and the values of conf/method/ belong to the default
-run. A run in the same model, text, batch, budget and precision has tuned rates. Any other run has not.
+A preset belongs to the setting of its experiment. The values of conf/method/ belong to the default run. A run with the
+same model, text, batch, budget and precision has tuned rates. Any other run does not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,14 +21,19 @@ OF_A_PRESET = ("optimizer.", "schedule.", "method.")
 
 
 class Presets:
-    """Knows the setting of each preset that was asked for."""
+    """Compares runs with the settings of their presets, and caches these settings."""
 
     def __init__(self) -> None:
         self._runs: dict[str, RunConfig | None] = {}
         self._untuned: dict[tuple[str | None, str], bool] = {}
 
     def noted(self, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-        """`config`, which `overrides` led to, with the note of where its learning rates come from."""
+        """Return `config` with `rates`, the origin of its learning rates.
+
+        Args:
+            config: The config of a run.
+            overrides: The overrides from which `config` was composed.
+        """
         given = given_values(overrides)
         given = {**{key: str(value) for key, value in sweep_settings(overrides).items()}, **given}
         experiment, method = given.get("experiments"), config.method.name
@@ -36,9 +41,9 @@ class Presets:
             experiment = None
         source = f"conf/presets/{experiment}/{method}.yaml" if experiment else f"conf/method/{method}.yaml"
         own = self._run(experiment, config)
-        differs = differences(config, own) if own is not None else [f"experiments={experiment} alone is no setting"]
+        differs = differences(config, own) if own is not None else [f"experiments={experiment} alone is not a full run"]
         if not differs and own is not None and self._is_untuned(experiment, method):
-            differs = [f"{source} says that its values were not tuned"]
+            differs = [f"{source} says that its values are not tuned"]
         by_hand = [key for key in RATES if key in given]
         if not differs and own is not None and _same_rates(config, own):
             basis = "tuned"
@@ -50,14 +55,14 @@ class Presets:
         return replace(config, rates=RatesConfig(basis=basis, source=source, given=changed, differs=differs))
 
     def _is_untuned(self, experiment: str | None, method: str) -> bool:
-        """As the preset's file says; read once for all runs of a sweep."""
+        """Whether the preset's file is marked as untuned. It is read once for all runs of a sweep."""
         key = (experiment, method)
         if key not in self._untuned:
             self._untuned[key] = is_untuned_by_its_file(experiment, method)
         return self._untuned[key]
 
     def _run(self, experiment: str | None, config: RunConfig) -> RunConfig | None:
-        """The run that the preset belongs to."""
+        """Return the run for which the preset was tuned."""
         key = f"{experiment} {config.method.name} {config.data}"
         if key not in self._runs:
             self._runs[key] = preset_run(experiment, config.method.name, config.data)
@@ -65,7 +70,7 @@ class Presets:
 
 
 def _same_rates(config: RunConfig, own: RunConfig) -> bool:
-    """Whether all rates are those of `own`; that of a warm start counts where both have one."""
+    """Whether all rates equal those of `own`. The rate of the warm start counts only if both have a warm start."""
 
     def rates(run: RunConfig) -> tuple[float | None, ...]:
         both = config.method.warm_start_steps and own.method.warm_start_steps
@@ -76,12 +81,12 @@ def _same_rates(config: RunConfig, own: RunConfig) -> bool:
 
 
 def differences(config: RunConfig, own: RunConfig) -> list[str]:
-    """What of the setting of `config` is not as in `own`, the run that its preset belongs to."""
+    """List the differences between the settings of `config` and `own`, the run for which its preset was tuned."""
     here, there = spelled_out(config), spelled_out(own)
     names = [name for name in here if name.startswith(("model.", "data."))]
     names += ["optimizer.name", "trainer.sequences_per_step", "trainer.precision", "trainer.total_steps"]
     differ = [name for name in names if here[name] != there.get(name)]
-    if "data.name" in differ:  # what else is said of a text follows from it
+    if "data.name" in differ:  # the other fields of a text follow from it
         differ = [name for name in differ if name in ("data.name", "data.vocab_size") or not name.startswith("data.")]
     if any(name.startswith("model.") and name != "model.name" for name in differ):
         if "model.name" in differ:  # the sizes follow from the name
@@ -93,21 +98,21 @@ def differences(config: RunConfig, own: RunConfig) -> list[str]:
 
 
 def remarks(configs: Iterable[RunConfig]) -> list[str]:
-    """What a launch says, once for each way in which its runs leave the settings of their presets."""
+    """Return a launch's messages about untuned rates: one for each set of differences from the settings of presets."""
     found: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
     for config in configs:
         if config.rates.basis == "untuned":
             methods = found.setdefault(tuple(config.rates.differs), {}).setdefault(_values(config), {})
             methods[config.method.name] = None
     return [
-        f"{NOT_TUNED}: {'; '.join(differs)}. That holds for the "
-        + ", and for the ".join(f"{values} of {', '.join(methods)}" for values, methods in whose.items())
+        f"{NOT_TUNED}: {'; '.join(differs)}. This applies to the "
+        + ", and to the ".join(f"{values} of {', '.join(methods)}" for values, methods in whose.items())
         for differs, whose in found.items()
     ]
 
 
 def _values(config: RunConfig) -> str:
-    """What of a run's values belongs to its preset and was not given."""
+    """Name the values of a run that come from its preset and were not set by the user."""
     given = {text.partition("=")[0] for text in config.rates.given}
     names = ["learning rates"]
     if config.method.warm_start_steps and "method.warm_start_steps" not in given:

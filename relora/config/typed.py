@@ -1,4 +1,4 @@
-"""From plain values to a RunConfig: types and checks by OmegaConf and by the dataclasses, paths made absolute."""
+"""Convert plain values to a RunConfig: OmegaConf and the dataclasses check them, and paths become absolute."""
 
 import os
 import sys
@@ -18,21 +18,21 @@ from relora.methods.registry import METHODS
 from relora.optimizers.registry import OPTIMIZERS
 
 OF_A_LAUNCH = ("baseline_rates",)
-"""Keys that are settings of a study and of no run."""
+"""Keys that are settings of a study, not of a run."""
 OF_A_SWEEP = ("grids", "tune")
-"""Keys of sweeps/ files that are no settings of a run."""
+"""Keys of sweeps/ files that are not settings of a run."""
 
 
 def resolved(composed: DictConfig) -> Any:
-    """Plain values, references between them resolved. Raises ConfigError."""
+    """Return plain values with resolved references. Raises ConfigError."""
     try:
         return OmegaConf.to_container(composed, resolve=True)
-    except Exception as error:  # values that refer to each other without an end are a RecursionError
+    except Exception as error:  # circular references raise RecursionError
         raise ConfigError(explain(error)) from error
 
 
 def structured(values: Any) -> DictConfig:
-    """The values in their fields, with types. Raises ConfigError for unknown keys and wrong types."""
+    """Put the values into typed fields. Raises ConfigError for missing values, unknown keys and wrong types."""
     values = {key: value for key, value in values.items() if key not in ("hydra", *OF_A_LAUNCH, *OF_A_SWEEP)}
     missing = [key for key, value in leaves(values) if value == "???"]
     if missing:
@@ -43,10 +43,10 @@ def structured(values: Any) -> DictConfig:
         kind = kind_of(chosen.get("name") if isinstance(chosen, dict) else None)
         try:
             schema[group] = OmegaConf.structured(kind)
-        except Exception as error:  # a package's class may have fields of any type
+        except Exception as error:  # the class of a package may have fields of any type
             raise ConfigError(
-                f"{group}={chosen['name']} has a field of a type that no config can hold: {shown(error, 120)}; take "
-                "str, int, float, bool, a list or a dataclass of them"
+                f"{group}={chosen['name']} has a field with a type that a config cannot contain: {shown(error, 120)}; "
+                "use str, int, float, bool, a list or a dataclass of them"
             ) from error
     try:
         return cast(DictConfig, OmegaConf.merge(schema, values))
@@ -60,7 +60,7 @@ def structured(values: Any) -> DictConfig:
 
 
 def checked(structured: DictConfig) -> RunConfig:
-    """The config itself, its paths absolute. Raises ConfigError."""
+    """Make and check the RunConfig, with absolute paths. Raises ConfigError."""
     try:
         config = OmegaConf.to_object(structured)
     except OmegaConfBaseException as error:
@@ -76,7 +76,10 @@ def checked(structured: DictConfig) -> RunConfig:
 
 
 def _store(tracker: TrackerConfig) -> str | None:
-    """The URI of a run's store without its password, which is remembered; MLFLOW_TRACKING_URI where none is given."""
+    """Return the URI of a run's store without its password, which this process remembers.
+
+    Without tracker.uri, MLFLOW_TRACKING_URI is used.
+    """
     uri = tracker.uri
     if uri is None and tracker.name == "mlflow" and os.environ.get(credentials.VARIABLE):
         uri = os.environ[credentials.VARIABLE]
@@ -84,7 +87,7 @@ def _store(tracker: TrackerConfig) -> str | None:
             TrackerConfig(uri=uri)
         except ConfigError:
             raise ConfigError(
-                f"{credentials.VARIABLE}={shown(credentials.redacted(uri))} is no store that relora records in; unset "
+                f"{credentials.VARIABLE}={shown(credentials.redacted(uri))} is not a store that relora can use; unset "
                 "it, or give tracker.uri= sqlite:///FILE, http://HOST:PORT or a database's URI"
             ) from None
     if uri is not None and uri.startswith("sqlite:///"):

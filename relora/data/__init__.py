@@ -1,4 +1,4 @@
-"""Texts to tokens on disk, and batches that are a pure function of seed and step.
+"""Turn text into tokens on disk, and serve batches as a pure function of seed and step.
 
-Imports `config` and `common`. `corpus` alone imports datasets and tokenizers.
+Imports `config` and `common`. Only `documents` imports datasets, and only `encoding` tokenizers.
 """

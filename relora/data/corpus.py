@@ -1,7 +1,7 @@
-"""Prepared corpora: made once, found again, checked when they are loaded.
+"""Prepare corpora, find them again, and check them when they are loaded.
 
-A corpus is a folder with one memory-mapped token file a split, the tokenizer, and a meta.json that identifies both by
-digest. It is built under a lock and appears under its name only when it is complete.
+A corpus is a folder with one memory-mapped token file for each split, the tokenizer, and a meta.json with the digests
+of both. It is built under a lock and gets its name only when it is complete.
 """
 
 import json
@@ -28,18 +28,18 @@ from relora.data.encoding import SPLITS, copy_tokenizer, train_tokenizer, write_
 from relora.data.sequences import TokenSequences
 
 TOLD = 3
-"""Exit code of a process that says on stderr what a person can mend."""
-MADE_AGAIN = "remove its folder, and the next launch prepares the corpus anew"
-"""What mends a corpus that its run cannot mend by itself."""
+"""Exit code of the process that builds a corpus when its stderr is an error message for the user."""
+MADE_AGAIN = "remove its folder, and the next launch prepares the corpus again"
+"""The remedy in messages about a damaged corpus that the run does not repair by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A prepared corpus."""
+    """A prepared corpus on disk."""
 
     folder: Path
     corpus_digest: str
-    """Of the text of every split."""
+    """Digest of the text of all splits."""
     tokenizer_digest: str
     vocab_size: int
     end_of_text_id: int
@@ -48,16 +48,16 @@ class Corpus:
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer.json; tokenizer_config.json stands beside it."""
+        """The tokenizer.json. tokenizer_config.json is in the same folder."""
         return self.folder / "tokenizer.json"
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells this corpus from any other."""
+        """The digests that identify this corpus."""
         return {"corpus_digest": self.corpus_digest, "tokenizer_digest": self.tokenizer_digest}
 
     def sequences(self, split: str, sequence_length_tokens: int) -> TokenSequences:
-        """One split, cut. Raises CorpusError where it is shorter than one sequence."""
+        """One split, cut into sequences. Raises CorpusError if the split is shorter than one sequence."""
         try:
             return TokenSequences(self.folder / f"{split}.bin", self.dtype, sequence_length_tokens)
         except ValueError as error:
@@ -65,9 +65,15 @@ class Corpus:
 
 
 def prepare(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:
-    """The corpus that `config` describes, built in the folder `corpora` unless it stands there already.
+    """Load the corpus that `config` describes. Build it first if it is missing or damaged.
 
-    Raises CorpusError for text that cannot be read or is too little.
+    Args:
+        config: The text, its splits and its tokenizer.
+        corpora: The folder that holds all prepared corpora.
+        log_line: Called with each message about the building.
+
+    Raises:
+        CorpusError: The text cannot be read or is too little.
     """
     files = source_files(config)
     folder = _folder(config, files, corpora)
@@ -83,10 +89,11 @@ def prepare(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) 
 
 
 def load(folder: Path) -> Corpus:
-    """A corpus that stands already. Raises DamagedFile where a file of it is not what meta.json tells of it.
+    """Load a prepared corpus. Raises DamagedFile if a file does not match meta.json.
 
-    Every byte is read, so a start pays about a second for each GB of tokens that memory holds, and the disk's time for
-    the rest: little beside training on a flipped token. A corpus of before there were checksums has its sizes checked.
+    Every byte is read. A start takes about a second for each GB of tokens that is cached in memory, and the disk's time
+    for the rest. This costs little compared with training on a damaged token. A corpus from before checksums were
+    written has only its sizes checked.
     """
     meta = read_json(folder / "meta.json")
     names = ("corpus_digest", "tokenizer_digest", "vocab_size", "end_of_text_id", "dtype", "splits")
@@ -101,44 +108,44 @@ def load(folder: Path) -> Corpus:
             check_crc32(folder / name, wanted, MADE_AGAIN)
         own = meta.pop("own_crc32", None)
         if own not in (None, _crc32_of_values(meta)):
-            raise DamagedFile(folder / "meta.json", "its values are not those that were written", MADE_AGAIN)
+            raise DamagedFile(folder / "meta.json", "its values differ from those that were written", MADE_AGAIN)
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedFile(folder / "meta.json", f"it lacks or garbles {error}", MADE_AGAIN) from error
+        raise DamagedFile(folder / "meta.json", f"a value is missing or wrong: {error}", MADE_AGAIN) from error
     except OSError as error:
         raise DamagedFile(Path(error.filename or folder), reason(error), MADE_AGAIN) from error
     return corpus
 
 
 def _crc32_of_values(meta: dict[str, Any]) -> str:
-    """The checksum of a meta.json without its own."""
+    """The checksum of the values of a meta.json, without the checksum itself."""
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
 def _standing(folder: Path, log_line: Callable[[str], None]) -> Corpus | None:
-    """The undamaged corpus that stands there; a damaged one is told of, and is to be built anew."""
+    """The corpus in `folder`. None if it is missing or damaged. A damaged corpus is logged."""
     if not (folder / "meta.json").exists():
         return None
     try:
         return load(folder)
     except DamagedFile as error:
-        log_line(f"{error.path} cannot be read: {error.why}; the corpus is prepared anew")
+        log_line(f"{error.path} cannot be read: {error.why}; the corpus is prepared again")
         return None
 
 
 def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:
-    """As `prepare`, but what is built is built by another process: its memory is none of this one's.
+    """As `prepare`, but a missing corpus is built by another process, so that its memory is not used in this one.
 
-    What a process has once held, its allocator does not give back whole, and the peak memory of the run that happens
-    to build the corpus would be measured on top of it.
+    An allocator does not return all freed memory to the system. The peak memory of the run that builds the corpus would
+    include that memory.
     """
     corpus = _standing(folder_of(config, corpora), lambda message: None)
     if corpus is None:
         command = [sys.executable, "-m", "relora.data.corpus", json.dumps(asdict(config)), str(corpora)]
         with tempfile.TemporaryFile("w+") as errors:
-            # Ctrl-C and SLURM's warning come to all processes of a group: this one answers for both, by SIGTERM.
+            # Ctrl-C and SLURM's warning reach the whole process group. The child blocks them and gets a SIGTERM.
             with signals.blocked((signal.SIGINT, signal.SIGUSR2)):
                 started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-            with started as child, signals.raising():  # a text may take hours
+            with started as child, signals.raising():  # building a large corpus may take hours
                 try:
                     assert child.stdout is not None
                     for line in child.stdout:
@@ -160,7 +167,7 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
 
 
 def folder_of(config: DataConfig, corpora: Path) -> Path:
-    """Where the corpus stands or will stand; it is prepared when its meta.json is there."""
+    """The folder of the corpus, prepared or not. The corpus is prepared if the folder has a meta.json."""
     return _folder(config, source_files(config), corpora)
 
 
@@ -189,7 +196,7 @@ def _build(config: DataConfig, files: list[Path], folder: Path, log_line: Callab
 
 
 def _main(settings: str, corpora: str) -> int:
-    """`prepare` in this process; the exit code."""
+    """Run `prepare` in this process and return the exit code."""
     try:
         prepare(DataConfig(**json.loads(settings)), Path(corpora), lambda message: print(message, flush=True))
     except (CorpusError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The text of a corpus: its files, its documents, and which of them are held out. Imports datasets."""
+"""The text of a corpus: its files, its documents, and which documents are held out. Imports datasets."""
 
 import glob
 import hashlib
@@ -14,25 +14,25 @@ from relora.common.errors import RunError
 from relora.config.groups import RECORD_SUFFIXES, DataConfig, text_files, tokenizer_file
 
 FORMAT = 2
-"""Of a prepared corpus. A new format has another fingerprint."""
+"""The format of a prepared corpus. It is part of the fingerprint."""
 FEW_DOCUMENTS = 100
-"""Below this many documents, documents are split by pieces, or the held-out sets would be one document or none."""
+"""With fewer documents, pieces are held out instead. Otherwise a held-out set would have one document or none."""
 LONGEST_LINE_PIECES = 4
-"""A line longer than this many pieces is cut inside."""
+"""A line longer than this many pieces is cut within the line."""
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
 class CorpusError(RunError):
-    """The text cannot be read or is too little."""
+    """The text of a corpus cannot be read, or there is too little of it."""
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files that the text is read from, sorted. Raises CorpusError where there are none."""
+    """The sorted files that hold the text. Raises CorpusError if there are none."""
     if config.name == "text":
         assert config.path is not None
         files = text_files(Path(config.path))
         if not files:
-            raise CorpusError(f"data.path={config.path} holds no text any more")
+            raise CorpusError(f"data.path={config.path} no longer holds text")
         return files
     root = Path(sysconfig.get_path("stdlib"))
     files = []
@@ -41,12 +41,12 @@ def source_files(config: DataConfig) -> list[Path]:
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files.sort()
     if not files:
-        raise CorpusError(f"the standard library in {root} has no sources; use data=text data.path=...")
+        raise CorpusError(f"the standard library in {root} has no source files; use data=text data.path=...")
     return files
 
 
 def fingerprint(config: DataConfig, files: list[Path]) -> str:
-    """Finds a prepared corpus without reading the text: settings, and each file's path, size and time."""
+    """A digest of settings, tokenizer, and each file's path, size and time. It finds a corpus without reading text."""
     settings = {key: value for key, value in asdict(config).items() if key != "sequence_length_tokens"}
     tokenizer = tokenizer_file(config.tokenizer).read_bytes() if config.tokenizer else b""
     stats = ((path, path.stat()) for path in files)
@@ -56,11 +56,11 @@ def fingerprint(config: DataConfig, files: list[Path]) -> str:
 
 
 def read_documents(files: list[Path], text_field: str) -> Iterator[str]:
-    """Every non-empty document: a text file is one, a jsonl or parquet file has one a record."""
+    """All non-empty documents. A text file is one document. Each record of a jsonl or parquet file is one document."""
     for path in files:
         if path.suffix in RECORD_SUFFIXES:
             yield from filter(None, _records(path, text_field))
-        elif text := path.read_bytes().decode("utf-8", errors="replace"):  # read_text would change line ends
+        elif text := path.read_bytes().decode("utf-8", errors="replace"):  # read_text would change the line endings
             yield text
 
 
@@ -94,7 +94,10 @@ def _is_blank(path: Path) -> bool:
 
 
 def cut(document: str, piece_characters: int | None) -> Iterator[str]:
-    """The document whole, or cut at line ends into pieces of at least `piece_characters`; longer lines are cut too."""
+    """Cut a document at line ends into pieces of at least `piece_characters`. The last piece may be shorter.
+
+    A line longer than LONGEST_LINE_PIECES pieces is cut too. With None, the document is one piece.
+    """
     if piece_characters is None:
         yield document
         return
@@ -119,14 +122,14 @@ def digest_of(piece: str) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """How the text is split."""
+    """The assignment of the text to the splits."""
 
     piece_characters: int | None
     held_out: dict[bytes, str]
-    """Digest of a piece -> "validation" or "test"; the rest is for training."""
+    """Digest of a piece -> "validation" or "test". All other pieces are for training."""
 
     def assign(self, files: list[Path], text_field: str) -> Iterator[tuple[str, str, bool]]:
-        """(split, piece, whether a document ends here) of the whole corpus, in its own order."""
+        """Yield (split, piece, whether a document ends here) for the whole text, in the order of the files."""
         for document in read_documents(files, text_field):
             pieces = list(cut(document, self.piece_characters))
             for number, piece in enumerate(pieces, start=1):
@@ -134,10 +137,14 @@ class Splits:
 
 
 def split_documents(config: DataConfig, files: list[Path]) -> Splits:
-    """Split by document: in the order of their digests, documents fill validation, then test, up to their shares.
+    """Split the text by document. In the order of their digests, documents fill validation, then test.
 
-    Equal documents have equal digests, so none stands on both sides, and all of them count; adding a document moves
-    few others.
+    Each held-out split is filled up to its share of the characters. Equal documents have equal digests, so they are all
+    in the same split, and each of them counts. A new document moves only few other documents to another split. With
+    fewer than FEW_DOCUMENTS documents, pieces are split instead.
+
+    Raises:
+        CorpusError: No document fits into a held-out split.
     """
     sizes: Counter[bytes] = Counter()
     documents = total_characters = 0
@@ -165,6 +172,6 @@ def split_documents(config: DataConfig, files: list[Path]) -> Splits:
         if room == target:
             raise CorpusError(
                 f"{documents} documents of {total_characters} characters leave none for {split} at "
-                f"data.{split}_fraction={share}; take more text or a larger fraction"
+                f"data.{split}_fraction={share}; use more text or a larger fraction"
             )
     return Splits(piece_characters=piece_characters, held_out=held_out)

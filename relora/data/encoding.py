@@ -1,4 +1,4 @@
-"""Text to token files: a tokenizer is trained or copied, and every split is encoded. Imports tokenizers."""
+"""Turn text into token files: train or copy a tokenizer, and encode every split. Imports tokenizers."""
 
 import codecs
 import hashlib
@@ -19,12 +19,12 @@ from relora.data.documents import FORMAT, CorpusError, Splits, digest_of
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_TRAINING_BYTES = 200_000_000
-"""A BPE vocabulary does not change any more beyond this much text."""
+"""The tokenizer is trained on no more text: beyond this, a BPE vocabulary no longer changes."""
 BATCH_PIECES = 512
 
 
 def train_tokenizer(config: DataConfig, files: list[Path], splits: Splits, folder: Path) -> str:
-    """Train a byte-level BPE on the training split and save it in `folder`; return its end-of-text token."""
+    """Train a byte-level BPE tokenizer on the training split, save it in `folder`, and return its end-of-text token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     def training_text() -> Iterator[str]:
@@ -54,15 +54,18 @@ def train_tokenizer(config: DataConfig, files: list[Path], splits: Splits, folde
 
 
 def copy_tokenizer(source: str, folder: Path) -> str:
-    """Take a tokenizer of one's own; return its end-of-text token."""
+    """Copy the user's tokenizer into `folder` and return its end-of-text token.
+
+    Raises CorpusError if its files cannot be read or it has no end-of-text token.
+    """
     file = tokenizer_file(source)
-    # Editors on Windows write a byte-order mark, which the libraries do not read.
+    # Editors on Windows write a byte-order mark, which the libraries do not accept.
     (folder / "tokenizer.json").write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     try:
         made = read_json(file)
         settings = read_json(file.with_name("tokenizer_config.json"))
     except DamagedFile as error:
-        raise CorpusError(f"data.tokenizer={source} is no tokenizer: {error}") from error
+        raise CorpusError(f"data.tokenizer={source} is not a tokenizer: {error}") from error
     settings = settings or {"tokenizer_class": "PreTrainedTokenizerFast"}
     token = settings.get("eos_token")
     if isinstance(token, dict):
@@ -71,9 +74,7 @@ def copy_tokenizer(source: str, folder: Path) -> str:
         added = [entry["content"] for entry in made.get("added_tokens", [])]
         token = next((known for known in (END_OF_TEXT, "</s>", "<eos>") if known in added), None)
     if token is None:
-        raise CorpusError(
-            f"the tokenizer {file} names no end-of-text token; set eos_token in its tokenizer_config.json"
-        )
+        raise CorpusError(f"the tokenizer {file} has no end-of-text token; set eos_token in its tokenizer_config.json")
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": token}, indent=2) + "\n")
     return token
 
@@ -81,12 +82,26 @@ def copy_tokenizer(source: str, folder: Path) -> str:
 def write_tokens(
     config: DataConfig, files: list[Path], splits: Splits, folder: Path, end_of_text: str
 ) -> dict[str, Any]:
-    """Encode every split into its file; return the meta.json."""
+    """Encode every split into its file.
+
+    Args:
+        config: The text and the tokenizer's source, for messages and meta.json.
+        files: The files of the text.
+        splits: The split of each piece.
+        folder: It holds the tokenizer and gets the token files.
+        end_of_text: The token after each document.
+
+    Returns:
+        The values of meta.json.
+
+    Raises:
+        CorpusError: The text or the tokenizer cannot be read, or the tokenizer does not know `end_of_text`.
+    """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises Exception itself
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise CorpusError(f"data.tokenizer={config.tokenizer} cannot be read as a tokenizer: {error}") from error
     vocab_size, end_of_text_id = tokenizer.get_vocab_size(), tokenizer.token_to_id(end_of_text)
     if end_of_text_id is None:

@@ -1,6 +1,6 @@
 """Batches from a memory-mapped token file, as a pure function of (seed, step).
 
-Nothing is iterated, so resuming replays nothing and neither micro-batch nor replicas change the order.
+There is no iterator. So a resumed run replays nothing, and the micro-batch and the world size do not change the order.
 """
 
 import hashlib
@@ -17,10 +17,11 @@ _ROUNDS = 4
 
 
 def permuted(positions: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Where each position of an endless reading of `size` items leads: every epoch is a permutation of its own.
+    """Map positions in an endless reading of `size` items to item numbers. Every epoch has its own permutation.
 
-    A balanced Feistel network over the next even power of two, keyed by (seed, epoch), walked until it lands below
-    `size` (Black and Rogaway 2002, "cycle-walking"): O(1) per position and nothing stored.
+    The permutation is a balanced Feistel network over the next even power of two, keyed by (seed, epoch). It is applied
+    until the result is below `size` (Black and Rogaway 2002, "cycle-walking"). It takes O(1) time per position and
+    stores nothing.
     """
     half_bits = max(1, -(-(size - 1).bit_length() // 2))
     mask = np.uint64((1 << half_bits) - 1)
@@ -53,8 +54,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class TokenSequences:
     """A token file cut into sequences of T tokens.
 
-    Sequence i reads tokens iT .. (i+1)T, one more than T, so that every token but the first is predicted exactly once.
-    Raises ValueError where the file holds not even one.
+    Sequence i reads tokens iT .. (i+1)T. These are T + 1 tokens, so that every token except the first is predicted
+    exactly once. Raises ValueError if the file is shorter than one sequence.
     """
 
     def __init__(self, path: Path, dtype: str, sequence_length_tokens: int) -> None:
@@ -64,12 +65,12 @@ class TokenSequences:
         if self.count < 1:
             raise ValueError(
                 f"{path} holds {len(self.tokens)} tokens, fewer than one sequence of "
-                f"data.sequence_length_tokens={sequence_length_tokens}; take more text or shorter sequences"
+                f"data.sequence_length_tokens={sequence_length_tokens}; use more text or shorter sequences"
             )
 
     def batch(self, sequences: NDArray[np.int64]) -> "tuple[Tensor, Tensor]":
-        """(inputs_BxT, targets_BxT) of the named sequences, int64 on the CPU; targets are the inputs one token on."""
-        import torch  # here: preparing a corpus needs none of it
+        """(inputs_BxT, targets_BxT) of the sequences with these numbers, int64 on CPU. Targets are one token ahead."""
+        import torch  # imported here, because preparing a corpus does not need it
 
         offsets = sequences[:, None] * self.sequence_length_tokens + np.arange(self.sequence_length_tokens + 1)
         window_BxT1 = torch.from_numpy(self.tokens[offsets].astype(np.int64))
@@ -78,9 +79,17 @@ class TokenSequences:
     def training_batch(
         self, step: int, sequences_per_step: int, seed: int, *, rank: int = 0, world_size: int = 1
     ) -> "tuple[Tensor, Tensor]":
-        """The batch of the update at `step`: the same for every caller, whatever was read before.
+        """The part of one optimizer step's batch that belongs to one process. It does not depend on earlier calls.
 
-        Of its `world_size` equal slices, the one of `rank`.
+        Args:
+            step: Number of the optimizer step, from 0.
+            sequences_per_step: Size of the whole batch, over all processes.
+            seed: Seed of the order of the sequences.
+            rank: This process.
+            world_size: The batch is cut into this many equal parts.
+
+        Returns:
+            As `batch`.
         """
         share = sequences_per_step // world_size
         first = step * sequences_per_step + rank * share

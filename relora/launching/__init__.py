@@ -1,4 +1,4 @@
-"""Who starts runs, and where: processes on this machine, jobs on SLURM, a search for rates.
+"""Start runs: as processes on this machine, as SLURM jobs, or as trials of a search for learning rates.
 
-Imports `studies`, `training` and what is below them. `submit` alone imports submitit, `tune` alone Optuna.
+Imports `studies`, `training` and the packages below them. Only `submit` imports submitit, and only `tune` Optuna.
 """

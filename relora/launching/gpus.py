@@ -1,4 +1,4 @@
-"""Which GPU each local process gets, found without torch."""
+"""Choose a GPU for each local process, without torch."""
 
 import os
 import re
@@ -7,18 +7,18 @@ from collections import Counter
 from functools import cache
 
 LIST_SECONDS = 10.0
-"""`nvidia-smi -L` can hang where a driver is broken."""
+"""The time limit of `nvidia-smi -L`, which can hang when a driver is broken."""
 
 _taken: list[tuple[subprocess.Popen[bytes], str]] = []
 _warned: set[int] = set()
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, or, where it is not set, the UUIDs that `nvidia-smi -L` lists."""
+    """The GPUs in CUDA_VISIBLE_DEVICES. If it is not set, the UUIDs that `nvidia-smi -L` lists."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",")]
-        # CUDA ignores what follows the first name that is no device.
+        # CUDA ignores everything after the first name that is not a device.
         end = next((i for i, name in enumerate(names) if not name or name.startswith("-")), len(names))
         return names[:end]
     return _listed()
@@ -26,17 +26,26 @@ def visible_gpus() -> list[str]:
 
 @cache
 def _listed() -> list[str]:
-    """Asked once: the GPUs of a machine do not change, and a driver that hangs would delay each start."""
+    """The UUIDs from nvidia-smi. Cached: GPUs do not change, and a driver that hangs would delay every start."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=LIST_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    # UUIDs, not numbers: CUDA and nvidia-smi may count the GPUs in a different order.
+    # UUIDs, not numbers: CUDA and nvidia-smi may number the GPUs in a different order.
     return re.findall(r"^GPU \d+:.*\(UUID: (GPU-[^)]+)\)", listed.stdout, flags=re.MULTILINE)
 
 
 def gpu_for(device: str, max_parallel: int) -> str | None:
-    """The visible GPU that the fewest local processes use, or None where a run needs no choice."""
+    """Choose the GPU of the next local process.
+
+    Args:
+        device: `trainer.device` of the run.
+        max_parallel: `cluster.max_parallel`, how many runs are trained at a time.
+
+    Returns:
+        The visible GPU that the fewest local processes use. None when there is nothing to choose: one run at a time,
+        the CPU, a device with a number such as "cuda:1", or no GPU.
+    """
     if max_parallel == 1 or device == "cpu" or ":" in device:
         return None
     gpus = visible_gpus()
@@ -51,6 +60,6 @@ def gpu_for(device: str, max_parallel: int) -> str | None:
 
 
 def hold_gpu(process: subprocess.Popen[bytes], gpu: str | None) -> None:
-    """Count a GPU as used until the process ends."""
+    """Count the GPU as used until the process ends."""
     if gpu is not None:
         _taken.append((process, gpu))

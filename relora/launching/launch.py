@@ -1,4 +1,4 @@
-"""Launching: a run, or a study's runs and their baselines, here or on SLURM."""
+"""Launch a run, or the runs of a study with their baselines, on this machine or on SLURM."""
 
 import os
 import subprocess
@@ -29,14 +29,23 @@ from relora.training.job import job
 POLL_SECONDS = 1.0
 SLURM_POLL_SECONDS = 10.0
 WAIT_FOR_STOP_SECONDS = 120.0
-"""How long an interrupted sweep waits for its runs to write their checkpoints."""
+"""How long an interrupted launch waits for its runs to write their checkpoints."""
 
 
 def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
-    """Train or submit what is missing, failed or interrupted of the study, and nothing else.
+    """Train or submit those runs of the study that are missing, failed or stopped.
 
-    Returns whether nothing is left to launch: all finished, or all submitted. Ctrl-C and SIGTERM stop every run here
-    with a checkpoint; the same launch again goes on.
+    Ctrl-C and SIGTERM stop every run on this machine with a checkpoint. The same launch then continues the runs.
+
+    Args:
+        sweep: The study's runs.
+        overrides: The arguments of run.py without -m, for the study's manifest.
+
+    Returns:
+        Whether all runs are finished. With SLURM, and without `cluster.wait`, whether all are submitted.
+
+    Raises:
+        ConfigError: SLURM would refuse the jobs, or a full-rank baseline cannot be made.
     """
     planned = planned_runs(sweep)
     baselines = [item.config for item in planned if item.role == "baseline"]
@@ -48,7 +57,7 @@ def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
-    """Raise ConfigError for what SLURM would refuse, before anything is written."""
+    """Raise ConfigError if SLURM would refuse the jobs, before anything is written."""
     if isinstance(cluster, SlurmConfig):
         from relora.launching.submit import check
 
@@ -56,7 +65,16 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 
 def launch_again(study: str, planned: Sequence[Planned], command: Sequence[str]) -> bool:
-    """What nobody trains of a study that is in its manifest; `command` is what stood behind run.py."""
+    """Launch those runs of a study, already in its manifest, that are neither finished nor queued nor running.
+
+    Args:
+        study: The study's name.
+        planned: All runs of the study. The first one's `cluster` says where they run.
+        command: The arguments of run.py, with which a run can be resumed.
+
+    Returns:
+        As `launch_study`.
+    """
     config = planned[0].config
     if isinstance(config.cluster, SlurmConfig):
         return _submit_study(study, planned, command, config.cluster)
@@ -64,7 +82,7 @@ def launch_again(study: str, planned: Sequence[Planned], command: Sequence[str])
     pending = _to_launch(planned, states, command, study)
     names, baselines = [state.name for state in states], sum(item.role == "baseline" for item in planned)
     print(
-        f"study {study}: {len(planned)} runs, {baselines} of them baselines that came by themselves; "
+        f"study {study}: {len(planned)} runs, {baselines} of them baselines that were added; "
         f"{names.count('finished')} finished already, {names.count('running') + names.count('queued')} running",
         flush=True,
     )
@@ -78,7 +96,7 @@ def launch_again(study: str, planned: Sequence[Planned], command: Sequence[str])
 def _to_launch(
     planned: Sequence[Planned], states: Sequence[ObservedState], command: Sequence[str], study: str
 ) -> list[Planned]:
-    """The runs that need a launch, prepared; the others become members of the study in MLflow."""
+    """Prepare and return the runs that need a launch. The other runs become members of the study in MLflow."""
     pending = [item for item, state in zip(planned, states, strict=True) if state.needs_launch]
     for line in _other_switches(planned, states):
         print(f"note: {line}", flush=True)
@@ -88,42 +106,42 @@ def _to_launch(
 
 
 def _other_switches(planned: Sequence[Planned], states: Sequence[ObservedState]) -> list[str]:
-    """Which finished runs are taken though they were trained with other switches than this launch asks for."""
+    """Notes on finished runs that the study uses although this launch asks for other switches."""
     runs: dict[str, list[str]] = {}
     for item, state in zip(planned, states, strict=True):
         status = item.run.known_status
         if state.name == "finished" and status and (switches := other_switches(item.config, status.spent)):
             runs.setdefault(switches, []).append(item.config.name)
     return [
-        f"finished runs with {switches} serve this study with the speed and memory that they had: {', '.join(names)}"
+        f"this study uses finished runs with {switches}, with the speed and memory measured then: {', '.join(names)}"
         for switches, names in runs.items()
     ]
 
 
 def _conclude(study: str, planned: Sequence[Planned]) -> bool:
-    """The table and the report of a study whose runs have ended; whether all are finished."""
+    """Print the table and write the report of a study whose runs have ended. Return whether all runs are finished."""
     rows = status_rows(planned)
     print(render_plain(rows), flush=True)
     publish_report(Path(planned[0].config.runs_dir), study)
     unfinished = sum(row.state.name != "finished" for row in rows)
     if unfinished:
-        print(f"{unfinished} runs are not finished; the same command goes on with them", flush=True)
+        print(f"{unfinished} runs are not finished; the same command continues them", flush=True)
     return not unfinished
 
 
 def _one_after_the_other(pending: Sequence[Planned]) -> None:
-    """In this process, until one is interrupted."""
+    """Train the runs in this process, one after the other, until one is interrupted."""
     for item in pending:
         try:
             if _claim(item) and job(item.run.path).state == "interrupted":
-                signals.forget()  # it is answered
+                signals.forget()  # the run has stopped because of it
                 return
         except (RunError, OSError) as error:
             print(f"{item.config.name}: {error}", flush=True)
 
 
 def _claim(item: Planned) -> bool:
-    """Take a run for this machine, unless another launcher has meanwhile. Raises RunError where SLURM does not tell."""
+    """Claim a run for this machine. Return False if another launch has it. Raises RunError if SLURM does not answer."""
     with _only_launcher(Path(item.config.runs_dir)):
         (state,) = observe([item.run])
         if state.needs_launch:
@@ -170,14 +188,14 @@ def _submit_study(study: str, planned: Sequence[Planned], command: Sequence[str]
 
 @contextmanager
 def _only_launcher(runs_dir: Path) -> Iterator[None]:
-    """One launcher at a time submits runs of a folder: two would submit the same ones twice."""
+    """Let one launcher at a time submit runs of a folder. Two at a time would submit the same runs twice."""
     runs_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(runs_dir / ".launch.lock"):
         yield
 
 
 def _wait(planned: Sequence[Planned]) -> None:
-    """Show the runs until none is in the queue or running; Ctrl-C leaves them to SLURM."""
+    """Show the runs until none is queued or running. Ctrl-C ends the display, and the SLURM jobs continue."""
     show = show_progress(planned)
     try:
         while True:
@@ -190,7 +208,15 @@ def _wait(planned: Sequence[Planned]) -> None:
 
 
 def submit_run(config: RunConfig, overrides: Sequence[str]) -> bool:
-    """A single run as a SLURM job. Returns whether it is submitted, or was so already; with `wait`, finished."""
+    """Submit a single run as a SLURM job, unless it needs no launch.
+
+    Args:
+        config: The run. Its `cluster` is a SlurmConfig.
+        overrides: The arguments of run.py, with which the run can be resumed.
+
+    Returns:
+        True. With `cluster.wait`, whether the run is finished after the wait.
+    """
     from relora.launching.submit import submit
 
     assert isinstance(config.cluster, SlurmConfig)
@@ -214,7 +240,7 @@ def submit_run(config: RunConfig, overrides: Sequence[str]) -> bool:
 
 
 class _Processes:
-    """Runs the pending ones, a few at a time, and shows how all of them stand."""
+    """Train the pending runs, at most `max_parallel` at a time, and show the state of all runs of the study."""
 
     def __init__(self, study: str, planned: Sequence[Planned], pending: Sequence[Planned], max_parallel: int) -> None:
         self.study, self.planned, self.waiting, self.max_parallel = study, planned, list(pending), max_parallel
@@ -235,10 +261,10 @@ class _Processes:
                         if process.poll() and (outcome := silent_end(item, process)):
                             print(outcome, flush=True)
                     self.running = [(item, process) for item, process in self.running if process.returncode is None]
-                    with suppress(RunError):  # SLURM, which has some of the runs, may be busy for a moment
+                    with suppress(RunError):  # some of the runs may be SLURM jobs, and SLURM may be busy for a moment
                         show(False)
         except KeyboardInterrupt:
-            signals.forget()  # the next one ends the waiting
+            signals.forget()  # a second Ctrl-C ends the wait below
             print("stopping the runs, each with a checkpoint", flush=True)
             for _, process in self.running:
                 process.terminate()
@@ -248,7 +274,7 @@ class _Processes:
             show(True)
 
     def _start(self) -> None:
-        """As many of those that wait as may run now."""
+        """Start waiting runs until `max_parallel` runs are running."""
         while self.waiting and len(self.running) < self.max_parallel:
             item = self.waiting.pop(0)
             try:
@@ -259,11 +285,14 @@ class _Processes:
 
 
 def start_process(item: Planned, max_parallel: int) -> subprocess.Popen[bytes]:
-    """Train a prepared run, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which tells it."""
+    """Start the process that trains a prepared run.
+
+    The process has its own session. So a terminal's Ctrl-C reaches only the launcher, which then stops the process.
+    """
     threads = max(1, (os.cpu_count() or 1) // max_parallel)
     gpu = gpu_for(item.config.trainer.device, max_parallel)
     chosen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    # Signals wait until the process can answer them.
+    # Block signals until the new process can handle them.
     with (item.run.path / "log.txt").open("ab") as log, signals.blocked():
         process = subprocess.Popen(
             [sys.executable, "-m", "relora.common.signals", "-m", "relora.training.job", str(item.run.path)],
@@ -278,7 +307,10 @@ def start_process(item: Planned, max_parallel: int) -> subprocess.Popen[bytes]:
 
 
 def silent_end(item: Planned, process: subprocess.Popen[bytes]) -> str:
-    """How a process ended that could not write it into its run's status, in a line; empty where it could."""
+    """Describe in one line how a process ended that could not write this into the run's status.
+
+    Returns "" if the process has written the status.
+    """
     status = item.run.known_status
     if status is not None and status.pid == process.pid and status.state != "running":
         return ""
@@ -289,7 +321,7 @@ def silent_end(item: Planned, process: subprocess.Popen[bytes]) -> str:
 
 
 def wait_for_stop(item: Planned, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a process that was asked to stop has."""
+    """Wait until a process that was asked to stop has stopped. Print a note if it takes longer than the limit."""
     try:
         process.wait(WAIT_FOR_STOP_SECONDS)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What one does with a launched study: see how it stands, read its logs, cancel it, try again what failed."""
+"""Manage a launched study: show its status, find its logs, cancel it, launch its failed runs again."""
 
 import os
 import re
@@ -30,28 +30,36 @@ NAMES_TOLD = 20
 
 
 def runs_of(runs_dir: Path, name: str) -> list[Planned]:
-    """The runs of a study, or the one run of that name. Raises ConfigError where there is neither."""
+    """The runs of the study `name`, or the single run `name`. Raises ConfigError if there is neither."""
     if name in studies(runs_dir):
         return of_manifest(runs_dir, name)
     return [find_run(runs_dir, name)]
 
 
 def find_run(runs_dir: Path, name: str) -> Planned:
-    """The run called `name` or STUDY/NAME, where NAME may be any part that only one run has. Raises ConfigError."""
+    """Find one run.
+
+    Args:
+        runs_dir: The folder of all runs.
+        name: RUN or STUDY/RUN. RUN may be a part of the run's name if only one run has it.
+
+    Raises:
+        ConfigError: There is no such run, or several, or `name` is a study.
+    """
     study, _, part = name.rpartition("/")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", part):
         raise ConfigError(
-            f"'{shown(name)}' is no name of a study or run, nor STUDY/RUN: a name holds letters, "
+            f"'{shown(name)}' is not a valid name; give STUDY, RUN or STUDY/RUN, where a name has only letters, "
             "digits, '_', '.' and '-'"
         )
     if study:
         roles = {run: entry["role"] for run, entry in manifest_of(runs_dir, study)["runs"].items()}
     elif part in studies(runs_dir):
         made = _made(runs_dir, manifest_of(runs_dir, part)["runs"])
-        raise ConfigError(f"{part} is a study, and one run is wanted: {_listed([f'{part}/{run}' for run in made])}")
+        raise ConfigError(f"{part} is a study; give one of its runs: {_listed([f'{part}/{run}' for run in made])}")
     else:
         roles = dict.fromkeys((file.parent.name for file in sorted(runs_dir.glob(f"*{part}*/config.yaml"))), "arm")
-    # By the names of the folders: the config of a run that is not asked for may be damaged.
+    # Search by folder name and read no config: the config of another run may be damaged.
     made = _made(runs_dir, roles)
     found = [part] if part in made else [run for run in made if part in run]
     if len(found) == 1:
@@ -61,12 +69,12 @@ def find_run(runs_dir: Path, name: str) -> Planned:
     if study:
         raise ConfigError(f"study {study} has no run {part}; it has {_listed(made)}")
     names = [*studies(runs_dir), *sorted(file.parent.name for file in runs_dir.glob("*/config.yaml"))]
-    known = f"there are {_listed(names)}" if names else "it holds none; runs_dir=... names another folder"
+    known = f"there are {_listed(names)}" if names else "the folder has none; give runs_dir=... for another folder"
     raise ConfigError(f"there is no study or run {name} in {runs_dir}; {known}")
 
 
 def _made(runs_dir: Path, names: Iterable[str]) -> list[str]:
-    """Those whose folders are there."""
+    """The names of the runs whose folder and config exist."""
     return [name for name in names if (runs_dir / name / "config.yaml").is_file()]
 
 
@@ -76,7 +84,16 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
-    """Print how the runs stand, with `watch` until all have ended; whether none failed."""
+    """Print the state of the runs.
+
+    Args:
+        runs_dir: The folder of all runs.
+        name: A study or a run.
+        watch: Print again every few seconds until all runs have ended.
+
+    Returns:
+        Whether no run is failed, cancelled or unreadable.
+    """
     planned = runs_of(runs_dir, name)
     while True:
         try:
@@ -101,7 +118,7 @@ def _unreadable(runs_dir: Path, name: str) -> list[StatusRow]:
 
 
 def status_json(runs_dir: Path, name: str) -> list[dict[str, object]]:
-    """How the runs stand, as records."""
+    """The state of each run of the study or run `name`, as JSON objects."""
     planned = runs_of(runs_dir, name)
     rows = [row.as_json() for row in [*status_rows(planned), *_unreadable(runs_dir, name)]]
     mirror_runs(planned)
@@ -109,22 +126,25 @@ def status_json(runs_dir: Path, name: str) -> list[dict[str, object]]:
 
 
 def log_file(runs_dir: Path, name: str) -> Path:
-    """Where a run's output goes. Raises ConfigError for one that has none yet."""
+    """The file that holds the output of a run, or of the job before it that made its corpus or warm start.
+
+    Raises ConfigError if there is no output yet.
+    """
     run = find_run(runs_dir, name).run
     submission = read_json(run.submission_file)
     file = Path(submission["log"]) if submission else run.path / "log.txt"
     if file.is_file():
         return file
-    for needed in submission.get("needs", {}):  # what ended before the run's own job could begin
+    for needed in submission.get("needs", {}):  # a job that ended before the run's own job could begin
         if (log := log_of(file.parent, needed)).is_file():
             return log
     (state,) = observe([run])
     why = f"{state.name}{f' ({state.message})' if state.message else ''}"
-    raise ConfigError(f"{run.path.name} has written no log: it is {why}; a run in the foreground prints it")
+    raise ConfigError(f"{run.path.name} has no log: it is {why}; a run in the foreground prints to the terminal")
 
 
 def cancel(runs_dir: Path, name: str) -> list[str]:
-    """Stop what is queued or running; returns the runs' names. Raises RunError where that cannot be done from here."""
+    """Stop the queued and running runs and return their names. Raises RunError if this machine cannot stop a run."""
     planned = runs_of(runs_dir, name)
     if name in studies(runs_dir):
         note_cancellation(runs_dir, name)
@@ -151,28 +171,37 @@ def cancel(runs_dir: Path, name: str) -> list[str]:
 
 
 def _terminate(run: RunDir) -> list[str]:
-    """Ask a process of this machine to stop, with a checkpoint; returns what stands against it."""
+    """Ask the run's process on this machine to stop with a checkpoint. Return why that is not possible, [] if it is."""
     status = run.known_status
     if status is None or status.host != socket.gethostname():
-        return [f"{run.path.name} is trained on {status.host if status else 'another machine'}; cancel it there"]
+        return [f"{run.path.name} is being trained on {status.host if status else 'another machine'}; cancel it there"]
     with suppress(ProcessLookupError):  # it has ended meanwhile
         os.kill(status.pid, signal.SIGTERM)
     return []
 
 
 def retry(runs_dir: Path, name: str, overrides: Sequence[str]) -> bool:
-    """Launch again, from their frozen configs, the runs that are neither finished nor under way.
+    """Launch again, from their frozen configs, the runs of a study that are not finished, queued or running.
 
-    Where they run is what the study's last launch said, changed by the cluster settings among `overrides`. Raises
-    ConfigError for other overrides: a run that is changed is another run.
+    Args:
+        runs_dir: The folder of all runs.
+        name: The study.
+        overrides: Changes of the cluster settings of the study's last launch, and runs_dir=....
+
+    Returns:
+        As `launch_study`.
+
+    Raises:
+        ConfigError: `name` is a single run, or an override is not a cluster setting. A run with another setting would
+            be another run.
     """
     changes = [text for text in overrides if not text.startswith("runs_dir=")]
     others = [text for text in changes if not text.lstrip("+").startswith(("cluster=", "cluster."))]
     if others:
-        raise ConfigError(f"{others[0]} would make other runs of them; retry takes cluster settings alone")
+        raise ConfigError(f"{others[0]} would change the runs; retry accepts only cluster settings")
     if name not in studies(runs_dir):
         run = find_run(runs_dir, name).run
-        raise ConfigError(f"{name} is a single run, and retry takes a study; go on with: {relaunch_command(run)}")
+        raise ConfigError(f"{name} is a single run, and retry needs a study; continue it with: {relaunch_command(run)}")
     planned = of_manifest(runs_dir, name)
     manifest = manifest_of(runs_dir, name)
     cluster = compose.cluster_with(manifest["cluster"], changes)

@@ -1,11 +1,11 @@
-"""Runs as SLURM jobs: the one importer of submitit.
+"""Submit runs as SLURM jobs. Only this module imports submitit.
 
-A job is given the path of what it works on and nothing else; its config stands frozen in the run's folder, and what it
-resumes from in its checkpoints. A job that SLURM stops early writes a checkpoint and puts itself back into the queue.
+A job gets only a path. The frozen config and the checkpoints are in the run's folder. A job that SLURM stops early
+writes a checkpoint and puts itself back into the queue.
 
-A job waits for those that make its corpus and its warm start to end, however they end, and makes itself what is not
-there then. SLURM's signals are survived from the first line of the batch script on, and remembered from the first line
-of Python on.
+A job waits until the jobs that make its corpus and its warm start have ended, even if they fail. If the corpus or the
+warm start is missing then, the job makes it. The batch script survives SLURM's signals from its first line on. Python
+remembers them from its first line on.
 """
 
 import shlex
@@ -29,36 +29,36 @@ from relora.studies.study import Planned
 from relora.training.job import EXIT_CODES, job
 
 BESIDE = "submissions.json"
-"""In a study's folder, or a single run's: the jobs that are no runs."""
+"""A file in the folder of a study or of a single run. It lists the jobs that are not runs."""
 
 RECORDED_SECONDS = 30.0
-"""How long a job waits to be written down as its run's."""
+"""How long a job waits for the launcher to record it as the job of its run."""
 
 SURVIVED = "trap : TERM USR2"
-"""Of the batch script: a signal to its shell would end the job before its processes have written their checkpoints."""
+"""A line of the batch script. Without it, a signal to its shell ends the job before the checkpoints are written."""
 
 SHIELDED = """sh -c 'trap "" INT TERM USR2; exec "$@"' sh"""
-"""Ignores signals until Python runs and holds them: what follows is started in its place."""
+"""Prefix of the Python command: a shell that ignores signals and replaces itself by Python, which then holds them."""
 
 # ------------------------------------------------------------------------------------------------- what a node runs
 
 
 @dataclass(frozen=True)
 class RunTask:
-    """Train a prepared run; with `warm_start_only` no further than its warm start."""
+    """Train a prepared run. With `warm_start_only`, train only its warm start."""
 
     path: Path
     warm_start_only: bool = False
 
     def __call__(self) -> None:
-        """Ends with the exit code that makes SLURM's state true, or back in the queue."""
-        signals.hold()  # submitit has taken them
+        """Exit with a code that gives the job the right SLURM state, or put the job back into the queue."""
+        signals.hold()  # submitit has installed its own handlers
         from submitit.helpers import TorchDistributedEnvironment
 
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
         began, run = time.monotonic(), RunDir(self.path)
         if not self.warm_start_only and not _is_own(run):
-            print(f"{run.path} belongs to another job now; this one ({slurm.own_job()}) leaves it alone")
+            print(f"{run.path} belongs to another job now; this job ({slurm.own_job()}) does not train it")
             return
         before = _progress(run)
         try:
@@ -68,22 +68,22 @@ class RunTask:
         if status.state == "finished" or status.message == str(WarmStartTrained()):
             return
         if status.state == "interrupted":
-            # The first rank alone speaks to SLURM, and a rank that fails would end it before it has.
+            # Only rank 0 requeues the job. Another rank that exits with an error would end the job before that.
             if rank:
                 return
             self._go_on(run, status, seconds=time.monotonic() - began, progressed=_progress(run) > before)
         sys.exit(EXIT_CODES[status.state])
 
     def _go_on(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
-        """Requeue a job that SLURM stopped before its run was done, unless it would come no further the next time."""
+        """Requeue a job that SLURM stopped early. Let the run fail if a job cannot make a step in its time limit."""
         number, cluster = slurm.own_job(), frozen.thaw(run.config_file).cluster
         assert isinstance(cluster, SlurmConfig)
         at_its_end = seconds > 0.5 * (60 * cluster.timeout_minutes - cluster.signal_delay_seconds)
         if status.stopped_by == "SIGUSR2" and at_its_end and not progressed:
             status.state = "failed"
             status.message = (
-                f"no update was made in cluster.timeout_minutes={cluster.timeout_minutes}, so a requeued job would "
-                "come no further; raise it"
+                f"no optimizer step was made in cluster.timeout_minutes={cluster.timeout_minutes}, so a requeued job "
+                "would make no progress; raise it"
             )
             run.status = status
             print(f"failed: {status.message}", flush=True)
@@ -92,13 +92,13 @@ class RunTask:
             try:
                 slurm.requeue(number)
             except RunError as error:
-                status.state, status.message = "failed", f"{status.message}, but it could not be requeued: {error}"
+                status.state, status.message = "failed", f"{status.message}, but the job could not be requeued: {error}"
                 run.status = status
                 print(f"failed: {status.message}", flush=True)
 
 
 def _is_own(run: RunDir) -> bool:
-    """Whether the run was submitted as this job and no other; what submits writes that down a moment later."""
+    """Whether this job is recorded as the job of the run. The launcher records it a moment after it submits."""
     limit = time.monotonic() + RECORDED_SECONDS
     while read_json(run.submission_file).get("job") != slurm.own_job():
         if time.monotonic() > limit:
@@ -115,13 +115,13 @@ def _progress(run: RunDir) -> int:
 
 @dataclass(frozen=True)
 class CorpusTask:
-    """Prepare the text of a run."""
+    """Prepare the corpus of a run."""
 
     path: Path
 
     def __call__(self) -> None:
-        """Raises RunError for text that cannot be read."""
-        signals.hold()  # and nobody asks: there is nothing to save
+        """Prepare the corpus. Raises RunError if the text cannot be read or is too little."""
+        signals.hold()  # held and never checked: there is nothing to save
         from relora.data.corpus import prepare
 
         config = frozen.thaw(RunDir(self.path).config_file)
@@ -130,13 +130,16 @@ class CorpusTask:
 
 @dataclass(frozen=True)
 class ReportTask:
-    """Write the report of a study, however its runs ended."""
+    """Write the report of a study after its runs have ended, also if they failed."""
 
     runs_dir: Path
     study: str
 
     def __call__(self) -> None:
-        """MLflow gets it from here where it is a server, else from the next command on the submitting machine."""
+        """Write the report, and send it to MLflow if that is a server.
+
+        If MLflow's store is a file, the next command on the submitting machine sends the report.
+        """
         signals.hold()
         from relora.studies.publish import publish_report
 
@@ -148,34 +151,43 @@ class ReportTask:
 
 @dataclass(kw_only=True)
 class Submission:
-    """What was submitted."""
+    """The jobs that were submitted."""
 
     arrays: list[str]
-    """SLURM's job numbers of the runs."""
+    """SLURM's job numbers of the runs' arrays."""
     preparations: list[str]
-    """Of jobs of this launch that the runs wait for: the corpus, shared warm starts."""
+    """Jobs of this launch that make what the runs need: corpora and shared warm starts."""
     awaited: set[str] = field(default_factory=set)
-    """Of all jobs, those that the runs wait for."""
+    """Jobs, of this or an earlier launch, that the runs wait for."""
     report: str | None = None
 
     def describe(self) -> str:
-        """Job numbers, for people."""
+        """The arrays' job numbers as text for a message."""
         return f"{'array' if len(self.arrays) == 1 else 'arrays'} {', '.join(self.arrays)}"
 
 
 def check(cluster: SlurmConfig) -> None:
-    """Raises ConfigError for what SLURM would refuse, RunError without SLURM."""
+    """Check a job script with sbatch. Raises ConfigError if SLURM would refuse it, and RunError without SLURM."""
     with tempfile.TemporaryDirectory() as folder:
-        # submitit has no other way to see what it would hand to sbatch.
+        # submitit has no public way to get the script that it would give to sbatch.
         text = _executor(cluster, Path(folder), "check", [])._make_submission_file_text("true", "check")
         slurm.check_script(text, Path(folder))
 
 
 def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after: Sequence[str] = ()) -> Submission:
-    """Submit prepared runs, with what they need before them and the study's report behind them; returns at once.
+    """Submit prepared runs, the jobs that make their corpora and warm starts, and the job that writes the report.
 
-    `after`: jobs of the study that are under way already, which the report waits for too. Raises RunError where SLURM
-    does not take them; `check` tells why before anything is written. No job is left in the queue that no run waits for.
+    Does not wait for the jobs.
+
+    Args:
+        pending: The prepared runs, which share one `cluster`.
+        folder: Where submitit keeps its files and the logs.
+        study: The study's name. None for a single run, which has no report.
+        after: Jobs of the study that are queued or running already. The report waits for them too.
+
+    Raises:
+        RunError: SLURM refuses a job. `check` finds the reason before anything is written. Jobs that only make what
+            refused runs need are cancelled.
     """
     cluster = pending[0].config.cluster
     assert isinstance(cluster, SlurmConfig)
@@ -197,7 +209,7 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
     except RunError:
         slurm.cancel(job for job in submitted.preparations if job not in submitted.awaited)
         raise
-    finally:  # whatever went wrong, what is queued can be cancelled
+    finally:  # after an error too, so that the queued jobs can be cancelled
         file = folder.parent / BESIDE
         beside = [*read_json(file).get("jobs", []), *submitted.preparations]
         write_json(file, {"jobs": [*beside, *([submitted.report] if submitted.report else [])]})
@@ -212,7 +224,10 @@ def _submit_arrays(
     folder: Path,
     study: str | None,
 ) -> None:
-    """An array for each group of runs that wait for the same jobs, or several, and each recorded at once."""
+    """Submit one or more arrays for each group of runs that wait for the same jobs.
+
+    Each array's jobs are recorded in their run folders at once.
+    """
     size = slurm.max_array_size()
     chunks = [
         (needed, items[start : start + size])
@@ -222,7 +237,7 @@ def _submit_arrays(
     shares = _shares([len(items) for _, items in chunks], cluster.max_parallel)
     for number, (needed, items) in enumerate(chunks):
         conditions = [("afterany", needed)]
-        if number >= cluster.max_parallel:  # arrays know no common limit: one waits for another instead
+        if number >= cluster.max_parallel:  # arrays have no common limit, so one waits for another
             conditions.append(("afterany", (submitted.arrays[number - cluster.max_parallel],)))
         names = _submit_all(
             [RunTask(item.run.path) for item in items],
@@ -235,7 +250,7 @@ def _submit_arrays(
 
 
 def _shares(sizes: Sequence[int], max_parallel: int) -> list[int]:
-    """How many tasks of each array may run at once: at least one, and together `max_parallel` where that can be."""
+    """How many tasks of each array may run at once: at least one, and together at most `max_parallel` if possible."""
     shares = [max(1, max_parallel * size // sum(sizes)) for size in sizes]
     while sum(shares) > max(max_parallel, len(shares)):
         shares[shares.index(max(shares))] -= 1
@@ -243,14 +258,14 @@ def _shares(sizes: Sequence[int], max_parallel: int) -> list[int]:
 
 
 def _data(item: Planned) -> str:
-    """Tells texts apart, without looking at their files."""
+    """A key of the run's text and its settings, made without reading the files."""
     return repr(item.config.data)
 
 
 def _submit_corpora(
     pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, submitted: Submission
 ) -> dict[str, str]:
-    """A job for every text that is not prepared yet, by the `_data` of its runs."""
+    """Submit a job for each corpus that is not prepared yet. Return the job of each `_data` key."""
     from relora.data.corpus import folder_of
 
     made: dict[Path, str] = {}
@@ -269,7 +284,10 @@ def _submit_corpora(
 def _submit_warm_starts(
     pending: Sequence[Planned], cluster: SlurmConfig, folder: Path, corpora: dict[str, str], submitted: Submission
 ) -> dict[str | None, str]:
-    """A job for every warm start that several runs share and that is not trained yet; one of the runs trains it."""
+    """Submit a job for each untrained warm start that several runs share. The job uses the config of one of them.
+
+    Returns the job of each warm start's key, also the jobs of earlier launches that are queued or running.
+    """
     sharing: dict[str, list[Planned]] = defaultdict(list)
     for item in pending:
         key = warmstart.key(item.config)
@@ -290,7 +308,7 @@ def _submit_warm_starts(
 
 
 def _made_by(task: Callable[[], None], executor: Any, place: Path, submitted: Submission) -> str:
-    """Submit the job that makes `place`, and write down which it is."""
+    """Submit the job that makes `place`, and record its number in a file beside `place`."""
     (name,) = _submit_all([task], executor)
     submitted.preparations.append(name)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -299,21 +317,21 @@ def _made_by(task: Callable[[], None], executor: Any, place: Path, submitted: Su
 
 
 def _under_way(place: Path) -> str | None:
-    """The job of an earlier launch that makes `place`, while it is queued or running."""
+    """The job of an earlier launch that makes `place`, None if no such job is queued or running."""
     name = read_json(place.with_name(f"{place.name}.job")).get("job")
     job = slurm.ask([name]).of(name) if name else None
     return name if job is not None and job.alive else None
 
 
 def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str]) -> None:
-    """`needs`: the jobs that it waits for, and what each makes."""
+    """Record the run's job. `needs` maps each job that it waits for to "corpus" or "warm start"."""
     submitted_ms = time.time_ns() // 1_000_000
     log = str(log_of(folder, name))
     write_json(run.submission_file, {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms})
 
 
 def _single_task(cluster: SlurmConfig) -> SlurmConfig:
-    """One process, without a GPU."""
+    """The cluster settings for a job of one process without a GPU."""
     return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=None)
 
 
@@ -325,7 +343,7 @@ def _executor(
     *,
     array_parallelism: int = 1,
 ) -> Any:
-    """submitit's, set up for jobs of this kind."""
+    """Return submitit's executor for jobs with these settings, which start after `conditions` are met."""
     from submitit import SlurmExecutor
 
     threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cluster.cpus_per_task}}}"
@@ -347,7 +365,7 @@ def _executor(
         "dependency": dependency or None,
         "array_parallelism": array_parallelism,
         "stderr_to_stdout": True,
-        # Since SLURM 22.05 srun does not inherit the batch job's CPUs for each task.
+        # Since SLURM 22.05, srun does not inherit --cpus-per-task from the batch job.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun_options],
         "additional_parameters": extra,
     }
@@ -355,14 +373,14 @@ def _executor(
         python = cluster.python or shlex.quote(sys.executable)
         executor = SlurmExecutor(folder=folder, python=f"{SHIELDED} {python} -u -m relora.common.signals")
     except RuntimeError:
-        raise RunError("srun is not installed here: this machine is no SLURM submit node; take cluster=local") from None
-    # submitit sets a wckey of its own, and clusters that account by wckeys refuse one that they do not know.
+        raise RunError("srun is not installed here: this machine is no SLURM submit node; use cluster=local") from None
+    # By default submitit sets a wckey. Clusters that account by wckeys refuse an unknown one.
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None}, wckey=None)
     return executor
 
 
 def _submit_all(tasks: Sequence[Callable[[], None]], executor: Any) -> list[str]:
-    """One job, or an array; returns their names ("4711", or "4711_0", "4711_1", ...). Raises RunError."""
+    """Submit one job or an array. Return the jobs' names: "4711", or "4711_0", "4711_1", .... Raises RunError."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
@@ -371,4 +389,4 @@ def _submit_all(tasks: Sequence[Callable[[], None]], executor: Any) -> list[str]
             submitted = [executor.submit(task) for task in tasks]
         return [entry.job_id for entry in submitted]
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise RunError(f"SLURM did not take the jobs: {' '.join(str(error).split())}") from error
+        raise RunError(f"SLURM refused the jobs: {' '.join(str(error).split())}") from error

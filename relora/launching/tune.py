@@ -1,7 +1,7 @@
-"""Search for a method's learning rates: the one importer of optuna, an extra.
+"""Search for the learning rates of a method. Only this module imports optuna, which is an optional extra.
 
-A trial is a run for each seed, judged by its mean validation loss. The search is kept in its study's folder, so that
-the same command goes on with it; what it finds becomes the method's preset.
+A trial is one run for each seed. Its value is the mean of their validation losses. The search is stored in its study's
+folder, so that the same command continues it. The best learning rates become the method's preset.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 MOST_FAILURES = 8
 FAILED = "failed"
-"""Marks, among Optuna's failed trials, those whose runs did."""
+"""User attribute of the failed trials in Optuna whose runs failed, in contrast to trials of a stopped launcher."""
 UNPRUNED_TRIALS = 4
-"""The first trials run to their end: what is good is not known before."""
+"""The first trials run to their end, because there is nothing yet to compare them with."""
 
 
 @dataclass(kw_only=True)
 class _Attempt:
-    """A trial whose runs are being trained, one after the other, a seed each."""
+    """A trial whose runs, one for each seed, are trained one after the other."""
 
     trial: "Trial"
     runs: list[Planned]
@@ -50,24 +50,33 @@ class _Attempt:
 
     @property
     def current(self) -> Planned | None:
-        """The first run that has not ended well."""
+        """The first run that is not finished, None if all are."""
         return next((item for item in self.runs if item.state != "finished"), None)
 
     def values(self) -> str:
-        """What is tried, for people."""
+        """The learning rates of the trial as text for a message."""
         return " ".join(f"{name.rpartition('.')[2]}={value:.3g}" for name, value in self.trial.params.items())
 
 
 def tune(search: Search, overrides: Sequence[str]) -> bool:
-    """Search until the file's number of trials have been judged; write the preset. Returns whether all were judged.
+    """Search until `search.trials` trials are judged, that is complete or pruned, and write the preset.
 
-    Raises ConfigError where optuna is not installed.
+    Args:
+        search: The settings of the sweeps/ file.
+        overrides: The arguments of run.py without -m, for the study's manifest and the preset's comment.
+
+    Returns:
+        Whether the search is complete. False after Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError: optuna is not installed, or the cluster is SLURM.
+        RunError: Another process does the same search, too many trials failed, or no trial ran to its end.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweeps=tune_learning_rate needs optuna; install it with: pip install -e '.[tune]'")
     first = _runs(search, {name: low for name, (low, _) in search.ranges.items()})[0].config
     if first.cluster.name == "slurm":
-        raise ConfigError("a search trains its trials on the machine it runs on; take cluster=local, inside a job")
+        raise ConfigError("a search trains its trials on its own machine; use cluster=local, inside a SLURM job")
     folder = study_dir(Path(first.runs_dir), search.study)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), signals.raising():
@@ -77,18 +86,18 @@ def tune(search: Search, overrides: Sequence[str]) -> bool:
         if complete:
             _write_preset(study, search, folder, overrides)
         else:
-            print("the search is not finished; the same command goes on with it", flush=True)
+            print("the search is not finished; the same command continues it", flush=True)
     return complete
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One launcher a search: another would take this one's trials for dead."""
+    """Let only one process run a search. A second process would take the first one's trials for dead."""
     lock = FileLock(folder / ".search.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"a search of {folder} is under way in another process; wait for it or stop it") from None
+        raise RunError(f"another process runs the search of {folder}; wait for it or stop it") from None
     try:
         yield
     finally:
@@ -96,7 +105,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open(file: Path, search: Search, config: RunConfig) -> "Study":
-    """The search so far; trials whose process died are tried again with the same values."""
+    """Open the stored search. Trials whose process died are queued again with the same values."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -106,7 +115,7 @@ def _open(file: Path, search: Search, config: RunConfig) -> "Study":
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED_TRIALS),
     )
-    # A sampler's stream begins anew with the process: the seed moves on, or the first trials would be drawn again.
+    # A new process starts a new random stream. Change its seed, or the first trials would be drawn again.
     seed = config.trainer.seed + len(study.trials)
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=UNPRUNED_TRIALS)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
@@ -116,7 +125,7 @@ def _open(file: Path, search: Search, config: RunConfig) -> "Study":
 
 
 def _question_key(search: Search, config: RunConfig) -> str:
-    """Tells a search from one of another setting, other ranges or other seeds."""
+    """The name of the search in Optuna: a hash of its setting, ranges and seeds."""
     fixed = {name: value for name, value in config.identity.items() if name not in (*search.ranges, "trainer.seed")}
     key = json.dumps([fixed, search.ranges, search.seeds], sort_keys=True)
     return f"{config.method.name} {hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -129,7 +138,7 @@ def _judged(study: "Study") -> int:
 
 
 def _runs(search: Search, values: dict[str, float]) -> list[Planned]:
-    """The runs of one trial; values of three digits, so that a trial tried again is the same run."""
+    """The runs of one trial. Values have three digits, so that a repeated trial has the same runs."""
     chosen = [f"{name}={value:.3g}" for name, value in values.items()]
     configs = [compose.compose([*search.overrides, *chosen, f"trainer.seed={seed}"]) for seed in search.seeds]
     return [Planned(config=config, role="arm") for config in configs]
@@ -149,7 +158,7 @@ def _run_trials(study: "Study", search: Search, overrides: Sequence[str], max_pa
             running = [attempt for attempt in running if _goes_on(study, attempt, max_parallel)]
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        signals.forget()  # the next one ends the waiting
+        signals.forget()  # a second Ctrl-C ends the wait below
         print("stopping the trials, each with a checkpoint", flush=True)
         return False
     finally:
@@ -165,7 +174,7 @@ def _enrol(search: Search, runs: Sequence[Planned], overrides: Sequence[str]) ->
 
 
 def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
-    """Start, watch and judge; False when the trial has ended."""
+    """Start the next run of a trial, or check the running one. Return False when the trial has ended."""
     from optuna.trial import TrialState
 
     number = attempt.trial.number
@@ -180,7 +189,7 @@ def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
     item = attempt.current
     if item is None:
         losses = [run.run.status.summary["eval_loss"] for run in attempt.runs if run.run.status]
-        if not all(map(math.isfinite, losses)):  # Optuna takes it for a failure and not for an answer
+        if not all(map(math.isfinite, losses)):  # Optuna would count such a loss as a failed trial
             study.tell(number, state=TrialState.PRUNED)
             print(f"trial {number}: {attempt.values()}: diverged", flush=True)
             return False
@@ -191,7 +200,7 @@ def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
         status = item.run.status
         message = status.message if status else ""
         print(f"trial {number}: {item.state}: {message}", flush=True)
-        # A run that diverges is an answer about its rates; anything else is not, and is tried again.
+        # A run that diverges says that its learning rates are bad. After any other failure, try the trial again.
         if "diverged" in message:
             study.tell(number, state=TrialState.PRUNED)
         else:
@@ -206,9 +215,9 @@ def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
 
 
 def _try_again(study: "Study", attempt: _Attempt) -> None:
-    """Put a trial back in the queue. Raises RunError once too many have failed.
+    """Put a failed trial back in the queue. Raises RunError when too many trials have failed.
 
-    Trials that an interrupted launcher left behind have not.
+    Trials that a stopped launcher left behind do not count as failed.
     """
     from optuna.trial import TrialState
 
@@ -221,7 +230,7 @@ def _try_again(study: "Study", attempt: _Attempt) -> None:
 
 
 def _is_hopeless(attempt: _Attempt) -> bool:
-    """Tell Optuna the evaluations of the first seed's run; whether it would rather stop."""
+    """Report the new evaluations of the first seed's run to Optuna. Return whether Optuna would prune the trial."""
     if attempt.current is not attempt.runs[0]:
         return False
     for row in read_rows(attempt.runs[0].run.metrics_file):
@@ -249,17 +258,17 @@ def _mark_pruned(attempt: _Attempt) -> None:
 
 
 def _write_preset(study: "Study", search: Search, folder: Path, overrides: Sequence[str]) -> None:
-    """Keep the best rates in the study's folder and, where the setting is an experiment, as its preset."""
+    """Write the best learning rates as the experiment's preset, or to the study's folder if that is not possible."""
     if not any(trial.state.name == "COMPLETE" for trial in study.trials):
         raise RunError(
-            f"no trial of {search.study} ran to its end: every one diverged or was stopped; lower tune.ranges"
+            f"no trial of {search.study} ran to its end: each one diverged or was stopped; lower tune.ranges"
         )
     values = {name: float(f"{value:.3g}") for name, value in study.best_params.items()}
     text = " ".join(f"{name}={value:g}" for name, value in values.items())
-    print(f"best on validation: {text} (loss {study.best_value:.4f} in the mean over {len(search.seeds)} seeds)")
+    print(f"best on validation: {text} (mean loss {study.best_value:.4f} over {len(search.seeds)} seeds)")
     own = [item for item in _without_paths(overrides) if not item.startswith(OF_THE_EXPERIMENT)]
     if search.experiment is None or own:
-        why = f"{' '.join(own)} is not the experiment's setting" if own else "no experiments=... was given"
+        why = f"{' '.join(own)} differs from the experiment's setting" if own else "no experiments=... was given"
         print(f"{why}, so no preset is written")
         return
     remark = (
@@ -272,7 +281,7 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
     except OSError as error:
         file = folder / f"{search.method}.yaml"
         presets.write_preset(file, values, remark)
-        print(f"the preset could not be written where presets stand ({error})")
+        print(f"the preset could not be written to the presets folder ({error})")
     print(f"preset: {file}", flush=True)
 
 
@@ -280,5 +289,5 @@ OF_THE_EXPERIMENT = ("sweeps=", "experiments=", "method=", "trainer.seed=", "tun
 
 
 def _without_paths(overrides: Sequence[str]) -> list[str]:
-    """A command that can stand in a file that others read."""
+    """The overrides without paths and settings of the machine, for a file that other users read."""
     return [item for item in overrides if not item.startswith(("runs_dir=", "cluster", "tracker", "study="))]

@@ -123,7 +123,7 @@ def test_a_server_for_other_machines_listens_at_the_named_address_and_asks_for_a
         assert serving.process.stderr is not None
         told = serving.process.stderr.read()
     assert f"sign in as admin; the password is admin_password in {settings}" in told
-    assert "127.0.0.2 is 127.0.0.2 here, which no other machine reaches" in told
+    assert "127.0.0.2 is 127.0.0.2 here, which other machines cannot reach" in told
     assert password not in told
 
 

@@ -65,7 +65,7 @@ def test_a_signal_right_after_the_start_is_answered(tiny: list[str], number: sig
     status = status_of(item.run)
     assert (status.state, status.stopped_by) == ("interrupted", signals.NAMES[number])
     shown = (item.run.path / "log.txt").read_text()
-    assert f"interrupted: {signals.NAMES[number]}; the newest checkpoint stands\ngo on with: " in shown
+    assert f"interrupted: {signals.NAMES[number]}; the newest checkpoint is kept\ngo on with: " in shown
     assert "Traceback" not in shown
 
 
@@ -99,7 +99,7 @@ sys.meta_path.insert(0, AtImport())
     assert done.returncode == 130, done.stdout + done.stderr
     status = status_of(RunDir(compose(tiny).run_dir))
     assert status.state == "interrupted"
-    assert status.message == f"{signals.NAMES[number]}; the newest checkpoint stands"
+    assert status.message == f"{signals.NAMES[number]}; the newest checkpoint is kept"
     assert "Traceback" not in done.stderr
 
 
@@ -117,7 +117,7 @@ relora.training.job.build_trainer = build_trainer
 """,
     )
     assert done.returncode == 130
-    assert status_of(RunDir(compose(tiny).run_dir)).message == "SIGTERM; the newest checkpoint stands"
+    assert status_of(RunDir(compose(tiny).run_dir)).message == "SIGTERM; the newest checkpoint is kept"
 
 
 # --------------------------------------------------------------------------------------------------- the last second

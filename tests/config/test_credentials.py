@@ -106,7 +106,7 @@ def test_no_file_and_no_output_of_a_study_holds_the_password(
     assert cli.run([f"tracker.uri=htp://alice:{PASSWORD}@{server}"]) == 2
     assert cli.run([f"tracker.uri={uri}", "trainer.total_steps=nonsense"]) == 2
     shown = "".join(capfd.readouterr())
-    assert "others see a command's arguments" in shown
+    assert "other users can see a command's arguments" in shown
     assert f"http://alice@{server} fails" in shown
     assert PASSWORD not in shown
     holders = [path for path in runs_dir.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]

@@ -75,7 +75,7 @@ def test_another_text_is_another_setting_and_an_experiment_may_leave_the_text_op
 def test_a_preset_that_nobody_tuned_says_so_in_its_own_setting(experiment: str, method: str) -> None:
     found = noted(f"experiments={experiment}", f"method={method}", *(["data.path=."] if "paper" in experiment else []))
     assert found.basis == "untuned"
-    assert found.differs == [f"conf/presets/{experiment}/{method}.yaml says that its values were not tuned"]
+    assert found.differs == [f"conf/presets/{experiment}/{method}.yaml says that its values are not tuned"]
 
 
 def test_a_baseline_whose_preset_nobody_tuned_has_its_ladder() -> None:

@@ -186,7 +186,7 @@ def test_a_broken_file_is_named(tmp_path: Path, corpora: Path, name: str, kind: 
 def test_too_little_text_is_refused(tmp_path: Path, corpora: Path, text: str) -> None:
     source = tmp_path / "t.txt"
     source.write_text(text)
-    with pytest.raises(CorpusError, match=r"leave none for validation at data.validation_fraction=0\.1; take more"):
+    with pytest.raises(CorpusError, match=r"leave none for validation at data.validation_fraction=0\.1; use more"):
         prepare(settings(source), corpora, silent)
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_lost_its_text_is_refused(tmp_path: Path, corpora: Path) -
     config = settings(folder)
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(CorpusError, match=r"data\.path=.*texts holds no text any more"):
+    with pytest.raises(CorpusError, match=r"data\.path=.*texts no longer holds text"):
         prepare(config, corpora, silent)
 
 
@@ -494,7 +494,7 @@ def test_another_tokenizer_at_the_same_place_is_noticed(tmp_path: Path, corpora:
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path, corpora: Path) -> None:
     own = word_tokenizer(tmp_path / "own", 1000)
-    with pytest.raises(CorpusError, match=r"names no end-of-text token; set eos_token in its tokenizer_config\.json"):
+    with pytest.raises(CorpusError, match=r"has no end-of-text token; set eos_token in its tokenizer_config\.json"):
         prepare(settings(word_texts(tmp_path / "t", 999), tokenizer=str(own)), corpora, silent)
 
 
@@ -633,7 +633,7 @@ def test_a_corpus_that_is_cut_short_is_named_and_prepared_anew(tmp_path: Path, c
     said: list[str] = []
     prepare(config, corpora, said.append)
     assert said[0].startswith(f"{folder / name} cannot be read: ")
-    assert said[0].endswith("the corpus is prepared anew")
+    assert said[0].endswith("the corpus is prepared again")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
@@ -653,7 +653,7 @@ def test_a_flipped_bit_of_a_corpus_is_named_and_the_corpus_prepared_anew(
     said: list[str] = []
     prepare(config, corpora, said.append)
     assert said[0].startswith(f"{folder / name} cannot be read: its checksum")
-    assert said[0].endswith("the corpus is prepared anew")
+    assert said[0].endswith("the corpus is prepared again")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
@@ -666,7 +666,7 @@ def test_a_changed_value_in_meta_json_is_named_and_the_corpus_prepared_anew(
     meta = json.loads((folder / "meta.json").read_text())
     changed = {"vocab_size": 301, "end_of_text_id": 1, "python": "2.7", "crc32": {}}[name]
     (folder / "meta.json").write_text(json.dumps({**meta, name: changed}))
-    with pytest.raises(DamagedFile, match=f"{folder / 'meta.json'} .*not those that were written.*remove its folder"):
+    with pytest.raises(DamagedFile, match=f"{folder / 'meta.json'} .*its values differ.*remove its folder"):
         load(folder)
     said: list[str] = []
     prepare(config, corpora, said.append)

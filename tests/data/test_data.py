@@ -119,7 +119,7 @@ def test_targets_are_the_inputs_one_token_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 5, 8])
 def test_a_file_shorter_than_one_sequence_is_refused(tmp_path: Path, count: int) -> None:
     write_tokens(tmp_path / "t.bin", count)
-    with pytest.raises(ValueError, match=rf"holds {count} tokens, fewer than one sequence .*=8; take more text"):
+    with pytest.raises(ValueError, match=rf"holds {count} tokens, fewer than one sequence .*=8; use more text"):
         TokenSequences(tmp_path / "t.bin", "uint16", 8)
 
 

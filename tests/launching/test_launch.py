@@ -290,7 +290,7 @@ def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothi
     shutil.copy(empty_store, runs_dir / "mlflow.db")
     assert cli.run(["-m", *overrides]) == 0
     shown = capsys.readouterr().out
-    assert "3 runs, 1 of them baselines that came by themselves; 0 finished already" in shown
+    assert "3 runs, 1 of them baselines that were added; 0 finished already" in shown
     told = manifest(tiny, "ranks")
     assert sorted(entry["role"] for entry in told["runs"].values()) == ["arm", "arm", "baseline"]
     table = [line for line in shown.splitlines() if " finished  " in line]
@@ -315,7 +315,7 @@ def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothi
     other += ["trainer.activation_checkpointing=true"]
     assert cli.run(["-m", *other]) == 0
     shown = capsys.readouterr().out
-    assert "3 runs, 1 of them baselines that came by themselves; 2 finished already" in shown
+    assert "3 runs, 1 of them baselines that were added; 2 finished already" in shown
     (note,) = (line for line in shown.splitlines() if line.startswith("note: finished runs with other switches"))
     assert "(trainer.activation_checkpointing False against True)" in note
     reused = {run.path.name for run in runs_of(other)} & {path.name for path in files}
@@ -356,7 +356,7 @@ def test_stopping_a_study_stops_its_runs_with_a_checkpoint(tiny: list[str], numb
     shown, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "Traceback" not in shown
-    assert "3 runs are not finished; the same command goes on with them" in shown
+    assert "3 runs are not finished; the same command continues them" in shown
     assert first.status is not None
     assert first.status.state == "interrupted"
     assert not first.is_locked

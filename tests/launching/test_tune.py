@@ -179,7 +179,7 @@ def test_a_search_that_goes_on_draws_other_values(tmp_path: Path, tiny: list[str
 
 
 def test_a_search_has_one_launcher(tmp_path: Path) -> None:
-    with tune._locked(tmp_path), pytest.raises(RunError, match="under way in another process"), tune._locked(tmp_path):
+    with tune._locked(tmp_path), pytest.raises(RunError, match="process runs the search"), tune._locked(tmp_path):
         pass
 
 

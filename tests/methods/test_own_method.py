@@ -57,7 +57,7 @@ def test_the_page_works_as_it_is_written(site: Path, text: Path, tmp_path: Path)
     # Where its package is missing, its runs are named with the remedy, and the others are reported.
     shown = [run(tmp_path, "-m", "relora", "report", "orthogonal", f"runs_dir={runs_dir}")]
     page = (folder / "report.md").read_text()
-    assert "where a package brings it, install that package" in page + shown[0]
+    assert "if a package provides it, install that package" in page + shown[0]
     assert re.search(r"\| relora[^|]*\|.*[+-]\d+\.\d%", page)
 
 
@@ -81,7 +81,7 @@ print((model[0].lora_A @ last.T).abs().max().item() < 1e-6, model[0].lora_A.norm
     ("change", "told"),
     [
         ("import no_such_module", "cannot be loaded: No module named 'no_such_module'"),
-        ("Orthogonal = dict", "is no subclass of relora.methods.base.Method"),
+        ("Orthogonal = dict", "is not a subclass of relora.methods.base.Method"),
     ],
 )
 def test_a_method_that_cannot_be_used_is_one_line(site: Path, tmp_path: Path, change: str, told: str) -> None:

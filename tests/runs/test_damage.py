@@ -74,7 +74,7 @@ def test_a_run_with_a_damaged_corpus_prepares_it_anew(killed: Case, finished_run
     (file,) = killed.runs_dir.glob("corpora/*/train.bin")
     flip(file, 0.5)
     assert cli.run(killed.overrides) == 0
-    assert told(capsys, file).endswith("the corpus is prepared anew")
+    assert told(capsys, file).endswith("the corpus is prepared again")
     assert killed.weights == finished_run.weights
 
 

@@ -90,5 +90,5 @@ def test_how_a_job_died_is_said_in_words(job: slurm.Job, why: str) -> None:
 def test_a_machine_without_slurm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     assert not slurm.is_here()
-    with pytest.raises(slurm.RunError, match="this machine is no SLURM submit node; take cluster=local"):
+    with pytest.raises(slurm.RunError, match="this machine is no SLURM submit node; use cluster=local"):
         slurm.ask(["1"])

@@ -144,11 +144,11 @@ def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, t
     ("override", "message"),
     [
         ("cluster.partition=nowhere", "nowhere"),
-        ("cluster.timeout_minutes=1", "cluster.timeout_minutes=1 is below what a checkpoint needs"),
+        ("cluster.timeout_minutes=1", "cluster.timeout_minutes=1 is too short"),
         ("cluster.mem_gb=500", "SLURM would refuse these jobs"),
         ("+cluster.options.no-such-option=1", "no-such-option"),
-        ("+cluster.options.array=1", "is set by relora itself"),
-        ("+cluster.options.ntasks_per_node=4", "has a setting of its own: cluster.tasks_per_node"),
+        ("+cluster.options.array=1", "cluster.options.array is set by relora; leave it out"),
+        ("+cluster.options.ntasks_per_node=4", "has its own setting; use cluster.tasks_per_node"),
         ("cluster.nodes=3", "cannot be shared evenly by cluster.nodes * cluster.tasks_per_node = 3"),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_refused_array_leaves_nothing_in_the_queue(
     study = [*one, "method.rank=2,3", "study=refused", "baseline_rates=[1]"]
     refusing = shim(monkeypatch, tmp_path, "sbatch", f'{IS_JUDGED}\nif {IS_ARRAY}; then {REFUSES}; fi\nexec $real "$@"')
     shown = run_py("-m", *study, code=1)
-    assert "SLURM did not take the jobs" in shown
+    assert "SLURM refused the jobs" in shown
     assert "accounting/QOS policy" in shown
     assert "Traceback" not in shown
     # The baseline alone is a job of its own: it was taken, and waits for the corpus.

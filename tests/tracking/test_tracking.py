@@ -808,7 +808,7 @@ def test_runs_that_moved_with_their_store_are_the_same_runs_there(runs_dir: Path
 
 def test_sync_of_what_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sync", str(tmp_path)]) == 2
-    assert f"{tmp_path} is no run folder" in capsys.readouterr().err
+    assert f"{tmp_path} is not a run folder" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- relora ui

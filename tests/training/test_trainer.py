@@ -322,7 +322,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path
     with pytest.raises(TrainingError) as told:
         trainer_of(config, tmp_path, model=model).train()
     assert str(told.value).endswith(
-        "take trainer.activation_checkpointing=true, method.merged_weight=rebuilt, trainer.precision=bf16, "
+        "use trainer.activation_checkpointing=true, method.merged_weight=rebuilt, trainer.precision=bf16, "
         "a smaller model or shorter sequences"
     )
 
@@ -331,7 +331,7 @@ def test_what_is_taken_already_is_no_remedy(tmp_path: Path) -> None:
     config = compose([item for item in TINY if not item.startswith("method")] + ["method=full"])
     model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
     with pytest.raises(
-        TrainingError, match=r"take trainer\.activation_checkpointing=true, trainer\.precision=bf16, a "
+        TrainingError, match=r"use trainer\.activation_checkpointing=true, trainer\.precision=bf16, a "
     ):
         trainer_of(config, tmp_path, model=model).train()
 
@@ -348,7 +348,7 @@ def test_no_memory_for_the_merged_weights_is_an_error_with_a_remedy(
     trainer = trainer_of(config_of(), tmp_path)
     monkeypatch.setattr("relora.core.exact_ways.materialise", no_room)
     with pytest.raises(
-        TrainingError, match=r"while the method prepared the forward pass; take method\.merged_weight=rebuilt"
+        TrainingError, match=r"while the method prepared the forward pass; use method\.merged_weight=rebuilt"
     ):
         trainer.train()
 

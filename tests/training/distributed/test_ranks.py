@@ -377,7 +377,7 @@ def test_a_killed_rank_ends_all_at_once(few: list[str], size: int, rank: int) ->
     assert codes == [-signal.SIGKILL if number == rank else 1 for number in range(size)]
     assert not ranks.run.is_locked
     if rank:
-        assert "another rank ended without a word" in message(ranks.run)
+        assert "another rank ended without an error message" in message(ranks.run)
     assert "Traceback" not in ranks.shown
     resumed = Ranks(size, [*few, *LONG])
     resumed.until_step(max(series(ranks.run, "train/loss")) + 5)
@@ -390,7 +390,7 @@ def test_a_rank_that_hangs_is_waited_for_not_longer_than_the_limit(few: list[str
     ranks = Ranks(2, few, one_hangs)
     ranks.processes[0].join(40)
     assert ranks.processes[0].exitcode == 1, ranks.shown
-    assert "another rank has not come for 10 s" in message(ranks.run)
+    assert "another rank did not respond for 10 s" in message(ranks.run)
     ranks.send(1, signal.SIGKILL)
 
 

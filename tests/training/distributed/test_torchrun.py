@@ -79,7 +79,7 @@ def test_torchrun_stops_with_a_checkpoint_and_ends_when_a_rank_dies(tiny: list[s
     status = run.status
     assert status is not None
     assert status.state == "failed"
-    assert "another rank ended without a word" in status.message
+    assert "another rank ended without an error message" in status.message
     assert not run.is_locked
 
 

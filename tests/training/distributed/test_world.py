@@ -77,7 +77,7 @@ def test_several_ranks_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_device(name, World(rank=3, size=4, local_rank=1)) == torch.device("cuda:1")
     assert taken == [1, 1]
     assert choose_device("cpu", World(rank=3, size=4, local_rank=1)) == torch.device("cpu")
-    with pytest.raises(RunError, match=r"names one GPU for 4 ranks; take trainer.device=cuda"):
+    with pytest.raises(RunError, match=r"names one GPU for 4 ranks; use trainer.device=cuda"):
         choose_device("cuda:0", World(rank=3, size=4, local_rank=1))
     with pytest.raises(RunError, match="rank 2 is number 2 on its machine, where torch sees 2 CUDA devices"):
         choose_device("auto", World(rank=2, size=4, local_rank=2))
