@@ -27,9 +27,9 @@ from relora.data.documents import CorpusError, fingerprint, source_files, split_
 from relora.data.encoding import SPLITS, copy_tokenizer, train_tokenizer, write_tokens
 from relora.data.sequences import TokenSequences
 
-TOLD = 3
+USER_ERROR = 3
 """Exit code of the process that builds a corpus when its stderr is an error message for the user."""
-MADE_AGAIN = "remove its folder, and the next launch prepares the corpus again"
+REMEDY = "remove its folder, and the next launch prepares the corpus again"
 """The remedy in messages about a damaged corpus that the run does not repair by itself."""
 
 
@@ -77,11 +77,11 @@ def prepare(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) 
     """
     files = source_files(config)
     folder = _folder(config, files, corpora)
-    corpus = _standing(folder, lambda message: None)
+    corpus = _prepared(folder, lambda message: None)
     if corpus is None:
         corpora.mkdir(parents=True, exist_ok=True)
         with FileLock(corpora / f"{folder.name}.lock"):
-            corpus = _standing(folder, log_line)
+            corpus = _prepared(folder, log_line)
             if corpus is None:
                 _build(config, files, folder, log_line)
                 corpus = load(folder)
@@ -103,16 +103,16 @@ def load(folder: Path) -> Corpus:
             wanted = corpus.splits[split]["tokens"] * np.dtype(corpus.dtype).itemsize
             file = folder / f"{split}.bin"
             if (found := file.stat().st_size) != wanted:
-                raise DamagedFile(file, f"it has {found} bytes and should have {wanted}", MADE_AGAIN)
+                raise DamagedFile(file, f"it has {found} bytes and should have {wanted}", REMEDY)
         for name, wanted in meta.get("crc32", {}).items():
-            check_crc32(folder / name, wanted, MADE_AGAIN)
+            check_crc32(folder / name, wanted, REMEDY)
         own = meta.pop("own_crc32", None)
         if own not in (None, _crc32_of_values(meta)):
-            raise DamagedFile(folder / "meta.json", "its values differ from those that were written", MADE_AGAIN)
+            raise DamagedFile(folder / "meta.json", "its values differ from those that were written", REMEDY)
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedFile(folder / "meta.json", f"a value is missing or wrong: {error}", MADE_AGAIN) from error
+        raise DamagedFile(folder / "meta.json", f"a value is missing or wrong: {error}", REMEDY) from error
     except OSError as error:
-        raise DamagedFile(Path(error.filename or folder), reason(error), MADE_AGAIN) from error
+        raise DamagedFile(Path(error.filename or folder), reason(error), REMEDY) from error
     return corpus
 
 
@@ -121,7 +121,7 @@ def _crc32_of_values(meta: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
-def _standing(folder: Path, log_line: Callable[[str], None]) -> Corpus | None:
+def _prepared(folder: Path, log_line: Callable[[str], None]) -> Corpus | None:
     """The corpus in `folder`. None if it is missing or damaged. A damaged corpus is logged."""
     if not (folder / "meta.json").exists():
         return None
@@ -138,7 +138,7 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
     An allocator does not return all freed memory to the system. The peak memory of the run that builds the corpus would
     include that memory.
     """
-    corpus = _standing(folder_of(config, corpora), lambda message: None)
+    corpus = _prepared(folder_of(config, corpora), lambda message: None)
     if corpus is None:
         command = [sys.executable, "-m", "relora.data.corpus", json.dumps(asdict(config)), str(corpora)]
         with tempfile.TemporaryFile("w+") as errors:
@@ -158,7 +158,7 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
             problem = errors.read()
         if child.returncode:
             signals.check()
-        if child.returncode == TOLD:
+        if child.returncode == USER_ERROR:
             raise CorpusError(problem.strip())
         if child.returncode:
             raise RuntimeError(f"preparing the corpus ended with {child.returncode}:\n{problem}")
@@ -201,7 +201,7 @@ def _main(settings: str, corpora: str) -> int:
         prepare(DataConfig(**json.loads(settings)), Path(corpora), lambda message: print(message, flush=True))
     except (CorpusError, OSError) as error:
         print(error, file=sys.stderr)
-        return TOLD
+        return USER_ERROR
     return 0
 
 

@@ -14,7 +14,7 @@ from relora.common.errors import ConfigError, RunError, shown
 from relora.config import compose
 from relora.config.frozen import read_frozen
 from relora.launching.launch import launch_again
-from relora.launching.submit import BESIDE
+from relora.launching.submit import EXTRA_JOBS
 from relora.runs import slurm
 from relora.runs.rundir import RunDir, read_json, write_json
 from relora.runs.state import log_of, observe
@@ -26,7 +26,7 @@ from relora.tracking.console import is_terminal
 from relora.training.summary import relaunch_command
 
 WATCH_SECONDS = 5.0
-NAMES_TOLD = 20
+NAMES_LISTED = 20
 
 
 def runs_of(runs_dir: Path, name: str) -> list[Planned]:
@@ -79,8 +79,8 @@ def _made(runs_dir: Path, names: Iterable[str]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
-    return ", ".join(names[:NAMES_TOLD]) + more
+    more = f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else ""
+    return ", ".join(names[:NAMES_LISTED]) + more
 
 
 def show_status(runs_dir: Path, name: str, *, watch: bool) -> bool:
@@ -152,7 +152,7 @@ def cancel(runs_dir: Path, name: str) -> list[str]:
     active = [item for item, state in zip(planned, states, strict=True) if state.is_under_way]
     submissions = [read_json(item.run.submission_file) for item in active]
     folder = study_dir(runs_dir, name) if name in studies(runs_dir) else planned[0].run.path
-    beside = read_json(folder / BESIDE).get("jobs", [])
+    beside = read_json(folder / EXTRA_JOBS).get("jobs", [])
     answer = slurm.ask(beside if slurm.is_here() else [])
     jobs = [submission["job"] for submission in submissions if submission]
     jobs += [job for job in beside if (known := answer.of(job)) is not None and known.alive]

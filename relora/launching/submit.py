@@ -28,16 +28,16 @@ from relora.runs.state import log_of
 from relora.studies.study import Planned
 from relora.training.job import EXIT_CODES, job
 
-BESIDE = "submissions.json"
+EXTRA_JOBS = "submissions.json"
 """A file in the folder of a study or of a single run. It lists the jobs that are not runs."""
 
 RECORDED_SECONDS = 30.0
 """How long a job waits for the launcher to record it as the job of its run."""
 
-SURVIVED = "trap : TERM USR2"
+IGNORE_SIGNALS_IN_SHELL = "trap : TERM USR2"
 """A line of the batch script. Without it, a signal to its shell ends the job before the checkpoints are written."""
 
-SHIELDED = """sh -c 'trap "" INT TERM USR2; exec "$@"' sh"""
+IGNORE_SIGNALS_IN_SRUN = """sh -c 'trap "" INT TERM USR2; exec "$@"' sh"""
 """Prefix of the Python command: a shell that ignores signals and replaces itself by Python, which then holds them."""
 
 # ------------------------------------------------------------------------------------------------- what a node runs
@@ -210,7 +210,7 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
         slurm.cancel(job for job in submitted.preparations if job not in submitted.awaited)
         raise
     finally:  # after an error too, so that the queued jobs can be cancelled
-        file = folder.parent / BESIDE
+        file = folder.parent / EXTRA_JOBS
         beside = [*read_json(file).get("jobs", []), *submitted.preparations]
         write_json(file, {"jobs": [*beside, *([submitted.report] if submitted.report else [])]})
     return submitted
@@ -361,7 +361,7 @@ def _executor(
         "gpus_per_node": cluster.gpus_per_node,
         "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
         "signal_delay_s": cluster.signal_delay_seconds,
-        "setup": [SURVIVED, threads, *cluster.setup],
+        "setup": [IGNORE_SIGNALS_IN_SHELL, threads, *cluster.setup],
         "dependency": dependency or None,
         "array_parallelism": array_parallelism,
         "stderr_to_stdout": True,
@@ -371,7 +371,7 @@ def _executor(
     }
     try:
         python = cluster.python or shlex.quote(sys.executable)
-        executor = SlurmExecutor(folder=folder, python=f"{SHIELDED} {python} -u -m relora.common.signals")
+        executor = SlurmExecutor(folder=folder, python=f"{IGNORE_SIGNALS_IN_SRUN} {python} -u -m relora.common.signals")
     except RuntimeError:
         raise RunError("srun is not installed here: this machine is no SLURM submit node; use cluster=local") from None
     # By default submitit sets a wckey. Clusters that account by wckeys refuse an unknown one.

@@ -250,7 +250,9 @@ def _mark_pruned(attempt: _Attempt) -> None:
     run = attempt.runs[0].run
     status = run.status
     if status is not None:
-        status.message = f"stopped early by the search: validation at step {attempt.reported_step} was below the median"
+        status.message = (
+            f"stopped early by the search: validation at step {attempt.reported_step} was worse than the median"
+        )
         run.status = status
 
 

@@ -1,4 +1,5 @@
-"""One run from its folder to its end: model, trainer, processes, evaluation, export.
+"""One run from its folder to its end: model, trainer, processes, evaluation and export.
 
-Imports all packages but `studies`, `launching` and `cli`. `model` and `pretrained` import transformers.
+This package may import all packages except `studies`, `launching` and `cli`. `model` and `pretrained` import
+transformers.
 """

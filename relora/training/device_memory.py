@@ -1,4 +1,4 @@
-"""How much memory a device holds, and whether something fits into it."""
+"""Peak memory of a device, and a check whether an action fits into its memory."""
 
 import contextlib
 import ctypes
@@ -13,19 +13,25 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure `peak_memory_bytes` anew; where the system cannot, a CPU's stays that of the whole process."""
+    """Start a new measurement of `peak_memory_bytes`.
+
+    On a CPU whose system cannot reset the peak, it stays the peak since the process started.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what is free, but held back by glibc, is no need of what comes next
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which the next peak must not include
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held since `reset_peak_memory`: on the GPU where it trains on one, resident otherwise."""
+    """Return the highest memory use since `reset_peak_memory`.
+
+    For a GPU this is the memory that torch allocated on it. For a CPU it is the resident memory of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
@@ -37,11 +43,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def fits(action: Callable[[], None]) -> bool:
-    """Do `action`; False where memory ran out in it, on the GPU or the CPU."""
+    """Run `action`. Return False if it ran out of memory, on the GPU or the CPU."""
     try:
         action()
     except (RuntimeError, MemoryError) as error:
-        # The CPU allocator raises a RuntimeError that only its text tells.
+        # The CPU allocator raises a plain RuntimeError. Only its text shows that memory ran out.
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         return False

@@ -1,8 +1,8 @@
-"""The processes that train one run together, under torchrun or whatever sets the environment as torchrun does.
+"""The processes that train one run together, started by torchrun or by a launcher that sets the same environment.
 
-They are equal to the bit by construction: each computes the gradient of its share of a batch, one all-reduce of a flat
-buffer in a fixed order adds the shares up, and from there on all do the same. (With DDP's buckets, four ranks of gloo
-did not resume to the bit.) Loads torch only where there is more than one process.
+The processes are equal to the bit by construction. Each computes the gradient of its share of a batch. One all-reduce
+of a flat buffer adds the shares in a fixed order, and after it all processes compute the same. (With DDP's buckets, a
+run on four gloo processes did not resume to the bit.) torch is loaded only if there is more than one process.
 """
 
 import hashlib
@@ -28,53 +28,56 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=15)
-"""How long the ranks wait for each other in an update. What rank 0 does alone may take longer: see `wait_for_first`."""
+"""How long processes wait for each other in a collective. Work of rank 0 alone may take longer: `wait_for_first`."""
 
 WATCHED_SECONDS = TIMEOUT.total_seconds() - 120
-"""How long `_watched` waits: less than TIMEOUT, at which NCCL ends the process without a word to the user."""
+"""How long `_watched` waits. It is less than TIMEOUT, at which NCCL ends the process without a message to the user."""
 
 MEETING = timedelta(minutes=30)
-"""How long the ranks wait for the last one to start."""
+"""How long the processes wait until the last one has started."""
 
 POLL_SECONDS, LONG_POLL_SECONDS = 0.02, 0.2
-"""How often the store is asked for what another rank puts there: at first, and later."""
+"""Seconds between two looks into the store for a key of another process: at first, and later."""
 
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 2e-5, 1e-3
-"""How often a collective is asked whether it is done: the first times, and later."""
+"""Seconds between two checks whether a collective is done: at first, and later."""
 
 LOST_POLL_SECONDS = 1.0
-"""How often a rank that waits asks whether another one has failed."""
+"""Seconds between two checks of a waiting process whether another one has failed."""
 
 LOST = "lost"
-"""The key that a failing rank sets in the store."""
+"""The key that a failing process sets in the store."""
 
 
-class PeerLost(RunError):  # noqa: N818 -- what happened, seen from here
-    """Another rank is gone; what became of it is not known here."""
+class PeerLost(RunError):  # noqa: N818 -- named after the event
+    """Another process of the run is gone. This process does not know why."""
 
 
 @dataclass
 class _Joined:
-    """What a rank holds while the ranks are connected."""
+    """State of a process while it is connected to the others."""
 
     store: "Store | None" = None
     broadcasts: int = 0
-    """How often rank 0 has told the others something; each time has a key of its own."""
+    """Number of broadcasts so far. Each broadcast has its own key in the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among those that train the run; by default it is alone, and then nothing here does anything."""
+    """The place of this process among the processes that train the run.
+
+    By default there is one process. Then the methods that communicate do nothing.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among the processes on this machine."""
+    """The number of this process on its machine."""
     _joined: "_Joined" = field(default_factory=lambda: _Joined(), compare=False, repr=False)
 
     @classmethod
     def here(cls) -> "World":
-        """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; a process without them is alone."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Without them the world size is 1."""
         if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             return cls()
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -82,11 +85,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone writes and speaks."""
+        """Whether this is rank 0, the only process that writes files and logs."""
         return self.rank == 0
 
     def share(self, sequences_per_step: int) -> int:
-        """Sequences of each update that are this rank's. Raises RunError where the ranks cannot share them evenly."""
+        """Return the sequences per step of this process. Raise RunError if the world size does not divide the batch."""
         try:
             check_divides("WORLD_SIZE", self.size, "trainer.sequences_per_step", sequences_per_step)
         except ConfigError as error:
@@ -95,10 +98,12 @@ class World:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Inside, the ranks are connected: tensors on the CPU go through gloo, those on GPUs through NCCL.
+        """Connect the processes inside the block. Tensors on the CPU use gloo, tensors on GPUs use NCCL.
 
-        All leave together; one that leaves by an error lets the others know, who raise PeerLost. Raises RunError where
-        the ranks do not find each other at MASTER_ADDR:MASTER_PORT.
+        All processes leave the block together. If one leaves it by an error, the others raise PeerLost.
+
+        Raises:
+            RunError: The processes do not find each other at MASTER_ADDR:MASTER_PORT.
         """
         if self.size == 1:
             yield
@@ -111,13 +116,15 @@ class World:
             store = self._met()
             distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise RunError(f"rank {self.rank} of {self.size} could not join the others: {first_line(error)}") from error
+            raise RunError(
+                f"rank {self.rank} of {self.size} could not connect to the other ranks: {first_line(error)}"
+            ) from error
         self._joined.store = store
         try:
             yield
             self.wait_for_first()
         except BaseException:
-            # NCCL's ranks notice nothing else; its own wait for them is ended. Closed connections wake those of gloo.
+            # With NCCL, the others notice only this key. `abort` ends NCCL's own wait. gloo notices closed connections.
             with suppress(RuntimeError):
                 store.set(LOST, str(self.rank))
             with suppress(RuntimeError):
@@ -128,14 +135,14 @@ class World:
             distributed.destroy_process_group()
 
     def _met(self) -> "Store":
-        """The store through which the ranks find each other, when all of them are there.
+        """Wait until all processes have started, and return the store through which they communicate.
 
-        torch waits for them where no handler of Python's runs; this waits in Python, and a signal ends it.
+        The wait is in Python, so that a signal ends it. No signal handler runs during torch's own wait.
         """
         from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun serves a store of its own, for this start of the ranks and those before it.
+        # torchrun serves its own store, and keeps it when it restarts the processes.
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         is_server = self.is_first and not served
         limit = time.monotonic() + MEETING.total_seconds()
@@ -166,21 +173,24 @@ class World:
         return store.check([f"rank-{rank}" for rank in range(self.size)])
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             import torch
 
             self._all_reduce(torch.zeros(1))
 
     def wait_for_first(self) -> None:
-        """Wait until all ranks are here, for rank 0 however long: it writes checkpoints and exports the model."""
+        """Wait until all processes have called this. Wait for rank 0 without a limit: it writes and exports files."""
         self.broadcast(None)
         self.barrier()
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's `value`, on every rank; the others wait for it, for however long.
+        """Return the `value` of rank 0 in every process.
 
-        They wait in Python, so that a signal ends it. Raises PeerLost where another rank fails meanwhile.
+        The other processes wait for it without a limit. They wait in Python, so that a signal ends the wait.
+
+        Raises:
+            PeerLost: Another process failed during the wait.
         """
         if self.size == 1:
             return value
@@ -200,13 +210,13 @@ class World:
             return pickle.loads(bytes.fromhex(store.get(key).decode()))
 
     def _check_others(self) -> None:
-        """Raise PeerLost where a rank has said that it fails."""
+        """Raise PeerLost if a process has set LOST in the store."""
         store = self._joined.store
         if store is not None and store.check([LOST]):
             raise PeerLost(f"rank {store.get(LOST).decode()} failed")
 
     def gathered(self, values: list[int]) -> list[list[int]]:
-        """The integers of every rank, by rank; all give as many."""
+        """Return the integers of every process, in the order of ranks. All processes pass the same number of values."""
         if self.size == 1:
             return [values]
         import torch
@@ -217,9 +227,14 @@ class World:
         return all_RxN.tolist()
 
     def sum(self, values_N: "Tensor", *, fitted: bool) -> "Tensor":
-        """The sum over the ranks, the same bits on each; exact where all but one rank hold zeros.
+        """Return the sum over the processes. Every process gets the same bits.
 
-        Raises torch.OutOfMemoryError on every rank where one had not `fitted` into its memory: all try again alike.
+        Args:
+            values_N: The values of this process. The sum of an element is exact if only one process has it non-zero.
+            fitted: Whether the work of this process fitted into its memory.
+
+        Raises:
+            torch.OutOfMemoryError: In every process if `fitted` is False in one, so that all try again together.
         """
         if self.size > 1:
             import torch
@@ -239,16 +254,25 @@ class World:
         fitted: bool,
         wide: "Mapping[nn.Parameter, Tensor]",
     ) -> "Tensor":
-        """Add up the gradients of `parameters` over the ranks, in place, and `numbers_K`, returned, in one all-reduce.
+        """Sum the gradients of `parameters` over the processes, in place, with one all-reduce in fp32.
 
-        In fp32, in the order given, which must be the same on all ranks. `buffer` is the `gradient_buffer` of them and
-        of K numbers; nothing of its size is allocated here. `wide` holds the gradients, in fp32, of the parameters that
-        have theirs there and not in `.grad`. Raises as `sum` does.
+        Args:
+            parameters: In an order that is the same in all processes.
+            numbers_K: K more numbers to sum in the same all-reduce.
+            buffer: The `gradient_buffer` of these parameters and K numbers. Nothing of its size is allocated here.
+            fitted: Whether the backward pass of this process fitted into its memory.
+            wide: Gradients in fp32 of the parameters that have their gradient here and not in `.grad`.
+
+        Returns:
+            The sums of `numbers_K`.
+
+        Raises:
+            torch.OutOfMemoryError: In every process if `fitted` is False in one.
         """
         held = [wide.get(parameter, parameter.grad) for parameter in parameters]
         *slices, rest = buffer.split([*(parameter.numel() for parameter in parameters), len(numbers_K) + 1])
         for gradient, values in zip(held, slices, strict=True):
-            if gradient is None:  # memory ran out before it came; it has its place all the same
+            if gradient is None:  # not computed, e.g. because memory ran out; it keeps its place in the buffer
                 values.zero_()
             else:
                 values.view_as(gradient).copy_(gradient)
@@ -270,9 +294,9 @@ class World:
             self._watched(work)
 
     def _watched(self, work: "Work") -> None:
-        """Wait until a collective is done. Raises PeerLost where another rank fails meanwhile, or does not come.
+        """Wait until a collective is done. Raise PeerLost if another process fails or does not take part in time.
 
-        The wait is in Python: a wait inside CUDA runs no signal handler, and does not see that a rank is gone.
+        The wait is in Python. A wait inside CUDA runs no signal handler, and does not notice that a process is gone.
         """
         began = asked = time.monotonic()
         seconds = SHORTEST_POLL_SECONDS
@@ -282,19 +306,24 @@ class World:
                 asked = now
                 self._check_others()
             if now - began > WATCHED_SECONDS:
-                raise PeerLost(f"another rank has not come for {WATCHED_SECONDS:.0f} s (it hangs, or its machine does)")
+                raise PeerLost(
+                    f"another rank did not respond for {WATCHED_SECONDS:.0f} s (its process or its machine hangs)"
+                )
             time.sleep(seconds)
             seconds = min(1.2 * seconds, LONGEST_POLL_SECONDS)
         work.wait()
 
     def _item(self, value: "Tensor") -> float:
-        """The number in `value`. What a collective on a GPU did wrong is raised at the first look at a result."""
+        """Return the number in `value`. An error of a collective on a GPU is raised when its result is first read."""
         with _collective():
             return value.item()
 
 
 def gradient_buffer(parameters: "Iterable[nn.Parameter]", numbers: int, device: "torch.device") -> "Tensor":
-    """A flat fp32 tensor for the gradients of `parameters`, for `numbers` numbers, and for whether memory held out."""
+    """Allocate a flat fp32 tensor for `World.sum_gradients`.
+
+    It has room for the gradients of `parameters`, for `numbers` more numbers, and for the out-of-memory flag.
+    """
     import torch
 
     numel = sum(parameter.numel() for parameter in parameters)
@@ -302,7 +331,10 @@ def gradient_buffer(parameters: "Iterable[nn.Parameter]", numbers: int, device: 
 
 
 def digest(tensors: "Iterable[Tensor]") -> int:
-    """A digest of the tensors' bits, of 63 bits; all but a few bytes of the work are done on their device."""
+    """Return a digest of the tensors' bits as an integer of 63 bits.
+
+    The tensors are summed on their device. Only one integer per tensor is copied to the host.
+    """
     import torch
 
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -312,16 +344,16 @@ def digest(tensors: "Iterable[Tensor]") -> int:
 
 
 def raise_unless(fitted: bool) -> None:
-    """Raise torch.OutOfMemoryError where something did not fit, here or on another rank."""
+    """Raise torch.OutOfMemoryError if `fitted` is False."""
     if not fitted:
         import torch
 
-        raise torch.OutOfMemoryError("memory ran out, here or on another rank")
+        raise torch.OutOfMemoryError("out of memory, here or on another rank")
 
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Inside, what torch raises is that another rank is gone."""
+    """Raise PeerLost for a RuntimeError of torch inside the block."""
     import torch
 
     try:
@@ -330,7 +362,7 @@ def _collective() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise PeerLost(
-            f"another rank ended without a word (killed, or its machine is gone): {first_line(error)}"
+            f"another rank ended without an error message (killed, or its machine is gone): {first_line(error)}"
         ) from error
 
 

@@ -19,14 +19,14 @@ ALONE = World()
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Mean cross-entropy per token, in nats, and the tokens it was taken over."""
+    """Mean cross-entropy per token, in nats, and the number of tokens in the mean."""
 
     loss: float
     tokens: int
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
+        """Return exp(loss), or infinity if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -41,15 +41,30 @@ def evaluate(
     world: World = ALONE,
     stop: Callable[[], str | None] = lambda: None,
 ) -> Evaluation:
-    """Every sequence of `data` exactly once, the last batch smaller where it must be.
+    """Evaluate the model on every sequence of `data` exactly once. The last batch may be smaller.
 
-    The batches are dealt to the ranks of `world`. Their sums are added up in float64 and in the order of the batches,
-    so that the result is the same to the bit for any number of ranks. Raises torch.OutOfMemoryError, on all ranks,
-    where a batch did not fit into memory. `stop` is asked before each batch: a rank that it gives a reason leaves out
-    the rest of its batches, and all ranks raise Stopped when the last one is done.
+    The batches are divided among the processes of `world`. The sums of the batches are added in float64 and in the
+    order of the batches. So the result is the same to the bit for any world size.
+
+    Args:
+        model: A causal model. It is in evaluation mode during the call.
+        data: The sequences.
+        sequences_per_batch: Batch size of one forward pass.
+        precision: As trainer.precision.
+        device: The device of the model.
+        world: The processes that evaluate together.
+        stop: Called before each batch. Returns the reason to stop, or None. A process with a reason skips its remaining
+            batches.
+
+    Returns:
+        The mean loss over all tokens, the same in all processes.
+
+    Raises:
+        torch.OutOfMemoryError: In all processes, if a batch did not fit into the memory of one.
+        Stopped: In all processes, after the last one is done, if one of them skipped batches.
     """
     starts = range(0, data.count, sequences_per_batch)
-    # The last one counts the ranks that stopped.
+    # The last element counts the processes that stopped.
     sums_N = torch.zeros(len(starts) + 1, dtype=torch.float64, device=device)
 
     def own_batches() -> None:

@@ -1,4 +1,4 @@
-"""The end of a run: the model as a Hugging Face folder, checked and evaluated, and a sample of what it writes."""
+"""The end of a run: export the model to a Hugging Face folder, check and evaluate it, and generate a sample text."""
 
 import math
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from relora.training.trainer import Trainer
 
 MERGE_TOLERANCE = {"fp32": 1e-4, "bf16_autocast": 5e-3, "bf16": 5e-3}
-"""How far the merged model's loss may be from the trained one's, in nats per token and as a share of it, by precision.
+"""Largest difference between the losses before and after the merge that rounding explains, by precision.
 
-Storage rounding and another order of summing (a compiled model's) explain so much; the loss is an average over many
-tokens, and hardly depends on the depth.
+It is an absolute tolerance in nats per token, and also a relative one. Rounding of the stored weights, and the other
+order of summation in a compiled model, cause differences of this size. The loss is an average over many tokens and
+hardly depends on the depth of the model.
 """
 
 SAMPLE_TOKENS = 80
@@ -34,28 +35,35 @@ SAMPLE_TEMPERATURE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What came of an export."""
+    """Result of an export."""
 
     test: Evaluation
-    """Of the model in the folder, on the test split."""
+    """Evaluation of the exported model on the test split."""
     doubts: list[str]
-    """What a person should know about the model, one line each; empty where all is well."""
+    """Warnings about the model for the user, one line each."""
 
 
 def check_finite(name: str, evaluation: Evaluation, config: RunConfig) -> None:
-    """Raise TrainingError where a loss at the end of a run is not finite."""
+    """Raise TrainingError if a loss at the end of a run is not finite. `name` is the split, for the message."""
     if not math.isfinite(evaluation.loss):
         raise TrainingError(
-            f"the run diverged: its {name} loss is {evaluation.loss} after {config.total_steps} updates; lower "
-            "optimizer.learning_rate, lengthen schedule.warmup_steps or take trainer.precision=fp32"
+            f"the run diverged: its {name} loss is {evaluation.loss} after {config.total_steps} steps; lower "
+            "optimizer.learning_rate, lengthen schedule.warmup_steps or use trainer.precision=fp32"
         )
 
 
 def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: dict[str, Any]) -> Exported:
-    """Merge the trainer's model and leave it in `run.model`, a Hugging Face folder; evaluate what is in that folder.
+    """Merge the trainer's model, save it in `run.model`, a Hugging Face folder, and evaluate the saved model.
 
-    The folder gets `tokenizer_config` beside the corpus' tokenizer.json. Raises RunError where the folder's weights are
-    not those of the merged model, to the bit, and TrainingError where the loss on the test split is not finite.
+    Args:
+        trainer: A trainer whose training is finished. Its model is merged in place.
+        corpus: Provides the test split and the tokenizer.json.
+        run: The folder of the run.
+        tokenizer_config: Content of the tokenizer_config.json in the model's folder.
+
+    Raises:
+        RunError: The saved weights differ from the merged model in at least one bit.
+        TrainingError: The loss on the test split is not finite.
     """
     config, device, model = trainer.config, trainer.device, trainer.model
     size, length = trainer.micro.sequences_per_micro_step, config.data.sequence_length_tokens
@@ -78,29 +86,29 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
     except (ValueError, DamagedFile) as error:
         why = f"{error.path}: {error.why}" if isinstance(error, DamagedFile) else error
         raise RunError(
-            f"the exported model is not the one that was trained: {why}; look at the disk, and run the same command "
-            f"again: the training state stands in {run.checkpoints}"
+            f"the exported model differs from the trained model: {why}; check the disk, and run the same command "
+            f"again: the training state is kept in {run.checkpoints}"
         ) from error
     doubts: list[str] = []
     merged_loss, tolerance = loss(exported), MERGE_TOLERANCE[config.trainer.precision]
     if not math.isclose(merged_loss, trained_loss, rel_tol=tolerance, abs_tol=tolerance):
         doubts.append(
-            f"the merge may have changed the model: on {targets_BxT.numel():,} tokens of validation its loss is "
-            f"{merged_loss:.5f}, before the merge it was {trained_loss:.5f}, and rounding explains {tolerance:g}; the "
-            f"training state stands in {run.checkpoints}"
+            f"the merge may have changed the model: on {targets_BxT.numel():,} validation tokens its loss is "
+            f"{merged_loss:.5f}, before the merge it was {trained_loss:.5f}, and rounding explains a difference of "
+            f"{tolerance:g}; the training state is kept in {run.checkpoints}"
         )
     test = evaluate(exported, corpus.sequences("test", length), device=device, stop=signals.reason, **settings)
     check_finite("test", test, config)
     vocab_size = exported.config.vocab_size
     if test.loss > math.log(vocab_size) - 1e-3:
         doubts.append(
-            f"the run diverged, or had too few updates to learn anything: its test loss of {test.loss:.4g} is no lower "
-            f"than that of guessing, ln {vocab_size} = {math.log(vocab_size):.4g}; lower optimizer.learning_rate or "
-            "lengthen schedule.warmup_steps"
+            f"the run diverged, or had too few steps to learn anything: its test loss of {test.loss:.4g} is not lower "
+            f"than the loss of uniform guessing, ln {vocab_size} = {math.log(vocab_size):.4g}; lower "
+            "optimizer.learning_rate or lengthen schedule.warmup_steps"
         )
     return Exported(test=test, doubts=doubts)
 
 
 def closing_sample(folder: Path, prompt: str, seed: int) -> str:
-    """What the model in `folder` writes on from `prompt`."""
+    """Return `prompt` with the text that the model in `folder` generates after it, for the end of a run."""
     return sample(folder, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=seed)

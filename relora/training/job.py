@@ -1,4 +1,4 @@
-"""One run from its folder to its end: the callable that every launcher runs."""
+"""One run from its folder to its end: `job`, the function that every launcher calls."""
 
 import os
 import sys
@@ -39,11 +39,24 @@ if TYPE_CHECKING:
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 NODE_LOCK_SECONDS = 60.0
-"""How long a requeued job waits for its killed predecessor's lock."""
+"""How long a requeued job waits for the lock of its killed predecessor."""
 
 
 def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
-    """Freeze `config` into its run folder and run it here; the same launch again resumes or says that it is done."""
+    """Freeze `config` into its run folder and run it on this machine.
+
+    The same launch again resumes the run, or prints that it is finished.
+
+    Args:
+        config: The run.
+        overrides: The command-line overrides, kept for the commands that the run prints.
+
+    Returns:
+        The final status.
+
+    Raises:
+        RunError: The run is under way, here or as a SLURM job.
+    """
     run = RunDir(config.run_dir)
     if World.here().is_first:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -61,13 +74,21 @@ def launch(config: RunConfig, overrides: Sequence[str] = ()) -> Status:
 
 
 def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> Status:
-    """Train the frozen run in `path` to its end and tell how it went; returns the final status.
+    """Train the frozen run in `path` to its end and print its result.
 
-    `on_node`: this is a cluster's node, which may come before the last attempt's process is quite gone and opens no
-    MLflow store that is a file. `warm_start_only`: stop when the warm start stands for all runs that share it.
+    All processes of a World call this together and train the run together. Only rank 0 writes files and prints.
 
-    Raises RunError when another process trains it. Any failure inside is told, recorded and returned, not raised.
-    The processes of a World that call it together train it together; rank 0 alone writes and tells.
+    Args:
+        path: The folder of the run.
+        on_node: Whether this runs on a node of a cluster. A node waits longer for the lock, because the process of the
+            last attempt may still be ending. It does not open an MLflow store that is a file.
+        warm_start_only: Stop when the warm start is trained and published for all runs that share it.
+
+    Returns:
+        The final status. An error inside the run is printed and recorded in it, not raised.
+
+    Raises:
+        RunError: Another process trains this run.
     """
     run, world = RunDir(path), World.here()
     if not world.is_first:
@@ -99,7 +120,7 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
 
 
 class _Attempt:
-    """One try at a run: builds the parts, trains, exports, and leaves a true status whatever happens."""
+    """One attempt at a run: build the parts, train, export, and write a correct status in every case."""
 
     def __init__(
         self, run: RunDir, config: RunConfig, status: Status, world: World, *, on_node: bool, warm_start_only: bool
@@ -111,7 +132,10 @@ class _Attempt:
         self.began = time.perf_counter()
 
     def run_to_end(self) -> None:
-        """Called where signals are held: after training, nothing interrupts the recording of how it went."""
+        """Train, export and record the result.
+
+        Call this with signals held. Then no signal interrupts the recording.
+        """
         mirror = None
         try:
             self.console.log_line(f"run {self.run.path}")
@@ -121,11 +145,11 @@ class _Attempt:
                 with self.world.joined():
                     self.status.summary = self._train_and_export()
             self.status.state = "finished"
-        except BaseException as error:  # the status must be true even for KeyboardInterrupt and SystemExit
+        except BaseException as error:  # the status must be correct also after KeyboardInterrupt and SystemExit
             self._record(error)
         finally:
             self.attempt.ended_ms = self.status.ended_ms = time.time_ns() // 1_000_000
-            self._write_status()  # first: what prints may fail, as its log may be on a full disk
+            self._write_status()  # before anything is printed: printing fails if the log is on a full disk
             self.console.close()
             if mirror is not None:
                 mirror.close()
@@ -135,10 +159,10 @@ class _Attempt:
             print(f"{self.status.state}: {self.status.message}\ngo on with: {relaunch_command(self.run)}", flush=True)
 
     def _log_stopping(self, name: str) -> None:
-        self.console.log_line(f"{name}: stopping with a checkpoint, as soon as one can be written (once more: at once)")
+        self.console.log_line(f"{name}: stopping as soon as a checkpoint can be written (same signal again: at once)")
 
     def _write_status(self) -> None:
-        """Where that fails, the attempt has failed: a run is finished only if its status says so."""
+        """Write the final status. If that fails, the attempt has failed: a finished run has a status that says so."""
         try:
             self.run.end_with(self.status)
         except OSError as error:
@@ -165,16 +189,16 @@ class _Attempt:
             self.status.state = "interrupted"
             self.status.message = f"{error}; a checkpoint is written"
         elif isinstance(error, (KeyboardInterrupt, Stopped)) or signals.interrupted():
-            # A library may turn the interruption into an error of its own.
+            # A library may turn the KeyboardInterrupt into another error.
             self.status.state = "interrupted"
-            self.status.message = f"{signals.reason() or str(error) or 'Ctrl-C'}; the newest checkpoint stands"
+            self.status.message = f"{signals.reason() or str(error) or 'Ctrl-C'}; the newest checkpoint is kept"
         else:
             self.status.message = in_words(error)
             if self.status.message != str(error):
                 traceback.print_exception(error)
 
     def _train_and_export(self) -> dict[str, Any]:
-        with signals.held():  # an interrupted import fails with whatever the library makes of it, or aborts
+        with signals.held():  # an interrupted import can fail with any error, or abort the process
             from relora.data import corpus as corpora
             from relora.runs import warmstart
             from relora.training.device_memory import peak_memory_bytes, reset_peak_memory
@@ -184,7 +208,7 @@ class _Attempt:
 
         signals.check()
         config, log_line, world = self.config, self.console.log_line, self.world
-        share(config, world)  # refused before hours go into the preparation of a text
+        share(config, world)  # checked before the corpus, which may take hours to prepare
         device = choose_device(config.trainer.device, world)
         check_devices(device, world)
         describe_machine(self.attempt, device)
@@ -217,7 +241,7 @@ class _Attempt:
             )
             self._note_begin(trainer.first_step, trainer.counters.training_seconds)
             for lost in log.begin(trainer.first_step):
-                log_line(f"{lost}: " + ("computed again now" if lost.recomputed else "what stood there stays lost"))
+                log_line(f"{lost}: " + ("computed again now" if lost.recomputed else "these rows stay lost"))
             epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
             cost, ranks = trainer.reporter.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
             log_line(
@@ -257,37 +281,37 @@ class _Attempt:
         return summary | self._closing_sample()
 
     def _note_begin(self, first_step: int, seconds: float) -> None:
-        """Record where this attempt goes on, and tell of a machine that is another than before."""
+        """Record the step at which this attempt starts, and log a note if the machine differs from the last one."""
         self.attempt.first_step, self.attempt.seconds_before = first_step, seconds
         self.run.status = self.status
         if self.earlier and self.attempt.differs_from(self.earlier[-1]):
             self.console.log_line(
-                f"note: this machine ({self.attempt.machine}) is another one than before "
+                f"note: this machine ({self.attempt.machine}) differs from that of the last attempt "
                 f"({self.earlier[-1].machine}); from step {first_step} on the results can differ in their last digits"
             )
 
     def _check_corpus(self, identity: dict[str, str]) -> None:
-        """The text under a run must not change between its attempts."""
+        """Raise RunError if the text of the run has changed since an earlier attempt. Otherwise record its identity."""
         if self.status.corpus and self.status.corpus != identity:
             raise RunError(
                 f"the text of data={self.config.data.name} has changed since this run began: {identity} instead of "
-                f"{self.status.corpus}; restore it, or remove {self.run.path} to start anew"
+                f"{self.status.corpus}; restore it, or remove {self.run.path} to start again"
             )
         self.status.corpus = identity
         self.run.status = self.status
 
     def _closing_sample(self) -> dict[str, str]:
-        """A decoration: where it fails, that is a warning and the run is finished all the same."""
+        """Generate a sample text. If that fails, the run gets a warning and is still finished."""
         from relora.training.export import closing_sample
 
         try:
             return {"sample": closing_sample(self.run.model, prompt_for(self.config), self.config.trainer.seed)}
-        except Exception as error:  # whatever it is, the results stand
+        except Exception as error:  # the results are valid after any error here
             self._warn(f"the closing sample could not be written: {in_words(error)}")
             return {}
 
     def _warn(self, doubt: str) -> None:
-        """Tell a doubt, and keep it in the status of a run that is finished all the same."""
+        """Log a warning and add it to the message of the status. The run is still finished."""
         self.console.log_line(f"warning: {doubt}")
         self.status.message = "; ".join(filter(None, (self.status.message, doubt)))
 

@@ -1,4 +1,4 @@
-"""The learning-rate factor of every step of a run, warm start included."""
+"""The learning-rate factor of each step of a run, including the warm start."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ from relora.core.schedule import JaggedCosine, RestartClock
 
 
 def learning_rate_factor(config: RunConfig) -> Callable[[int], float]:
-    """Step -> factor of the base learning rates, for the whole run.
+    """Return a function from a step to the factor of the base learning rates at that step.
 
-    The warm start is the beginning of a full-rank run of the same budget: a cosine over all steps, left where the
-    warm start ends. The method then has a schedule of its own over the remaining steps.
+    The warm start is the beginning of a full-rank run with the same budget. Its schedule is a cosine over all steps,
+    which stops where the warm start ends. After it, the method has its own schedule over the remaining steps.
     """
     schedule, clock = config.schedule, config.clock
     full_rank = JaggedCosine(

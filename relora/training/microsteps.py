@@ -1,4 +1,4 @@
-"""The gradient of one update: in micro-steps that fit into memory, and of every rank's share of the batch."""
+"""The gradient of one optimizer step, computed in micro-steps that fit into memory and summed over the processes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,13 +20,14 @@ T = TypeVar("T")
 
 
 def share(config: RunConfig, world: World) -> int:
-    """Sequences of each batch that a rank takes.
+    """Return the number of sequences of each batch that one process computes.
 
-    Raises RunError where the ranks cannot share it evenly, or are several and each would update in backward.
+    Raises:
+        RunError: The world size does not divide the batch, or trainer.update_in_backward is set with several processes.
     """
     if config.trainer.update_in_backward and world.size > 1:
         raise RunError(
-            f"trainer.update_in_backward=true is for one process, and these are {world.size}, which sum their "
+            f"trainer.update_in_backward=true works with one process, and there are {world.size}, which must sum their "
             "gradients first; set it to false"
         )
     return world.share(config.trainer.sequences_per_step)
@@ -34,10 +35,12 @@ def share(config: RunConfig, world: World) -> int:
 
 @contextmanager
 def added_up_in_fp32(parameters: Iterable[nn.Parameter]) -> Iterator[dict[nn.Parameter, Tensor]]:
-    """Inside, backward passes add the gradients of those `parameters` that are narrower than fp32 up in what it yields.
+    """Sum gradients in fp32 inside the block, for those of `parameters` whose type is narrower than fp32.
 
-    Added up in bf16, the sum of 64 micro-steps is off by 0.8%, and rounded once at the end by 0.17%. Each gradient is
-    freed as soon as it is added.
+    Yields a dict of the sums. Each backward pass adds to it, and frees each gradient as soon as it is added.
+
+    If the gradients of 64 micro-steps are summed in bf16, the relative error is 0.8%. If the sum is rounded to bf16
+    once at the end, the error is 0.17%.
     """
     sums: dict[nn.Parameter, Tensor] = {}
 
@@ -61,9 +64,9 @@ def added_up_in_fp32(parameters: Iterable[nn.Parameter]) -> Iterator[dict[nn.Par
 
 
 class MicroSteps:
-    """This rank's share of each batch, `sequences_per_micro_step` sequences at a time, fewer when memory runs out.
+    """Computes this process's share of each batch in micro-steps.
 
-    Raises RunError as `share` does. `say` tells people, `on_smaller` that the size changed.
+    A micro-step has `sequences_per_micro_step` sequences. When memory runs out, this number is halved.
     """
 
     def __init__(
@@ -77,6 +80,20 @@ class MicroSteps:
         log_line: Callable[[str], None],
         on_smaller: Callable[[], None],
     ) -> None:
+        """Choose the size of the micro-steps.
+
+        Args:
+            config: The run.
+            model: The model, on `device`.
+            training: The training sequences.
+            device: Where the gradients are computed.
+            world: The processes that train together.
+            log_line: Called with a message for the user.
+            on_smaller: Called after the micro-steps became smaller.
+
+        Raises:
+            RunError: As `share` does.
+        """
         self.config, self.model, self.training = config, model, training
         self.device, self.world, self.log_line, self.on_smaller = device, world, log_line, on_smaller
         self.share = share(config, world)
@@ -85,22 +102,23 @@ class MicroSteps:
 
     @property
     def count(self) -> int:
-        """Micro-steps of one update."""
+        """Number of micro-steps in one optimizer step."""
         return self.share // self.sequences_per_micro_step
 
     def at_most(self, sequences: int) -> None:
-        """Take no more than `sequences` at a time. Raises TrainingError where the batch must be taken at once."""
+        """Limit a micro-step to `sequences`. Raise TrainingError if the batch must be one micro-step and has more."""
         if self.config.trainer.update_in_backward and sequences < self.share:
             raise TrainingError(
-                f"up to here this run took {sequences} sequences at a time, and trainer.update_in_backward=true takes "
-                f"all {self.share} of a batch at once; set it to false"
+                f"so far this run used {sequences} sequences at a time, and trainer.update_in_backward=true computes "
+                f"all {self.share} sequences of a batch at once; set it to false"
             )
         self.sequences_per_micro_step = fitting(self.share, min(sequences, self.sequences_per_micro_step))
 
     def make_room(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Allocate what several ranks send of the gradients of `parameters`, in place of what they sent before.
+        """Allocate the buffer in which several processes sum the gradients of `parameters`. Free the old buffer first.
 
-        Raises TrainingError on all ranks where one of them has no memory for it.
+        Raises:
+            TrainingError: In all processes, if one has no memory for the buffer.
         """
         if self.world.size == 1:
             return
@@ -110,18 +128,29 @@ class MicroSteps:
             self.world.sum(torch.zeros(1), fitted=fitted)
         except torch.OutOfMemoryError:
             raise TrainingError(
-                f"out of memory on {self.device}, here or on another rank, for the buffer in which the ranks add up "
-                f"their gradients; take {', '.join([*self._smaller(), 'a smaller model'])} or a larger GPU"
+                f"out of memory on {self.device}, here or on another rank, for the buffer in which the ranks sum "
+                f"their gradients; use {', '.join([*self._smaller(), 'a smaller model'])} or a larger GPU"
             ) from None
 
     def _allocate(self, parameters: list[nn.Parameter]) -> None:
         self._buffer = gradient_buffer(parameters, numbers=2, device=self.device)
 
     def gradient(self, step: int, parameters: list[nn.Parameter], *, stop_requested: bool) -> tuple[Tensor, bool]:
-        """Accumulate the gradient of the mean loss over the batch of `step`, of all ranks.
+        """Accumulate the gradient of the mean loss over the batch of `step`, summed over all processes.
 
-        Returns that loss, where the model is, and whether any rank has the `wish` (to stop). With several micro-steps
-        the sum is in fp32 at least, over the ranks as well, and rounded to the parameters' type once.
+        With several micro-steps, the gradients are summed in fp32, also over the processes. Then they are rounded once
+        to the parameters' type.
+
+        Args:
+            step: Determines the batch.
+            parameters: The trained parameters, in an order that is the same in all processes.
+            stop_requested: Whether this process was asked to stop.
+
+        Returns:
+            The mean loss, on the device of the model, and whether any process was asked to stop.
+
+        Raises:
+            torch.OutOfMemoryError: In all processes, if one ran out of memory.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with added_up_in_fp32(parameters if self.count > 1 else ()) as wide:
@@ -138,12 +167,12 @@ class MicroSteps:
         return loss, stop_requested
 
     def _accumulate(self, step: int, total: Tensor) -> None:
-        """This rank's share: its part of the gradient, and its summed loss on top of `total`."""
+        """Accumulate the gradient of this process's share, and add the loss of its tokens to `total`."""
         settings, rank = self.config.trainer, self.world.rank
         inputs_BxT, targets_BxT = self.training.training_batch(
             step, settings.sequences_per_step, settings.seed, rank=rank, world_size=self.world.size
         )
-        # What a method draws in a forward pass, as dropout does, is a function of seed, step and rank.
+        # Random numbers of a forward pass, such as dropout, depend only on the seed, the step and the rank.
         key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
         torch.manual_seed(keyed_generator(key).initial_seed())
         size = self.sequences_per_micro_step
@@ -155,7 +184,7 @@ class MicroSteps:
             total += summed.detach().double()
 
     def _on_device(self, tokens: Tensor) -> Tensor:
-        """From pinned memory, a GPU takes them while it is busy with what came before."""
+        """Copy tokens to the device. From pinned memory, the copy runs while the GPU still computes earlier work."""
         return (
             tokens.contiguous().pin_memory().to(self.device, non_blocking=True)
             if self.device.type == "cuda"
@@ -163,10 +192,13 @@ class MicroSteps:
         )
 
     def within_memory(self, action: Callable[[], T]) -> T:
-        """The result of `action`, tried again with half as many sequences at a time whenever memory runs out.
+        """Return the result of `action`. Try again with half as many sequences per micro-step when memory runs out.
 
-        `action` raises torch.OutOfMemoryError on all ranks or on none. Raises TrainingError where one sequence is too
-        many.
+        Args:
+            action: Raises torch.OutOfMemoryError in all processes or in none.
+
+        Raises:
+            TrainingError: The micro-step cannot be smaller: it has one sequence, or update_in_backward is set.
         """
         while True:
             try:
@@ -179,7 +211,7 @@ class MicroSteps:
             self._halve()
 
     def _smaller(self) -> list[str]:
-        """The options that save memory and are not taken yet."""
+        """Return the options that save memory and are not used yet."""
         settings = self.config.trainer
         options = [] if settings.activation_checkpointing else ["trainer.activation_checkpointing=true"]
         options += self.config.method.memory_options
@@ -191,18 +223,18 @@ class MicroSteps:
             options = [*self._smaller(), "a smaller model", "shorter sequences"]
             raise TrainingError(
                 f"out of memory on {self.device} with {size} sequences at a time, and trainer.update_in_backward=true "
-                f"takes a batch at once; take {', '.join(options)}, or trainer.update_in_backward=false, which can "
-                "take fewer at a time"
+                f"computes a batch at once; use {', '.join(options)}, or trainer.update_in_backward=false, which can "
+                "compute fewer at a time"
             )
         if size == 1:
             raise TrainingError(
                 f"out of memory on {self.device} with one sequence of {self.config.data.sequence_length_tokens} tokens "
-                f"at a time; take {', '.join([*self._smaller(), 'a smaller model'])} or shorter sequences"
+                f"at a time; use {', '.join([*self._smaller(), 'a smaller model'])} or shorter sequences"
             )
         self.at_most(size // 2)
         self.on_smaller()
         self.log_line(
-            f"out of memory on {self.device} with {size} sequences at a time; going on with "
-            f"trainer.sequences_per_micro_step={self.sequences_per_micro_step} (the batch of an update stays "
+            f"out of memory on {self.device} with {size} sequences at a time; continuing with "
+            f"trainer.sequences_per_micro_step={self.sequences_per_micro_step} (the batch of a step stays "
             f"{self.config.trainer.sequences_per_step})"
         )

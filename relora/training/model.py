@@ -1,4 +1,4 @@
-"""The model that is trained: how it is built, and its loss."""
+"""Build the model that is trained, and compute its loss."""
 
 import os
 from collections.abc import Iterator
@@ -19,18 +19,25 @@ from relora.config.groups import ModelConfig
 from relora.core.loss import summed_linear_cross_entropy
 
 COMPILER = "inductor"
-"""The backend of torch.compile; one that generates no code traces the same graphs in less time."""
+"""The backend of torch.compile. A backend that generates no code traces the same graphs in less time."""
 
 
 def build(config: ModelConfig, shape: LlamaShape, *, end_of_text_id: int, seed: int) -> nn.Module:
-    """A freshly initialised fp32 model on the CPU: a function of (config, shape, seed) alone."""
+    """Build a freshly initialised fp32 model on the CPU. Its weights depend only on `config`, `shape` and `seed`.
+
+    Args:
+        config: Settings of the model besides its sizes.
+        shape: The sizes.
+        end_of_text_id: Token id for the beginning and the end of a text.
+        seed: Seed of the weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(llama_config(config, shape, end_of_text_id=end_of_text_id))
 
 
 def llama_config(config: ModelConfig, shape: LlamaShape, *, end_of_text_id: int | None = None) -> LlamaConfig:
-    """Our sizes under Hugging Face's names; `shape` is what is trained, `config` the rest."""
+    """Return the config of transformers. The sizes come from `shape`, and the other settings from `config`."""
     return LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -48,25 +55,25 @@ def llama_config(config: ModelConfig, shape: LlamaShape, *, end_of_text_id: int 
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Let torch.compile have each layer of the decoder, at its first use: one graph serves all."""
+    """Compile each decoder layer with torch.compile at its first use. All layers share one graph."""
     for layer in model.get_submodule("model.layers").children():
         layer.compile(backend=COMPILER)
 
 
 @contextmanager
 def precision_context(precision: str, device: torch.device) -> Iterator[None]:
-    """Autocast where `precision` asks for it."""
+    """Run the block under bf16 autocast if `precision` is "bf16_autocast"."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16_autocast"):
         yield
 
 
 def logits(model: nn.Module, inputs_BxT: Tensor) -> Tensor:
-    """logits_BxTxV of a causal model."""
+    """Return logits_BxTxV of a causal model."""
     return model(input_ids=inputs_BxT, use_cache=False).logits
 
 
 def _is_ours(model: nn.Module) -> TypeGuard[LlamaForCausalLM]:
-    """Whether `model` is of the kind that `build` makes, its head not wrapped."""
+    """Whether `model` is of the kind that `build` makes, with a head that is not wrapped."""
     return (
         type(model) is LlamaForCausalLM
         and model.config._attn_implementation == "sdpa"
@@ -75,19 +82,22 @@ def _is_ours(model: nn.Module) -> TypeGuard[LlamaForCausalLM]:
 
 
 def final_hidden(model: LlamaForCausalLM, inputs_BxT: Tensor, *, recompute: bool) -> Tensor:
-    """hidden_BxTxD after the last norm, of whole sequences, each token seeing those before it.
+    """Return hidden_BxTxD after the last norm, with causal attention over whole sequences.
 
-    With `recompute`, what a layer computes on its way is not kept but computed again in the backward pass.
+    The result equals that of model.model(inputs_BxT). That call also looks for packed sequences, which copies a number
+    from the device. The host would then wait in every forward pass until a GPU has finished all earlier work.
 
-    What model.model(inputs_BxT) returns, without its look for packed sequences: that reads a number off the device, so
-    that the host would wait in every forward pass for all that it has given a GPU to do.
+    Args:
+        model: A model that `build` made.
+        inputs_BxT: Token ids.
+        recompute: Keep no activations within a layer, and compute them again in the backward pass.
     """
     decoder = model.model
     hidden_BxTxD = decoder.embed_tokens(inputs_BxT)
     positions_1xT = torch.arange(inputs_BxT.shape[1], device=inputs_BxT.device)[None]
     rotary = decoder.rotary_emb(hidden_BxTxD, position_ids=positions_1xT)
     for layer in decoder.layers:
-        # No mask means causal to torch's own attention, which is what our models have.
+        # Our models use torch's own attention (sdpa). It is causal if there is no mask.
         call = partial(layer, attention_mask=None, position_embeddings=rotary, position_ids=positions_1xT)
         hidden_BxTxD = checkpoint(call, hidden_BxTxD, use_reentrant=False) if recompute else call(hidden_BxTxD)
     return decoder.norm(hidden_BxTxD)
@@ -96,10 +106,17 @@ def final_hidden(model: LlamaForCausalLM, inputs_BxT: Tensor, *, recompute: bool
 def summed_cross_entropy(
     model: nn.Module, inputs_BxT: Tensor, targets_BxT: Tensor, *, recompute: bool = False
 ) -> Tensor:
-    """Sum over all targets of -log p(target), in fp32 whatever the model computes in.
+    """Return the sum over all targets of -log p(target), in fp32 for any precision of the model.
 
-    The models that are trained here never hold the logits of all tokens, nor, with `recompute`, the activations within
-    a layer. One of another kind may do as it likes to its logits, and is asked for them.
+    For a model that `build` made, the logits of all tokens are never in memory at once. Another model may change its
+    logits in its own way, so its full logits are computed.
+
+    Args:
+        model: A causal model.
+        inputs_BxT: Token ids.
+        targets_BxT: The token id that follows each input.
+        recompute: Keep no activations within a layer, and compute them again in the backward pass. Only for a model
+            that `build` made.
     """
     if _is_ours(model):
         hidden_NxD = final_hidden(model, inputs_BxT, recompute=recompute).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Models and tokenizers as Hugging Face folders: written whole, read with care."""
+"""Write models and tokenizers to Hugging Face folders, and load them with checks."""
 
 import json
 import os
@@ -23,24 +23,31 @@ from relora.common.files import check_weight_sums, crc32_of, publishing
 logging.disable_progress_bar()
 
 RUN_FILE = "relora.json"
-"""Beside the weights of an exported model: what it takes to evaluate it as its run did."""
-
+"""A file beside the weights of an exported model, with the settings to evaluate it as its run did."""
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 TOKENIZER_PROBE = "def main(n: int) ->  str:\n    return f'{n + 1} Grüße, 世界!'\n"
-"""A text in which tokenizers differ."""
+"""A text that different tokenizers encode differently."""
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""How folders are loaded: nothing is fetched, and no code that a folder brings along is run, nor is anyone asked."""
+"""Arguments of from_pretrained: nothing is downloaded, a folder's own code is not run, and the user is not asked."""
 
 
 def save_pretrained(
     model: nn.Module, tokenizer_file: Path, folder: Path, run: dict[str, Any], tokenizer_config: dict[str, Any]
 ) -> None:
-    """Write a plain Hugging Face folder (weights, config, tokenizer) plus `run` as relora.json.
+    """Write a plain Hugging Face folder with weights, config and tokenizer, plus relora.json.
 
-    Through a sibling folder that is renamed when it is complete and on the disk: a folder of that name is whole.
+    It is written to a temporary folder beside it, which is renamed when it is complete and on the disk. So `folder` is
+    never incomplete.
+
+    Args:
+        model: A model of transformers.
+        tokenizer_file: Copied as tokenizer.json.
+        folder: The folder to create.
+        run: Content of relora.json, to which the checksums of the weights are added.
+        tokenizer_config: Content of tokenizer_config.json.
     """
     with publishing(folder) as temporary:
         model.save_pretrained(temporary)  # type: ignore[operator]
@@ -52,7 +59,7 @@ def save_pretrained(
 
 @contextmanager
 def _loading(folder: Path, what: str) -> Iterator[None]:
-    """Inside, what transformers raises for a folder that it cannot load is one line, and it writes no report of it."""
+    """Turn errors of transformers inside the block into a RunError of one line, and silence its warnings."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -66,10 +73,12 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
 
 
 def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a local Hugging Face folder, in its stored precision, in evaluation mode.
+    """Load the model of a local Hugging Face folder, in its stored precision and in evaluation mode.
 
-    Code in the folder is never run. Raises RunError where it cannot be loaded, where the weights are not those that
-    were exported, and where they are not the ones that its config.json describes.
+    Code in the folder is never run.
+
+    Raises:
+        RunError: The model cannot be loaded, the weights changed after the export, or they do not match config.json.
     """
     check_weight_sums(folder)
     with _loading(folder, "model"):
@@ -78,13 +87,13 @@ def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrai
     model, info = loaded
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise RunError(
-            f"the model in {folder} cannot be loaded: {name} has the shape {tuple(found)}, and by its config.json "
+            f"the model in {folder} cannot be loaded: {name} has the shape {tuple(found)}, and config.json requires "
             f"{tuple(wanted)}; restore the file that was changed"
         )
     if info["missing_keys"]:
         raise RunError(
-            f"the model in {folder} cannot be loaded: its config.json asks for {min(info['missing_keys'])}, which the "
-            "weights do not hold; restore the file that was changed"
+            f"the model in {folder} cannot be loaded: config.json requires {min(info['missing_keys'])}, which the "
+            "weights do not have; restore the file that was changed"
         )
     model = model.eval()
     nn.Module.to(model, device)
@@ -92,10 +101,10 @@ def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrai
 
 
 def check_same_weights(model: nn.Module, other: nn.Module) -> None:
-    """Raise ValueError unless both have the same parameters and buffers, by name, shape, type and every bit."""
+    """Raise ValueError unless both models have the same parameters and buffers: names, shapes, types and all bits."""
     ours, theirs = model.state_dict(), other.state_dict()
     if ours.keys() != theirs.keys():
-        raise ValueError(f"only one of them has {', '.join(sorted(ours.keys() ^ theirs.keys()))}")
+        raise ValueError(f"only one of the two models has {', '.join(sorted(ours.keys() ^ theirs.keys()))}")
     for name, value in ours.items():
         found = theirs[name]
         if (value.dtype, value.shape) != (found.dtype, found.shape):
@@ -107,25 +116,31 @@ def check_same_weights(model: nn.Module, other: nn.Module) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """What torch.equal compares where a value may be NaN, which equals nothing."""
+    """View a tensor as bytes. torch.equal can compare these also for NaN, which does not equal itself."""
     return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local Hugging Face folder, by the class that its tokenizer_config.json names.
+    """Load the tokenizer of a local Hugging Face folder, with the class that its tokenizer_config.json names.
 
-    Code in the folder is never run. Raises RunError where it cannot be loaded.
+    Code in the folder is never run. Raises RunError if the tokenizer cannot be loaded.
     """
     with _loading(folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
 
 
 def loadable_tokenizer_config(tokenizer_file: Path) -> tuple[dict[str, Any], str | None]:
-    """The tokenizer_config.json for an exported model, and why it is not the one beside `tokenizer_file`, if so.
+    """Return a tokenizer_config.json for an exported model that transformers can load.
 
-    The one there may name code of its own (auto_map), or a class that cannot be loaded or that makes other tokens than
-    `tokenizer_file`, which the text was encoded with: then transformers' general class takes its place. Raises RunError
-    where that cannot load the file either.
+    This is the one beside `tokenizer_file`, if it works. It does not work if it names its own code (auto_map), if its
+    class cannot be loaded, or if its class makes other tokens than `tokenizer_file`, which encoded the text. Then the
+    class is replaced by PreTrainedTokenizerFast.
+
+    Returns:
+        The content of the file, and a note for the user if the class was replaced.
+
+    Raises:
+        RunError: PreTrainedTokenizerFast cannot load the file either.
     """
     settings = json.loads(tokenizer_file.with_name(TOKENIZER_CONFIG).read_text())
     reason = _tokenizer_problem(tokenizer_file, settings)
@@ -137,24 +152,24 @@ def loadable_tokenizer_config(tokenizer_file: Path) -> tuple[dict[str, Any], str
     for candidate in (general, least):
         if (last := _tokenizer_problem(tokenizer_file, candidate)) is None:
             return candidate, (
-                f"note: the class {settings.get('tokenizer_class')} that the tokenizer_config.json of data.tokenizer "
-                f"names does not serve ({reason}); the exported model gets PreTrainedTokenizerFast instead, which "
+                f"note: the class {settings.get('tokenizer_class')} in the tokenizer_config.json of data.tokenizer "
+                f"cannot be used ({reason}); the exported model gets PreTrainedTokenizerFast instead, which "
                 "makes the same tokens as its tokenizer.json"
             )
-    raise RunError(f"transformers cannot load the tokenizer of data.tokenizer: {last}; take another tokenizer.json")
+    raise RunError(f"transformers cannot load the tokenizer of data.tokenizer: {last}; use another tokenizer.json")
 
 
 def _tokenizer_problem(tokenizer_file: Path, settings: dict[str, Any]) -> str | None:
-    """Why transformers cannot use `tokenizer_file` with `settings`, None where it can."""
+    """Return why transformers cannot use `tokenizer_file` with `settings`, or None if it can."""
     if "auto_map" in settings:
-        return "it names code of its own in auto_map, which is never run"
+        return "it names its own code in auto_map, which is never run"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copyfile(tokenizer_file, folder / TOKENIZER)
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings))
         try:
             tokens = AutoTokenizer.from_pretrained(folder, **LOCAL)(TOKENIZER_PROBE, add_special_tokens=False)
-        except Exception as error:  # a class that does not fit raises whatever it comes upon
+        except Exception as error:  # a wrong class can raise any error
             return f"{type(error).__name__}: {first_line(error)}".replace(f"{folder}/", "")
     plain = PreTrainedTokenizerFast(tokenizer_file=os.fspath(tokenizer_file))
     if tokens["input_ids"] != plain(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]:

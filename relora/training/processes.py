@@ -1,4 +1,4 @@
-"""A run's part on each rank: its device, its trainer, and all that the ranks other than the first do."""
+"""The work of each process of a run: choose its device and build its trainer. Also all work of ranks above 0."""
 
 import errno
 import hashlib
@@ -28,17 +28,25 @@ if TYPE_CHECKING:
     from relora.training.trainer import Trainer
 
 RECORDED_SECONDS = 10.0
-"""How long a rank that fails waits for rank 0 to record it; launchers give rank 0 some 30 s more then."""
+"""How long a failed process waits until rank 0 has recorded its failure. Launchers then give rank 0 about 30 s more."""
 
 MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
-"""A full, forbidden or broken disk: nothing a traceback could explain."""
+"""Errors of a full, forbidden or broken disk. A traceback does not help the user there."""
 
 
 def run_worker(run: RunDir, world: World, *, warm_start_only: bool = False) -> Status:
-    """What a rank other than the first does: it trains its share, and writes nothing but what ended it alone.
+    """Train the share of a process above rank 0.
 
-    Returns how it went, after rank 0 has recorded it. Called where signals are held: one that came early reaches the
-    other ranks with the first update.
+    This process writes no files, except a file with its own error. Call this with signals held: a signal that comes
+    before training reaches the other processes with the first step.
+
+    Args:
+        run: The folder of the run.
+        world: The processes that train together.
+        warm_start_only: Stop when the warm start is trained.
+
+    Returns:
+        The status of this process, after rank 0 has recorded it.
     """
     previous = run.known_status
     if previous is not None and previous.state == "finished":
@@ -48,13 +56,13 @@ def run_worker(run: RunDir, world: World, *, warm_start_only: bool = False) -> S
         with world.joined(), signals.asked(lambda name: None), _left_for_first(run, world.rank):
             _train_share(run, world, warm_start_only)
         status.state = "finished"
-    except BaseException as error:  # whatever it is, rank 0 must be able to tell
+    except BaseException as error:  # rank 0 must be able to report every error
         status.message = in_words(error)
         if isinstance(error, (Interrupted, WarmStartTrained)):
             status.state = "interrupted"
     if status.state != "finished":
         _wait_until_recorded(run)
-        # An interrupted rank 0 leaves the others with a lost connection: for a launcher they are interrupted too.
+        # If rank 0 is interrupted, the others lose their connection. A launcher must see them as interrupted too.
         recorded = run.known_status
         if recorded is not None and recorded.state == "interrupted":
             status.state = "interrupted"
@@ -63,9 +71,9 @@ def run_worker(run: RunDir, world: World, *, warm_start_only: bool = False) -> S
 
 @contextmanager
 def _left_for_first(run: RunDir, rank: int) -> Iterator[None]:
-    """Write down what ends this rank alone, before the others learn that it is gone: rank 0 then tells it.
+    """Write an error of this process to a file, before the others notice that it is gone. Rank 0 then reports it.
 
-    Where the disk takes no more, this rank tells it.
+    If the file cannot be written, this process prints the error.
     """
     try:
         yield
@@ -81,7 +89,7 @@ def _left_for_first(run: RunDir, rank: int) -> Iterator[None]:
 
 
 def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
-    """Wait for rank 0 to prepare what there is to prepare, and train with it."""
+    """Wait until rank 0 has prepared the corpus and the warm start. Then train."""
     with signals.held():
         from relora.data import corpus as corpora
 
@@ -106,7 +114,11 @@ def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
 
 
 def then_stop(on_warm_start: Callable[[], None] | None) -> Callable[[], None]:
-    """`on_warm_start`, and no further. Raises WarmStartTrained at once where the warm start stands already."""
+    """Return a function that calls `on_warm_start` and then raises WarmStartTrained, so that training stops there.
+
+    Raises:
+        WarmStartTrained: At once if `on_warm_start` is None, because the warm start is trained already.
+    """
     if on_warm_start is None:
         raise WarmStartTrained
 
@@ -118,7 +130,7 @@ def then_stop(on_warm_start: Callable[[], None] | None) -> Callable[[], None]:
 
 
 def _wait_until_recorded(run: RunDir) -> None:
-    """Until rank 0 lets go of the run: launchers stop all ranks as soon as one has ended badly."""
+    """Wait until rank 0 releases the lock of the run. Launchers stop all processes as soon as one has failed."""
     limit = time.monotonic() + RECORDED_SECONDS
     while run.is_locked and time.monotonic() < limit:
         time.sleep(PROBE_SECONDS / 10)
@@ -136,7 +148,25 @@ def build_trainer(
     on_warm_start: Callable[[], None] | None,
     attempt: Attempt | None = None,
 ) -> "Trainer":
-    """The same on every rank, but for `tracker`, `stop`, what `on_warm_start` does and the first's `attempt`."""
+    """Build the trainer of a process.
+
+    The arguments are the same in all processes, except `tracker`, `stop`, `attempt` (only rank 0 has one), and what
+    `on_warm_start` does.
+
+    Args:
+        run: The folder of the run, for its checkpoints.
+        config: The run.
+        corpus: Provides the training and validation sequences and the size of the vocabulary.
+        tracker: Receives metrics and log lines.
+        world: The processes that train together.
+        device: Where to train.
+        stop: Returns the reason to stop, or None.
+        on_warm_start: Called when the warm start is trained and saved.
+        attempt: Describes this machine for the run's record.
+
+    Raises:
+        RunError: model.vocab_size is smaller than the vocabulary of the tokenizer.
+    """
     with signals.held():
         from relora.training.model import build
         from relora.training.trainer import Trainer
@@ -164,9 +194,16 @@ def build_trainer(
 
 
 def choose_device(name: str, world: World) -> "torch.device":
-    """The device that `trainer.device` means here; several ranks take a GPU each. Raises RunError where there is none.
+    """Return the device of this process for `trainer.device`. With several processes, each uses its own GPU.
 
-    A launcher that shows each rank its own GPU alone is fine too.
+    A launcher may also make only one GPU visible to each process.
+
+    Args:
+        name: The value of trainer.device.
+        world: The processes that train together.
+
+    Raises:
+        RunError: torch sees no such GPU, or `name` is one GPU for several processes.
     """
     import torch
 
@@ -177,22 +214,22 @@ def choose_device(name: str, world: World) -> "torch.device":
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if world.size == 1:
         if int(name.partition(":")[2] or 0) >= seen:
-            raise RunError(f"trainer.device={name}: torch sees {seen} CUDA devices; take trainer.device=auto or cpu")
+            raise RunError(f"trainer.device={name}: torch sees {seen} CUDA devices; use trainer.device=auto or cpu")
         return torch.device(name)
     if ":" in name:
-        raise RunError(f"trainer.device={name} names one GPU for {world.size} ranks; take trainer.device=cuda")
+        raise RunError(f"trainer.device={name} names one GPU for {world.size} ranks; use trainer.device=cuda")
     own = 0 if seen == 1 else world.local_rank
     if own >= seen:
         raise RunError(
             f"trainer.device={name}: rank {world.rank} is number {own} on its machine, where torch sees {seen} CUDA "
-            "devices; start a rank for each of them, or take trainer.device=cpu"
+            "devices; start one rank for each of them, or use trainer.device=cpu"
         )
     torch.cuda.set_device(own)
     return torch.device("cuda", own)
 
 
 def check_devices(device: "torch.device", world: World) -> None:
-    """Raise RunError, on all ranks, where two have the same GPU, or some have a GPU and others have none."""
+    """Raise RunError, in all processes, if two use the same GPU, or if some use a GPU and others the CPU."""
     if world.size == 1:
         return
     owners: dict[int, list[int]] = {}
@@ -201,19 +238,19 @@ def check_devices(device: "torch.device", world: World) -> None:
     with_cpu = owners.pop(0, [])
     if with_cpu and owners:
         raise RunError(
-            f"rank {', '.join(map(str, with_cpu))} of {world.size} has no GPU and the others have one; start a rank "
-            "for each GPU, or take trainer.device=cpu"
+            f"rank {', '.join(map(str, with_cpu))} of {world.size} has no GPU and the others have one; start one rank "
+            "for each GPU, or use trainer.device=cpu"
         )
     for ranks in owners.values():
         if len(ranks) > 1:
             raise RunError(
-                f"ranks {', '.join(map(str, ranks))} have the same GPU, and NCCL connects one rank a GPU; start a rank "
-                "for each GPU (torchrun --nproc-per-node, cluster.gpus_per_node), or take trainer.device=cpu"
+                f"ranks {', '.join(map(str, ranks))} have the same GPU, and NCCL allows one rank per GPU; start one "
+                "rank for each GPU (torchrun --nproc-per-node, cluster.gpus_per_node), or use trainer.device=cpu"
             )
 
 
 def identity(device: "torch.device") -> int:
-    """0 for a CPU; for a GPU an integer of 63 bits that no other GPU of any machine has."""
+    """Return 0 for a CPU. For a GPU, return an integer of 63 bits that no other GPU of any machine has."""
     if device.type == "cpu":
         return 0
     import torch
@@ -223,7 +260,7 @@ def identity(device: "torch.device") -> int:
 
 
 def describe_machine(attempt: Attempt, device: "torch.device") -> None:
-    """Fill in what the bits of the attempt's results depend on."""
+    """Record the device, CPU, torch version and threads in `attempt`: the bits of the results depend on them."""
     import torch
 
     attempt.device = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -240,7 +277,7 @@ def _cpu_model() -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """What a person reads of it: the message alone where that is meant to stand alone."""
+    """Return the message of an error for the user. The class is added unless the message is clear without it."""
     mendable = isinstance(error, (ConfigError, RunError, Interrupted, WarmStartTrained)) or (
         isinstance(error, OSError) and error.errno in MENDABLE_ERRNOS
     )

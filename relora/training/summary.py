@@ -1,4 +1,4 @@
-"""The messages that a run leaves for its user: how it ended, and the commands that go on from there."""
+"""The messages of a run for its user: how it ended, and the commands to continue from there."""
 
 import os
 import shlex
@@ -11,12 +11,12 @@ from relora.runs.spent import other_switches
 
 
 def finished_already(run: RunDir, config: RunConfig, status: Status, *, commit: str | None) -> str:
-    """What a launch of a finished run says. `commit`: that of the code which is launched."""
+    """Return the message for a launch of a finished run. `commit` is the commit of the code that is launched."""
     text = f"{run.path} is finished already; change a setting or trainer.seed for another run, or remove the folder"
     if commit != status.git_commit:
-        text += f"\nnote: it was trained by commit {status.git_commit}, this is {commit}"
+        text += f"\nnote: it was trained by commit {status.git_commit}, and this is commit {commit}"
     if switches := other_switches(config, status.spent):
-        text += f"\nnote: it was trained with {switches}; its speed and memory are theirs"
+        text += f"\nnote: it was trained with {switches}; its speed and memory were measured with those"
     return text
 
 
@@ -25,12 +25,12 @@ def _overrides(run: RunDir) -> list[str]:
 
 
 def relaunch_command(run: RunDir) -> str:
-    """What resumes the run."""
+    """Return the command that resumes the run."""
     return shlex.join(["python", "run.py", *_overrides(run)])
 
 
 def baseline_command(run: RunDir) -> str:
-    """The full-rank run that compares with this one: its overrides less what belongs to the method."""
+    """Return the command of the full-rank run to compare with. It has this run's overrides without the method's."""
     rates = ("optimizer.learning_rate", "optimizer.embedding_learning_rate")
     own = ("method", "+method", *rates, "schedule.restart_warmup_steps")
     kept = [override for override in _overrides(run) if not override.startswith(own)]
@@ -38,13 +38,13 @@ def baseline_command(run: RunDir) -> str:
 
 
 def _verb(verb: str, *arguments: str, run: RunDir) -> str:
-    """A relora command, with the overrides that say where this run's store is."""
+    """Return a relora command, with the overrides that locate this run's folder and store."""
     where = [override for override in _overrides(run) if override.startswith(("runs_dir=", "tracker."))]
     return shlex.join(["relora", verb, *arguments, *where])
 
 
 def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
-    """What a finished run says of itself."""
+    """Return the summary table of a finished run, with its sample text if there is one."""
     found = status.summary
     rows = [
         ("perplexity", f"{found['test_perplexity']:.2f} on test, {found['eval_perplexity']:.2f} on validation"),
@@ -69,7 +69,7 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
     ]
     if config.tracker.name == "mlflow":
         rows.append(("MLflow UI", _verb("ui", run=run)))
-    # In a study the baselines come by themselves.
+    # A study adds its baselines by itself.
     if not config.method.is_full_rank and "-m" not in _overrides(run):
         rows.append(("baseline", baseline_command(run)))
     if status.message:
@@ -83,5 +83,5 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
 
 
 def prompt_for(config: RunConfig) -> str:
-    """What a trained model is asked to go on from: a Python definition, or the beginning of a text."""
+    """Return the prompt of the closing sample: a Python definition, or empty for the beginning of a text."""
     return "def " if config.data.name == "stdlib" else ""

@@ -278,8 +278,8 @@ class Trainer:
         if unequal:
             raise TrainingError(
                 f"step {step}: the weights of rank {', '.join(map(str, unequal))} differ from those of rank 0, and "
-                "they must be equal to the bit; give all processes the same kind of machine, number of threads, versions "
-                "of libraries and runs_dir, and continue from the newest checkpoint"
+                "they must be equal to the bit; give all processes the same kind of machine, number of threads, "
+                "versions of libraries and runs_dir, and continue from the newest checkpoint"
             )
 
     def validate(self, step: int) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Updates under way, on the host or on the device, and the seconds that they take."""
+"""Optimizer steps that the device has not finished yet, and a clock of the training seconds."""
 
 import time
 from collections import deque
@@ -11,30 +11,30 @@ import torch
 from torch import Tensor
 
 SMOOTHED_STEPS = 20
-"""Updates that the shown tokens/s is averaged over."""
+"""Number of steps over which the displayed tokens/s is averaged."""
 
 
 class Event(Protocol):
-    """A point in a device's work."""
+    """A point in the queue of a device."""
 
     def synchronize(self) -> None:
-        """Wait until the device has come so far."""
+        """Wait until the device has reached this point."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One that the host has made and that is yet to be told: its numbers are on their way from the device."""
+    """An optimizer step that the host has issued. Its loss and norm are still being copied to the host."""
 
     step: int
     loss_and_norm: Tensor
-    """On the CPU; filled when `ready`."""
+    """On the CPU. The values are valid when `ready` is reached."""
     ready: Event | None
     learning_rate: float
 
 
 def cuda_event(device: torch.device) -> Event | None:
-    """The end of what a GPU has been given so far; None on a CPU, which is done when the call returns."""
+    """Record an event after all work that a GPU has received so far. None on a CPU, whose calls return when done."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -43,12 +43,12 @@ def cuda_event(device: torch.device) -> Event | None:
 
 
 class UnderWay:
-    """The updates that are not finished, and the training seconds so far.
+    """The optimizer steps that are not finished, and the training seconds so far.
 
-    The host runs `ahead` updates ahead of a GPU: it does not wait for numbers that only people read. The clock runs
-    from the moment the host begins an update until the device has finished the last one. So it counts the device's work
-    whole, what the host does meanwhile included, and stands still during validation and checkpoints, before which all
-    updates are finished.
+    The host runs `ahead` steps ahead of a GPU, because it need not wait for numbers that are only displayed. The clock
+    starts when the host begins a step, and stops when the device has finished the last step. So it counts all work of
+    the device, and the work of the host at the same time. It does not run during validation and checkpoints: all steps
+    are finished before these.
     """
 
     def __init__(
@@ -59,35 +59,42 @@ class UnderWay:
         event: Callable[[torch.device], Event | None] = cuda_event,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`ahead`: 1 on a GPU, 0 elsewhere. `event` and `now` (seconds) are the device's and the host's clocks."""
+        """Create a clock that is not running.
+
+        Args:
+            device: The device that computes the steps.
+            ahead: How many steps the host runs ahead. By default 1 on a GPU and 0 elsewhere.
+            event: Records an event on the device, or returns None if the device needs none.
+            now: The clock of the host, in seconds.
+        """
         self.device, self._event, self._now = device, event, now
         self.ahead = ahead if ahead is not None else int(device.type == "cuda")
         self._updates: deque[Update] = deque()
         self._begun: float | None = None
-        """When the clock was started; None while it stands still."""
+        """When the clock was started. None while it does not run."""
         self._making = False
         self._seconds = 0.0
         self._finishes: deque[float] = deque([0.0], maxlen=SMOOTHED_STEPS + 1)
-        """Training seconds at the end of the last updates."""
+        """Training seconds at the end of the last steps."""
 
     @property
     def seconds(self) -> float:
-        """Spent on updates and restarts, over all attempts."""
+        """Training seconds: the time of steps and restarts, over all attempts."""
         return self._seconds + (0.0 if self._begun is None else self._now() - self._begun)
 
     def go_on_from(self, seconds: float) -> None:
-        """Take over the seconds of earlier attempts."""
+        """Start from the seconds of earlier attempts."""
         self._seconds = seconds
         self._finishes = deque([seconds], maxlen=SMOOTHED_STEPS + 1)
 
     @property
     def updates_per_second(self) -> float:
-        """Averaged over the last SMOOTHED_STEPS updates that are finished."""
+        """Finished steps per second, averaged over the last SMOOTHED_STEPS steps."""
         return (len(self._finishes) - 1) / (self._finishes[-1] - self._finishes[0])
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """The host makes an update inside, and whatever else belongs to training."""
+        """Keep the clock running inside the block, in which the host issues a step or does a restart."""
         self._start()
         self._making = True
         try:
@@ -96,14 +103,14 @@ class UnderWay:
             self._making = False
 
     def add(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
-        """The host has made the update of `step`; loss and norm are scalars on the device."""
+        """Add a step that the host has issued. Its loss and norm are scalars on the device."""
         self._start()
         numbers_2 = torch.stack([loss.double(), gradient_norm.double()]).to("cpu", non_blocking=True)
         ready = self._event(self.device)
         self._updates.append(Update(step=step, loss_and_norm=numbers_2, ready=ready, learning_rate=learning_rate))
 
     def finished(self, *, all_but: int = 0) -> list[Update]:
-        """Wait until the device has finished all updates but the newest `all_but`; returns those not returned yet."""
+        """Wait until all steps except the newest `all_but` are finished. Return those that were not returned before."""
         done: list[Update] = []
         while len(self._updates) > all_but:
             update = self._updates.popleft()

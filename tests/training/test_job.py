@@ -135,9 +135,7 @@ def test_a_deep_healthy_bf16_model_is_exported_without_a_doubt(tiny: list[str], 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_compiled_by_inductor_is_exported_and_resumes_to_the_bit(
-    tiny: list[str], precision: str
-) -> None:
+def test_a_run_compiled_by_inductor_is_exported_and_resumes_to_the_bit(tiny: list[str], precision: str) -> None:
     if shutil.which("g++") is None:
         skip_or_fail("compiler", "torch.compile's own backend needs a C++ compiler")
     torch.compiler.reset()
@@ -414,7 +412,7 @@ def test_another_commit_and_other_switches_than_the_finished_runs_are_told(
     monkeypatch.setattr("relora.training.job.git_commit", lambda: "another")
     launch(compose([*tiny, "trainer.activation_checkpointing=true"]), tiny)
     shown = capsys.readouterr().out
-    assert "this is another" in shown
+    assert "this is commit another" in shown
     assert "trained with other switches (trainer.activation_checkpointing False against True)" in shown
 
 

@@ -330,9 +330,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path
 def test_what_is_taken_already_is_no_remedy(tmp_path: Path) -> None:
     config = compose([item for item in TINY if not item.startswith("method")] + ["method=full"])
     model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
-    with pytest.raises(
-        TrainingError, match=r"use trainer\.activation_checkpointing=true, trainer\.precision=bf16, a "
-    ):
+    with pytest.raises(TrainingError, match=r"use trainer\.activation_checkpointing=true, trainer\.precision=bf16, a "):
         trainer_of(config, tmp_path, model=model).train()
 
 
