@@ -251,7 +251,7 @@ def _mark_pruned(attempt: _Attempt) -> None:
     status = run.status
     if status is not None:
         status.message = (
-            f"stopped early by the search: validation at step {attempt.reported_step} was worse than the median"
+            f"stopped early by the search: worse than the median at step {attempt.reported_step}"
         )
         run.status = status
 
