@@ -1,4 +1,4 @@
-"""A run's folder: state, metrics, checkpoints, warm start, results, and what SLURM says of the run's job.
+"""A run's folder: state, metrics, checkpoints, warm start, results, and the state of the run's SLURM job.
 
-Imports `config` and `common`. `checkpoint` alone imports torch.
+This package imports `config` and `common`. Only `checkpoint` imports torch.
 """

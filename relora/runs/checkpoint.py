@@ -1,6 +1,6 @@
-"""Checkpoints: one file a step, written whole or not at all, with a checksum; the newest undamaged one wins.
+"""Checkpoints: one file per step, written atomically, with a checksum. A run resumes from the newest undamaged one.
 
-Loads torch only to write and to read: who asks how far a run is needs none.
+torch is imported only to write and to read a file, so that the progress of a run can be read without torch.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from relora.common.errors import RunError
 from relora.common.files import reason, remove_leftovers, replacing, set_aside, sha256_of
 
 KEPT = 2
-"""The newest, and one to fall back on should its disk lie."""
+"""Checkpoints that are kept: the newest, and an older one for the case that the newest is damaged."""
 
 FOOTER = re.compile(rb"\nrelora sha256 ([0-9a-f]{64})\n")
-"""Ends a checkpoint: the digest of all bytes before it. torch reads the archive before it as if it were not there."""
+"""The end of a checkpoint: the digest of all bytes before it. torch ignores it when it reads the archive."""
 FOOTER_BYTES = 80
 ARCHIVE_END = re.compile(rb"PK\x05\x06.{18}", re.DOTALL)
-"""Ends a checkpoint from before checksums were written."""
+"""The end of an old checkpoint, which has no checksum."""
 
 
 class CheckpointError(RunError):
@@ -28,28 +28,34 @@ class CheckpointError(RunError):
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every complete checkpoint, oldest first; files still being written have another name."""
+    """Return (step, file) of every complete checkpoint, oldest first. Unfinished files have a different name."""
     found = ((re.fullmatch(r"step-(\d+)\.pt", path.name), path) for path in folder.glob("step-*.pt"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """The file of the checkpoint before the update of `step`."""
+    """Return the file of the checkpoint that is written before optimizer step `step`."""
     return folder / f"step-{step:08d}.pt"
 
 
 def latest_step(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint, None where there is none."""
+    """Return the step of the newest complete checkpoint, or None if there is none."""
     checkpoints = _checkpoints(folder)
     return checkpoints[-1][0] if checkpoints else None
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step` and drop all but the newest `KEPT` up to it.
+    """Write `state` as the checkpoint of `step`, and delete all except the newest `KEPT` checkpoints up to `step`.
 
-    Those of later steps go too: a run that is at `step` could not read them. The file appears under its name only
-    after it is complete and on the disk. Raises CheckpointError when it cannot be written (a full disk, say); earlier
-    checkpoints are untouched then.
+    Checkpoints of later steps are deleted too, because a run that is at `step` could not read them. The file gets its
+    final name only when it is complete and on the disk.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: The file cannot be written, for example because the disk is full. Earlier checkpoints are
+            unchanged then.
     """
     import torch
 
@@ -78,9 +84,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 class _Writer:
-    """Digests what it writes, and remembers the file's own error.
+    """Write to a file, compute the digest of the written bytes, and keep the error of the file.
 
-    torch turns a full disk into "unexpected pos 704 vs 598".
+    The error is kept because torch reports a full disk as "unexpected pos 704 vs 598".
     """
 
     file: BinaryIO
@@ -102,7 +108,7 @@ class _Writer:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Raises CheckpointError for a file that is not, to the bit, what was written."""
+    """Load onto the CPU what `save` wrote. Raises CheckpointError if any bit of the file has changed since."""
     import torch
 
     try:
@@ -117,7 +123,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> None:
-    """Raise CheckpointError where the file is damaged."""
+    """Raise CheckpointError if the file is damaged."""
     with path.open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
         if not size_bytes:
@@ -128,13 +134,14 @@ def _verify(path: Path) -> None:
     if footer is None and not ARCHIVE_END.fullmatch(tail[-22:]):
         raise CheckpointError(f"{path} is damaged: its end is missing")
     if footer is not None and sha256_of(path, size_bytes - FOOTER_BYTES) != footer[1].decode():
-        raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
 
 
 def load_latest(folder: Path, log_line: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that is undamaged, on the CPU; None when there is none.
+    """Load the newest undamaged checkpoint onto the CPU; None if there are no checkpoints.
 
-    A damaged one is named through `say` and the one before it taken. Raises CheckpointError when all are damaged.
+    Each damaged checkpoint is reported through `log_line`, and the one before it is tried. Raises CheckpointError if
+    all checkpoints are damaged.
     """
     checkpoints = _checkpoints(folder)
     for _, path in reversed(checkpoints):

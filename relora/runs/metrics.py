@@ -1,4 +1,7 @@
-"""What a run reports and where it goes first: a JSONL file in its folder, the truth that every other view mirrors."""
+"""The metrics of a run, the trackers that receive them, and the JSONL file in the run's folder.
+
+The file is the original record: every other view of the metrics is a copy of it.
+"""
 
 import itertools
 import json
@@ -17,18 +20,18 @@ from relora.common.errors import RunError
 from relora.common.files import naming
 
 REPRODUCIBLE_PREFIXES = ("train/", "eval/", "restart/", "progress/")
-"""Metrics that a replayed step must give again; perf/ is about the machine and may differ."""
+"""Metrics that must be equal when a step is replayed. Metrics under perf/ depend on the machine and may differ."""
 
 MICRO_STEP = "perf/sequences_per_micro_step"
-"""How many sequences a pass took: another number sums in another order and changes the last bits."""
+"""The sequences in one micro-step. A different number changes the order of the sums, and so the last bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands after an update."""
+    """The progress of a run after an optimizer step."""
 
     step: int
-    """Updates done."""
+    """Optimizer steps done."""
     total_steps: int
     loss: float
     learning_rate: float
@@ -37,64 +40,67 @@ class Progress:
 
 
 class Tracker(Protocol):
-    """What the trainer tells the world."""
+    """A receiver of what the trainer reports."""
 
     def progress(self, progress: Progress) -> None:
-        """Called after every update; must be cheap."""
+        """Receive the progress. This is called after every optimizer step, so it must be cheap."""
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics after `step` updates."""
+        """Log the metrics after `step` optimizer steps."""
         ...
 
     def log_line(self, message: str) -> None:
-        """A line for people."""
+        """Log one line for the user."""
         ...
 
     def flush(self) -> None:
-        """Make what was logged survive a crash of the machine; called before a checkpoint is written."""
+        """Make the log survive a crash of the machine. This is called before a checkpoint is written."""
         ...
 
 
 class Broadcast:
-    """Several trackers as one."""
+    """A tracker that passes every call on to several trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = trackers
 
     def progress(self, progress: Progress) -> None:
-        """To each."""
+        """Pass the progress to each tracker."""
         for tracker in self.trackers:
             tracker.progress(progress)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """To each."""
+        """Pass the metrics to each tracker."""
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
     def log_line(self, message: str) -> None:
-        """To each."""
+        """Pass the line to each tracker."""
         for tracker in self.trackers:
             tracker.log_line(message)
 
     def flush(self) -> None:
-        """Each."""
+        """Flush each tracker."""
         for tracker in self.trackers:
             tracker.flush()
 
 
 class ReplayError(RunError):
-    """A replayed step gave another value than the first time: the run does not resume to the bit."""
+    """A replayed step gave a different value than the first time, so the resumed run is not bit-exact."""
 
 
 class MetricsLog:
-    """Appends rows {"step", "time_ms", name: value, ...} to a JSONL file.
+    """A tracker that appends rows {"step", "time_ms", name: value, ...} to a JSONL file.
 
-    A step that is replayed after a resume keeps its first row. With `exact`, a reproducible metric that differs on
-    replay raises ReplayError, up to the first row that is replayed with another MICRO_STEP. A line torn by a crash is
-    cut off when the file is opened; a damaged line in the middle stays where it is and is no row: `lost` has what of
-    the file could not be read. Values that are not finite are kept out of the numbers and named in the row's
-    "nonfinite" list: they would wreck every chart.
+    A step that is replayed after a resume keeps its first row. If `exact`, a reproducible metric that differs on replay
+    raises ReplayError. This check ends at the first row that is replayed with a different MICRO_STEP.
+
+    An incomplete last line, which a crash can leave, is cut off when the file is opened. A damaged line in the middle
+    stays in the file and is not read as a row. `lost` lists the damaged and missing rows.
+
+    Values that are not finite would break every chart. They are left out, and the row's "nonfinite" list has their
+    names.
     """
 
     def __init__(self, path: Path, *, exact: bool) -> None:
@@ -109,7 +115,12 @@ class MetricsLog:
         self._file.truncate(complete_bytes(path))
 
     def begin(self, first_step: int) -> "list[LostRows]":
-        """What of the file is lost to an attempt that goes on from `first_step`, or is computed again by it."""
+        """Begin an attempt that continues from `first_step`.
+
+        Returns:
+            The lost rows that no earlier attempt computed again. `recomputed` is set for those that this attempt will
+            compute again.
+        """
         lost = [rows for rows in self.lost if not rows.recomputed]
         for rows in lost:
             rows.recomputed = first_step <= rows.after_step
@@ -118,7 +129,12 @@ class MetricsLog:
         return lost
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics that this step has no value for yet."""
+        """Write the metrics that have no value for this step yet.
+
+        Raises:
+            ReplayError: The step is replayed, and a reproducible metric differs from its first value.
+            OSError: The file cannot be written. The error names the file.
+        """
         fresh: dict[str, float] = {}
         if MICRO_STEP in metrics and self._seen.get((step, MICRO_STEP)) not in (None, metrics[MICRO_STEP]):
             self.exact = False
@@ -128,8 +144,8 @@ class MetricsLog:
                 fresh[name] = self._seen[step, name] = float(value)
             elif self.exact and name.startswith(REPRODUCIBLE_PREFIXES) and not _same(first, float(value)):
                 raise ReplayError(
-                    f"step {step} was replayed and gave {name}={float(value)!r} where the first pass gave {first!r}; "
-                    "the machine is the same, so its code, a library or its memory is at fault: start a new run"
+                    f"step {step} was replayed and gave {name}={float(value)!r}, but the first time it gave {first!r}; "
+                    "the machine is the same, so the cause is the code, a library or faulty memory: start a new run"
                 )
         if not fresh:
             return
@@ -148,13 +164,13 @@ class MetricsLog:
             raise naming(error, self.path) from error
 
     def progress(self, progress: Progress) -> None:
-        """Not kept."""
+        """Do nothing: the progress is not stored."""
 
     def log_line(self, message: str) -> None:
-        """Not kept."""
+        """Do nothing: lines are not stored."""
 
     def flush(self) -> None:
-        """To the disk. Raises OSError that names the file."""
+        """Write the file to the disk. Raises OSError that names the file."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -164,7 +180,7 @@ class MetricsLog:
     @classmethod
     @contextmanager
     def opened(cls, path: Path, *, exact: bool) -> Iterator[Self]:
-        """Flushed and closed at the end."""
+        """Open the log, and flush and close it at the end."""
         log = cls(path, exact=exact)
         try:
             yield log
@@ -186,16 +202,16 @@ class LostRows:
 
     path: Path
     line: int
-    """Counted from 1."""
+    """The number of the damaged line, or of the line after the missing ones. The first line is 1."""
     rows: int
     missing: bool
-    """Whether the line itself is gone; otherwise it is there and cannot be read."""
+    """Whether the lines are missing. Otherwise the line is there but cannot be read."""
     after_step: int
-    """Of the row before."""
+    """The step of the row before."""
     before_step: int | None = None
-    """Of the row behind; None at the end."""
+    """The step of the row after; None at the end of the file."""
     recomputed: bool = False
-    """Whether a later attempt went on from before it, and so wrote the rows anew."""
+    """Whether a later attempt continued from an earlier step, and so wrote the rows again."""
 
     def __str__(self) -> str:
         many = self.rows > 1
@@ -207,30 +223,30 @@ class LostRows:
 
 @dataclass(kw_only=True)
 class Recorded:
-    """What a file of rows holds."""
+    """The content of a file of rows."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Those that can be read, in the order they were written."""
+    """The readable rows, in the order in which they were written."""
     lost: list[LostRows] = field(default_factory=list)
     lines: int = 0
-    """The number of the next one."""
+    """The number of the next line to write, counted from 0."""
 
 
 CHECK = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 RECOMPUTED = "recomputed_from"
-"""Of a row that is written when a run with lost rows goes on: from this step on all rows are computed again."""
+"""The key of a row that is written when a run with lost rows continues. Its value is the first step computed again."""
 FLAGS = (RECOMPUTED, "step", "time_ms", "nonfinite", "line", "crc32")
-"""What a row holds besides metrics; `line` is its number, from 0, by which a lost row is noticed."""
+"""The keys of a row that are not metrics. `line` is the row's number, from 0. A gap in it shows that rows are lost."""
 
 
 def encoded(row: Mapping[str, Any], line: int) -> bytes:
-    """A row as the line of that number, with a checksum."""
+    """Encode a row as line number `line`, with a checksum."""
     text = json.dumps({**row, "line": line}).encode()[:-1]
     return text + f', "crc32": "{zlib.crc32(text):08x}"}}\n'.encode()
 
 
 def decoded(line: bytes) -> dict[str, Any] | None:
-    """The row of a line, None for a damaged one. Rows from before checksums were written are read as they are."""
+    """Decode a line into its row; None if the line is damaged. Old rows have no checksum and are accepted without."""
     line = line.rstrip(b"\n")
     check = CHECK.search(line)
     if check is not None and int(check[1], 16) != zlib.crc32(line[: check.start()]):
@@ -248,7 +264,7 @@ def decoded(line: bytes) -> dict[str, Any] | None:
 
 
 def recorded(path: Path) -> Recorded:
-    """All complete rows of a file, and what of it is lost. Raises OSError for what is no file."""
+    """Read all complete rows of a file, and find the lost ones. Raises OSError if the path is not a file."""
     found = Recorded()
     if not path.exists():
         return found
@@ -278,15 +294,15 @@ def recorded(path: Path) -> Recorded:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All complete rows that can be read, in the order they were written."""
+    """Read all complete, undamaged rows, in the order in which they were written."""
     return recorded(path).rows
 
 
 def complete_bytes(path: Path) -> int:
-    """Length of the file up to its last complete line."""
+    """Return the length of the file up to the end of its last complete line; 0 if there is no file."""
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 
 def row_metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's metrics without its step, time and flags."""
+    """Return the metrics of a row, without its step, time and flags."""
     return {name: value for name, value in row.items() if name not in FLAGS}

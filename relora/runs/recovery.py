@@ -1,4 +1,4 @@
-"""The status of a run whose status.json is damaged, from what else the run's folder holds."""
+"""Recover the status of a run whose status.json is damaged from the other files in the run's folder."""
 
 from relora.common.errors import DamagedFile
 from relora.common.files import set_aside
@@ -8,7 +8,11 @@ from relora.runs.rundir import RunDir, Status, read_json
 
 
 def previous_status(run: RunDir) -> Status | None:
-    """What the last attempt left. Where that is damaged, the results of a finished run are read from its metrics."""
+    """Return the status that the last attempt left.
+
+    If status.json is damaged, it is renamed. The results of a finished run are then read from its metrics. Otherwise
+    the status is None.
+    """
     try:
         return run.status
     except DamagedFile as error:
@@ -17,9 +21,9 @@ def previous_status(run: RunDir) -> Status | None:
         prefix = "summary/"
         known = {name.removeprefix(prefix): row[name] for row in rows for name in row if name.startswith(prefix)}
         if not run.model.is_dir() or not all(name in known for name in RESULTS):
-            print(f"note: {message}, going on without it", flush=True)
+            print(f"note: {message}; continuing without it", flush=True)
             return None
-        print(f"note: {message}, its results are read from metrics.jsonl; where it was trained is lost", flush=True)
+        print(f"note: {message}; its results are read from metrics.jsonl, but its machine is unknown", flush=True)
         about = read_json(run.model / "relora.json")
         corpus = {name: about[name] for name in ("corpus_digest", "tokenizer_digest") if name in about}
         counts = ("tokens", "parameters", "trainable_parameters", "restarts", "skipped_updates", "peak_memory_bytes")

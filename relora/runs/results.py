@@ -1,4 +1,4 @@
-"""One run as its folder tells it: its config, how it stands, its results and its curves."""
+"""One run, read from its folder: its config, state, results and curves."""
 
 import math
 from collections import defaultdict
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 RESULTS = ("eval_loss", "eval_perplexity", "test_loss", "test_perplexity", "tokens", "flops", "training_seconds")
 RESULTS += ("peak_memory_bytes", "parameters", "trainable_parameters", "restarts", "skipped_updates")
-"""What the summary of a finished run has at least."""
+"""The results that the summary of every finished run has."""
 
 
 @dataclass(kw_only=True)
 class Run:
-    """One run as its folder tells it."""
+    """One run, read from its folder."""
 
     name: str
     role: str
@@ -36,11 +36,17 @@ class Run:
     status: Status | None
     state: str
     problem: str = ""
-    """Which of its files cannot be read, and why."""
+    """Which file of the run cannot be read, and why."""
 
     @classmethod
     def of(cls, path: Path, role: str, state: ObservedState) -> "Run":
-        """The run in `path`, "missing" where there is none."""
+        """Read the run in `path`; its state is "missing" if `path` has no config.
+
+        Args:
+            path: The folder of the run.
+            role: The run's role in the study, as in `role`.
+            state: The observed state. It is replaced by "unreadable" if a file of the run is damaged.
+        """
         folder = RunDir(path)
         nothing = cls(name=path.name, role=role, path=path, config=None, status=None, state="missing")
         if not folder.config_file.exists():
@@ -53,7 +59,10 @@ class Run:
 
     @classmethod
     def read(cls, path: Path, role: str, config: RunConfig, state: ObservedState) -> "Run":
-        """The run of that config; "unreadable", with what is wrong, where its results cannot be read."""
+        """Read the run of a config that is known already.
+
+        The state is "unreadable", and `problem` says why, if the run's results cannot be read.
+        """
         run = cls(name=path.name, role=role, path=path, config=config, status=None, state=state.name)
         if state.name == "unreadable":
             return replace(run, problem=state.message)
@@ -61,7 +70,7 @@ class Run:
             run.status = run.folder.status
             lacking = [name for name in RESULTS if not isinstance(run.summary.get(name), (int, float))]
             if run.finished and lacking:
-                raise DamagedFile(run.folder.status_file, f"its results lack {lacking[0]}")
+                raise DamagedFile(run.folder.status_file, f"its results have no {lacking[0]}")
             if run.folder.metrics_file.is_dir():
                 raise DamagedFile(run.folder.metrics_file, "it is a folder")
         except DamagedFile as error:
@@ -70,86 +79,89 @@ class Run:
 
     @property
     def folder(self) -> RunDir:
-        """Its files."""
+        """The files of the run."""
         return RunDir(self.path)
 
     @property
     def finished(self) -> bool:
-        """Whether it has results."""
+        """Whether the run has results."""
         return self.state == "finished" and self.config is not None
 
     @property
     def diverged(self) -> bool:
-        """Whether it is finished with a loss that is not finite."""
+        """Whether the run finished with a loss that is not finite."""
         return self.finished and not all(math.isfinite(self.summary[name]) for name in ("eval_loss", "test_loss"))
 
     @property
     def validation_loss(self) -> float:
-        """Of a finished run, what it is chosen by: nats, infinite where it diverged."""
+        """The loss of a finished run by which the best run is chosen, in nats; infinite if the run diverged."""
         return math.inf if self.diverged else self.summary["eval_loss"]
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Results of a finished run."""
+        """The results of a finished run."""
         return self.status.summary if self.status else {}
 
     @property
     def message(self) -> str:
-        """Why it has no results."""
-        return self.problem or (self.status.message if self.status else "it was never begun")
+        """Why the run has no results."""
+        return self.problem or (self.status.message if self.status else "it was never started")
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader of its results must know: a machine that changed, and rows that are lost."""
+        """Notes for a reader of the results: changes of the machine, and lost rows."""
         changes = self.status.machine_changes if self.status else []
-        notes = [f"from step {step} on it was trained on another machine ({machine})" for step, machine in changes]
+        notes = [f"from step {step} on, it was trained on another machine ({machine})" for step, machine in changes]
         lost = [] if self.problem else recorded(self.folder.metrics_file).lost
         return [*notes, *(f"{rows}: lost" for rows in lost if not rows.recomputed)]
 
     @property
     def spent(self) -> list[dict[str, Any]]:
-        """Its seconds by machine and switches (relora.runs.spent); of an old run, all on its last machine."""
+        """The training seconds by machine and switches (relora.runs.spent).
+
+        An old run has no such record. All its seconds count for its last machine.
+        """
         assert self.status is not None
         last = {"host": self.status.host, "device": self.status.device, "seconds": self.summary["training_seconds"]}
         return self.status.spent or [last]
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What runs of any length and seed must share to be compared: setting_key and the text that was read."""
+        """What runs of any length and seed must share to be compared: the setting_key and the digests of the corpus."""
         assert self.config is not None
         assert self.status is not None
         return (self.config.setting_key, *sorted(self.status.corpus.items()))
 
     @property
     def seed(self) -> int:
-        """Its seed."""
+        """The run's seed."""
         assert self.config is not None
         return self.config.trainer.seed
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """Its metrics, one record a step."""
+        """The metrics, one record per step."""
         by_step: dict[int, dict[str, Any]] = defaultdict(dict)
         for row in [] if self.problem else read_rows(self.folder.metrics_file):
             by_step[row["step"]] |= row
         return [by_step[step] for step in sorted(by_step)]
 
     def curve(self, axis: str) -> list[tuple[float, float]]:
-        """(value of `axis`, validation loss) at each evaluation."""
+        """Return (value of `axis`, validation loss) at each evaluation. `axis` is "seconds", "tokens" or "flops"."""
         name = "perf/training_seconds" if axis == "seconds" else f"progress/{axis}"
         known = [(row["step"], row[name]) for row in self.rows if name in row]
         points = [(row.get(name, _at(known, row["step"])), row["eval/loss"]) for row in self.rows if "eval/loss" in row]
         return [(value, loss) for value, loss in points if value is not None]
 
     def budget(self, axis: str) -> float:
-        """What the whole run took of `axis`."""
+        """Return the total of the whole run on `axis`."""
         return self.summary["training_seconds" if axis == "seconds" else axis]
 
 
 def _at(known: Sequence[tuple[int, float]], step: int) -> float | None:
-    """What runs that did not record it with their evaluations had of an axis at `step`: between the rows beside it.
+    """Interpolate an axis at `step` for a run that did not record the axis with its evaluations.
 
-    `known`: (step, value), by step; 0 at step 0. None beyond the last.
+    `known` has (step, value), ordered by step. The value at step 0 is 0. The result is None after the last known step.
     """
     low = max(((at, value) for at, value in known if at <= step), default=(0, 0.0))
     high = min(((at, value) for at, value in known if at > step), default=None)
@@ -161,23 +173,29 @@ def _at(known: Sequence[tuple[int, float]], step: int) -> float | None:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
+    """Return the arithmetic mean."""
     return math.fsum(values) / len(values)
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation, 0 for one value."""
+    """Return the sample standard deviation; 0 for fewer than two values."""
     if len(values) < 2:
         return 0.0
     return math.sqrt(math.fsum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
 
 
 def best_on_validation(losses: Mapping[T, Mapping[int, float]], needed: AbstractSet[int] = frozenset()) -> T | None:
-    """The key of `losses` (key -> seed -> validation loss) with the lowest mean; None where no mean is finite.
+    """Choose the key with the lowest mean validation loss.
 
-    Keys that have the most of the `needed` seeds (of all seeds where none are named) stand before the others: a mean
-    over other seeds is another figure. Their means are over the seeds that they share. A loss that is not finite
-    excludes its key.
+    Only the keys that have the most of the needed seeds compete, because means over different seeds cannot be compared.
+    Each mean is over the seeds that these keys share. A loss that is not finite excludes its key.
+
+    Args:
+        losses: Key -> seed -> validation loss.
+        needed: The needed seeds; all seeds if it is empty.
+
+    Returns:
+        The key, or None if no key is left.
     """
     wanted = needed or {seed for by_seed in losses.values() for seed in by_seed}
     relevant = {

@@ -1,4 +1,4 @@
-"""What a run's folder holds, and the state that its status.json tells."""
+"""The files of a run's folder, and the run's state as status.json records it."""
 
 import json
 import os
@@ -23,53 +23,53 @@ KINDS = {
     **dict.fromkeys(("corpus", "summary"), dict),
     "attempts": list,
 }
-"""The kind of each of a status's fields that a reader relies on."""
+"""The types of the status fields that readers rely on."""
 
-MENDED_BY_A_LAUNCH = "the run's launch command mends it"
+MENDED_BY_A_LAUNCH = "the run's launch command repairs it"
 
 PROBE_SECONDS = 1.0
-"""Longer than another process asks whether a run is locked, which takes the lock for a moment."""
+"""Another process that checks whether a run is locked holds the lock for less than this time."""
 
 LEFTOVER_SECONDS = 60.0
-"""Longer than a write of a small file takes."""
+"""The write of a small file takes less than this time."""
 
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One try at a run: where it ran, and from which step on. What is not known is empty."""
+    """One attempt at a run: where it ran, and from which step on. Unknown fields are empty."""
 
     host: str = field(default_factory=socket.gethostname)
     device: str = ""
     """"cpu", or the name of the GPU."""
     cpu: str = ""
-    """The model of the CPU and the instruction set that torch takes of it."""
+    """The model of the CPU, and the instruction set that torch uses on it."""
     torch: str = ""
-    """Its version."""
+    """The version of torch."""
     threads: int | None = None
-    """Of torch, within an operation."""
+    """The threads that torch uses within an operation."""
     ranks: int = 1
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     ended_ms: int | None = None
-    """None while it goes on, and where it was killed."""
+    """None while the attempt runs, and if it was killed."""
     first_step: int | None = None
-    """The step of the checkpoint that it went on from, 0 at the beginning; None before it began to train."""
+    """The step of the checkpoint that it resumed from, 0 without a checkpoint; None before it began to train."""
     seconds_before: float | None = None
-    """Training seconds of the run at `first_step`, those of earlier attempts that were kept."""
+    """Training seconds of the run at `first_step`: those of earlier attempts whose steps were kept."""
 
     @property
     def has_trained(self) -> bool:
-        """Whether it came so far as to begin."""
+        """Whether the attempt began to train."""
         return self.first_step is not None
 
     @property
     def machine(self) -> str:
-        """What the bits of its results depend on, for people."""
+        """The parts of the machine that the bits of the results depend on, as text for the user."""
         cpu = f"{self.cpu}, {self.threads} threads" if self.device == "cpu" else self.device
         ranks = f"{self.ranks} ranks on " if self.ranks > 1 else ""
         return f"{ranks}{cpu}, torch {self.torch}"
 
     def differs_from(self, other: "Attempt") -> bool:
-        """Whether its results may differ in their last bits; what is not known of an attempt differs from nothing."""
+        """Return whether the two attempts' results may differ in their last bits. Unknown fields are not compared."""
         names = ("device", "cpu", "torch", "threads", "ranks")
         pairs = [(getattr(self, name), getattr(other, name)) for name in names]
         return any(own != others and own not in ("", None) and others not in ("", None) for own, others in pairs)
@@ -77,41 +77,41 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class Status:
-    """How a run stands. A "running" one whose lock is free was killed."""
+    """The status of a run. If the state is "running" but the run's lock is free, the run was killed."""
 
     state: str
-    """running, finished, failed, interrupted (it goes on when it is launched again) or cancelled."""
+    """running, finished, failed, interrupted (the run continues when it is launched again) or cancelled."""
     attempt: int = 1
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     device: str = ""
     slurm_job_id: str = ""
     requeues: int = 0
-    """How often SLURM had put that job back into the queue before this attempt."""
+    """How often SLURM requeued that job before this attempt."""
     git_commit: str | None = None
     ranks: int = 1
-    """Processes that train it together."""
+    """The world size: the processes that train the run together."""
     corpus: dict[str, str] = field(default_factory=dict)
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    """Of the first attempt."""
+    """The start of the first attempt."""
     ended_ms: int | None = None
     stopped_by: str = ""
-    """The signal that interrupted it, as in relora.common.signals."""
+    """The signal that interrupted the run, as in relora.common.signals."""
     message: str = ""
-    """Why a run failed or was interrupted."""
+    """Why the run failed or was interrupted."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """Results, once finished."""
+    """The results of a finished run."""
     attempts: list[Attempt] = field(default_factory=list)
-    """Every attempt that is known, in order; the last one is the newest."""
+    """Every known attempt, in order. The newest is the last."""
     spent: list[dict[str, Any]] = field(default_factory=list)
-    """Once finished, the training seconds by machine and switches, as relora.runs.spent has them; empty in old runs.
+    """The training seconds of a finished run by machine and switches (relora.runs.spent); empty in old runs.
 
-    Those of a warm start that another run trained are among them.
+    They include the seconds of a warm start that another run trained.
     """
 
     @property
     def machine_changes(self) -> list[tuple[int, str]]:
-        """(first step, machine) of the attempts that trained on another machine than the attempt before them."""
+        """(first step, machine) of every attempt that trained on a different machine than the attempt before it."""
         trained = [attempt for attempt in self.attempts if attempt.has_trained]
         return [(now.first_step or 0, now.machine) for before, now in pairwise(trained) if now.differs_from(before)]
 
@@ -129,12 +129,12 @@ class RunDir:
 
     @property
     def metrics_file(self) -> Path:
-        """The metrics, the truth."""
+        """The metrics: the original record."""
         return self.path / "metrics.jsonl"
 
     @property
     def mirror_file(self) -> Path:
-        """What MLflow has of them."""
+        """The record of the metrics that MLflow has."""
         return self.path / "mlflow.json"
 
     @property
@@ -149,32 +149,32 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """State to resume from."""
+        """The folder of the checkpoints that the run resumes from."""
         return self.path / "checkpoints"
 
     def error_file(self, rank: int) -> Path:
-        """What ended a rank other than the first in this attempt: a line for people, and the traceback."""
+        """Return the file of the error that ended process `rank` (not 0): one line for the user, and the traceback."""
         return self.path / f"rank-{rank}.error"
 
     @property
     def rank_errors(self) -> dict[int, str]:
-        """The line for people of every rank that left one."""
+        """The line for the user in each error file, by rank."""
         files = sorted((int(file.stem.removeprefix("rank-")), file) for file in self.path.glob("rank-*.error"))
         return {rank: file.read_text(errors="replace").partition("\n")[0] for rank, file in files}
 
     @property
     def told_by_ranks(self) -> list[str]:
-        """What ended the ranks other than the first, in words."""
+        """The errors that ended processes other than rank 0, as text for the user."""
         return [f"rank {rank} failed: {message}" for rank, message in self.rank_errors.items()]
 
     @property
     def model(self) -> Path:
-        """The trained model, a Hugging Face folder."""
+        """The folder of the trained model, in Hugging Face format."""
         return self.path / "model"
 
     @property
     def status(self) -> Status | None:
-        """The last state written, None before the first attempt. Raises DamagedFile."""
+        """The last status written; None before the first attempt. Raises DamagedFile if it cannot be read."""
         values = read_json(self.status_file)
         try:
             return status_of(values) if values else None
@@ -186,7 +186,10 @@ class RunDir:
         write_json(self.status_file, asdict(status))
 
     def end_with(self, status: Status) -> None:
-        """Write the last state of an attempt, on a full disk over the one that says running. Raises OSError."""
+        """Write the last status of an attempt. On a full disk, the file is overwritten in place.
+
+        Raises OSError if that fails too.
+        """
         try:
             self.status = status
         except OSError:
@@ -194,21 +197,22 @@ class RunDir:
 
     @property
     def status_file(self) -> Path:
-        """What holds it."""
+        """The file of the status."""
         return self.path / "status.json"
 
     @property
     def known_status(self) -> Status | None:
-        """The last state written, None too where it cannot be read: for whoever can do without."""
+        """The last status written; None also if it cannot be read. This is for callers that do not need the status."""
         try:
             return self.status
         except DamagedFile:
             return None
 
     def remove_leftovers(self) -> None:
-        """Remove the *.tmp files of writes that a kill cut short. Called by the process that holds the run's lock.
+        """Remove the *.tmp files that a killed process left. The caller must hold the run's lock.
 
-        The submission and MLflow's state are written without that lock, so their files go when they are old.
+        The submission and MLflow's state are written without that lock, so their *.tmp files are removed only when
+        they are old.
         """
         for file in self.path.rglob("*.tmp"):
             others = file.name.startswith((self.submission_file.name, self.mirror_file.name))
@@ -218,7 +222,7 @@ class RunDir:
 
     @contextmanager
     def locked(self, wait_seconds: float = PROBE_SECONDS):
-        """Hold the run for this process. Raises RunError when another one trains it for longer than `wait_seconds`."""
+        """Hold the run's lock. Raises RunError if another process still holds it after `wait_seconds`."""
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=wait_seconds)
@@ -233,7 +237,7 @@ class RunDir:
 
     @property
     def is_locked(self) -> bool:
-        """Whether some process trains this run now."""
+        """Whether a process trains this run now."""
         lock = FileLock(self.path / ".lock")
         try:
             with lock.acquire(timeout=0):
@@ -243,15 +247,17 @@ class RunDir:
 
 
 def status_of(values: dict[str, Any]) -> Status:
-    """The status that `values` describe; one from before attempts were recorded has one attempt, its last.
+    """Build the status from the values in status.json.
 
-    Raises ValueError or TypeError where they describe none.
+    An old status without a list of attempts gets one attempt, its last.
+
+    Raises ValueError or TypeError if the values describe no valid status.
     """
     if values.get("state") not in STATES:
-        raise ValueError(f"its state is {values.get('state')!r}, which is none of {', '.join(STATES)}")
+        raise ValueError(f"its state is {values.get('state')!r}, which is not one of {', '.join(STATES)}")
     for name, kind in KINDS.items():
         if not isinstance(values.get(name, kind()), kind):
-            raise ValueError(f"its {name} is {values[name]!r}, which is no {kind.__name__}")
+            raise ValueError(f"its {name} is {values[name]!r}, which is not of type {kind.__name__}")
     known, of_attempt = ({item.name for item in fields(kind)} for kind in (Status, Attempt))
     status = Status(**{name: value for name, value in values.items() if name in known})
     if "attempts" in values:

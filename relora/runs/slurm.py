@@ -1,4 +1,4 @@
-"""What SLURM says of jobs, and what it is told about them: squeue, sacct, scontrol, scancel, sbatch --test-only."""
+"""Ask SLURM for the state of jobs and control them: squeue, sacct, scontrol, scancel, sbatch --test-only."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from relora.common.errors import ConfigError, RunError
 COMMAND_SECONDS = 60
 IDS_PER_COMMAND = 500
 DEFAULT_MAX_ARRAY_SIZE = 1001
-"""SLURM's own."""
+"""SLURM's own default."""
 
 WAITING = ("PENDING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
 WHY_DEAD = {
@@ -31,12 +31,12 @@ DEAD = ("COMPLETED", "FAILED", "CANCELLED", *WHY_DEAD)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as SLURM knows it."""
+    """A job as SLURM reports it."""
 
     state: str
-    """SLURM's word: PENDING, RUNNING, COMPLETED, FAILED, ..."""
+    """SLURM's name of the state: PENDING, RUNNING, COMPLETED, FAILED, ..."""
     reason: str = ""
-    """Why it waits, or by whom it was cancelled."""
+    """Why the job waits, or who cancelled it."""
     exit_code: str = ""
     """CODE:SIGNAL."""
     node: str = ""
@@ -44,23 +44,23 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        """Whether it is in the queue."""
+        """Whether the job is in the queue."""
         return self.state in WAITING
 
     @property
     def alive(self) -> bool:
-        """Whether it may still write."""
+        """Whether the job may still write files."""
         return self.state not in DEAD
 
     @property
     def why_dead(self) -> str:
-        """How a job ended that did not tell so itself, for people."""
+        """How the job ended, as text for the user. This is for a job that did not record its end itself."""
         if self.state == "CANCELLED":
             return f"cancelled {self.reason}".strip()
         if self.state in WHY_DEAD:
             return WHY_DEAD[self.state]
         code, _, number = self.exit_code.partition(":")
-        # srun passes on a signal that killed a task as its exit code; our own are 0, 1, 2 and 130.
+        # srun reports a signal that killed a task as its exit code. The codes of relora itself are 0, 1, 2 and 130.
         if number in ("", "0") and code.isdigit() and (2 < int(code) < 32 or (128 < int(code) < 160 and code != "130")):
             number = str(int(code) % 128)
         if number not in ("", "0"):
@@ -69,38 +69,41 @@ class Job:
 
 
 def is_here() -> bool:
-    """Whether this machine can ask SLURM."""
+    """Return whether SLURM can be asked from this machine."""
     return shutil.which("squeue") is not None
 
 
 def own_job() -> str:
-    """The job that this process belongs to, empty outside one."""
+    """Return the SLURM job of this process; empty outside a job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
 def own_requeues() -> int:
-    """How often SLURM has put the job that this process belongs to back into the queue."""
+    """Return how often SLURM has requeued the job of this process."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What SLURM knows."""
+    """The jobs that SLURM knows."""
 
     jobs: dict[str, Job]
-    """By id ("4711", or "4711_3" in an array). Tasks that were cancelled in the queue stand under their array's."""
+    """Jobs by id ("4711", or "4711_3" in an array). Tasks cancelled in the queue are listed under their array's id."""
 
     def of(self, job: str) -> Job | None:
-        """The job, or the array that it was cancelled with."""
+        """Return the job, or the array that it was cancelled with; None if SLURM knows neither."""
         return self.jobs.get(job) or self.jobs.get(job.partition("_")[0])
 
 
 def ask(ids: Sequence[str]) -> Answer:
-    """What SLURM knows of these jobs: squeue of the queue and of what left it lately, sacct of what is long gone.
+    """Ask SLURM about jobs. squeue knows queued and recently ended jobs, and sacct knows older ones.
 
-    A job that is missing has ended, nobody knows how; without accounting that is soon so. Raises RunError where SLURM
-    does not answer.
+    If a job is missing in the answer, it has ended and SLURM does not know how. Without accounting, this happens soon
+    after the end of a job.
+
+    Raises:
+        RunError: SLURM does not answer.
     """
     found: dict[str, Job] = {}
     pools: dict[str, Job] = {}
@@ -111,13 +114,13 @@ def ask(ids: Sequence[str]) -> Answer:
         for line in _lines("sacct", "-n", "-P", "-X", "-D", "-o", fields, "-j", chosen, may_fail=True) or []:
             shown, state, exit_code, node = line.split("|")
             word, _, by = state.partition(" ")
-            # What is left of an array stands in one row, which may be older than its tasks' own.
+            # The remaining tasks of an array share one row, which may be older than the rows of single tasks.
             into = pools if "[" in shown else found
             for job in _expanded(shown):
                 requeues = found[job].requeues + 1 if job in found and into is found else 0
                 into[job] = Job(state=word, reason=by, exit_code=exit_code, node=node, requeues=requeues)
     known = {**pools, **found}
-    # All of the user's: squeue refuses a list in which one id has left the queue long ago.
+    # Ask for all jobs of the user, because squeue refuses a list with an id that left the queue long ago.
     fields = "JobArrayID:|,State:|,Reason:|,NodeList:|,RestartCnt:|"
     for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-O", fields) if ids else []:
         job, state, reason, node, requeues = line.split("|")[:5]
@@ -128,7 +131,7 @@ def ask(ids: Sequence[str]) -> Answer:
 
 
 def _expanded(shown: str) -> list[str]:
-    """4711_[2-4,7%16] as its tasks."""
+    """Expand 4711_[2-4,7%16] into the ids of its tasks."""
     match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", shown)
     if match is None:
         return [shown]
@@ -144,7 +147,7 @@ def _lines(*command: str, may_fail: Literal[False] = False) -> list[str]: ...
 @overload
 def _lines(*command: str, may_fail: Literal[True]) -> list[str] | None: ...
 def _lines(*command: str, may_fail: bool = False) -> list[str] | None:
-    """What a command prints, None where it may fail and does. Raises RunError."""
+    """Return the lines that a command prints. If it fails, return None with `may_fail`, and raise RunError without."""
     if may_fail and shutil.which(command[0]) is None:
         return None
     done = _run(*command)
@@ -155,7 +158,7 @@ def _lines(*command: str, may_fail: bool = False) -> list[str] | None:
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
-        raise RunError(f"{command[0]} is not installed here: this machine is no SLURM submit node; take cluster=local")
+        raise RunError(f"{command[0]} is not installed here: this machine is no SLURM submit node; use cluster=local")
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS)
     except subprocess.TimeoutExpired:
@@ -167,9 +170,15 @@ def _last_line(text: str) -> str:
 
 
 def check_script(text: str, folder: Path) -> None:
-    """Let sbatch judge a script without submitting it. Raises ConfigError with what it says.
+    """Let sbatch check a script without submitting it.
 
-    That names unknown partitions, accounts and options, and requests that no node can meet.
+    Args:
+        text: The script.
+        folder: Where the script is written for the check.
+
+    Raises:
+        ConfigError: sbatch refuses the script. Its message names unknown partitions, accounts and options, and
+            requests that no node can meet.
     """
     script = folder / "check.sh"
     script.write_text(text)
@@ -180,7 +189,7 @@ def check_script(text: str, folder: Path) -> None:
 
 
 def max_array_size() -> int:
-    """How many tasks an array may have; 1 where the cluster takes no arrays."""
+    """Return how many tasks an array may have; 1 if the cluster accepts no arrays."""
     for line in _lines("scontrol", "show", "config"):
         match = re.match(r"MaxArraySize\s*=\s*(\d+)", line)
         if match:
@@ -189,7 +198,7 @@ def max_array_size() -> int:
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """scancel. Raises RunError."""
+    """Cancel jobs. Raises RunError if scancel fails."""
     chosen = list(ids)
     for start in range(0, len(chosen), IDS_PER_COMMAND):
         done = _run("scancel", *chosen[start : start + IDS_PER_COMMAND])
@@ -198,14 +207,14 @@ def cancel(ids: Iterable[str]) -> None:
 
 
 def requeue(job: str) -> None:
-    """Put a running job back into the queue; its processes are ended. Raises RunError."""
+    """Requeue a running job; SLURM ends its processes. Raises RunError if scontrol fails."""
     done = _run("scontrol", "requeue", job)
     if done.returncode:
         raise RunError(f"scontrol requeue {job} fails: {_last_line(done.stderr)}")
 
 
 def is_taking_away(job: str) -> bool:
-    """Whether SLURM is ending this running job for reasons of its own: for another job, or at its walltime."""
+    """Return whether SLURM itself is ending this running job: by preemption, node failure or at its walltime."""
     text = " ".join(_lines("scontrol", "show", "job", "-o", job, may_fail=True) or [])
     state, preempted = re.search(r"JobState=(\w+)", text), re.search(r"PreemptTime=(\S+)", text)
     if state is not None and state[1] in ("TIMEOUT", "PREEMPTED", "NODE_FAIL"):
@@ -214,6 +223,6 @@ def is_taking_away(job: str) -> bool:
 
 
 def is_cancelled(job: str) -> bool:
-    """Whether somebody has cancelled this running job."""
+    """Return whether a user has cancelled this running job."""
     text = " ".join(_lines("scontrol", "show", "job", "-o", job, may_fail=True) or [])
     return "JobState=CANCELLED" in text

@@ -1,4 +1,4 @@
-"""The machines and switches that a run's seconds were spent under, and whether those of two runs can be compared."""
+"""The machines and switches under which a run spent its seconds, and whether two runs can be compared by them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,21 +6,26 @@ from typing import Any
 from relora.config.run import RunConfig
 
 SECONDS = "seconds"
-"""The key, in a record, of what was spent under its conditions; all other keys are conditions."""
+"""The key of the seconds in an entry of a record. All other keys of the entry are conditions."""
 NEGLIGIBLE = 0.01
-"""Conditions that took less than this share of a run's seconds do not count."""
+"""Conditions are ignored if they hold for less than this share of a run's seconds."""
 
 MACHINE = ("host", "device", "cpu", "torch", "threads", "ranks")
 OF_MEMORY = ("device", "ranks")
-"""Of MACHINE, what peak memory depends on."""
+"""The names in MACHINE that peak memory depends on."""
 
 
 def conditions(
     config: RunConfig, machine: Mapping[str, Any], *, sequences_per_micro_step: int | None, warm_start: bool
 ) -> dict[str, Any]:
-    """The machine, by MACHINE's names as far as it is known, and the switches that change speed and memory alone.
+    """Return the conditions of training seconds: the machine, and the switches that change only speed and memory.
 
-    In the warm start the method's own switches do nothing, so they are left out, as is a micro-batch that is not known.
+    Args:
+        config: The run's config.
+        machine: The machine, by the names in MACHINE. Unknown values are left out.
+        sequences_per_micro_step: The sequences in one micro-step. None, for an unknown number, is left out.
+        warm_start: Whether the seconds belong to the warm start. The method's own switches have no effect there, so
+            they are left out.
     """
     settings = config.trainer
     found = {name: machine[name] for name in MACHINE if machine.get(name) not in ("", None)}
@@ -33,7 +38,13 @@ def conditions(
 
 
 def spend(record: list[dict[str, Any]], under: Mapping[str, Any], seconds: float) -> None:
-    """Add `seconds` to the entry of `record` with these conditions, which is made where there is none."""
+    """Add seconds to the entry with these conditions.
+
+    Args:
+        record: The entries. It is changed in place, and gets a new entry if none has these conditions.
+        under: The conditions.
+        seconds: The training seconds to add.
+    """
     for entry in record:
         if {name: value for name, value in entry.items() if name != SECONDS} == under:
             entry[SECONDS] += seconds
@@ -42,9 +53,17 @@ def spend(record: list[dict[str, Any]], under: Mapping[str, Any], seconds: float
 
 
 def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], *, memory: bool = False) -> str:
-    """Why the seconds (with `memory`, the peak memory) of two runs cannot be compared, in words; "" where they can.
+    """Explain why two runs cannot be compared by their seconds.
 
-    Conditions that one of the two does not have, or that are not known, are not compared.
+    A condition is compared only if both runs have it.
+
+    Args:
+        one: The record of one run.
+        other: The record of the other run.
+        memory: Compare what peak memory depends on, instead of what seconds depend on.
+
+    Returns:
+        The reason as text for the user; "" if the runs can be compared.
     """
     machine, switches = dict[str, str](), dict[str, str]()
     for a in _that_count(one):
@@ -62,9 +81,10 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
 
 
 def other_switches(config: RunConfig, record: Sequence[Mapping[str, Any]]) -> str:
-    """What a finished run's switches were against those that `config` asks for now, in words; "" where they are equal.
+    """List the switches of a finished run that differ from those in `config`, as text; "" if all are equal.
 
-    A micro-batch counts where it was larger than `config` allows: several ranks, or too little memory, make it smaller.
+    The size of the micro-step is compared only if it was larger than `config` allows. A smaller one is no difference,
+    because several processes or too little memory make it smaller.
     """
     most = config.trainer.sequences_per_micro_step
     taken = max((entry.get("trainer.sequences_per_micro_step", 0) for entry in record), default=0)

@@ -1,4 +1,4 @@
-"""How runs stand: by their own files and, where they were submitted to SLURM, by what SLURM says of their jobs."""
+"""The states of runs, from their own files and, for submitted runs, from SLURM's reports of their jobs."""
 
 import re
 import time
@@ -12,36 +12,40 @@ from relora.runs import slurm
 from relora.runs.rundir import RunDir, Status, read_json
 
 ACCOUNTING_SECONDS = 60
-"""How long a job may be unknown to both squeue and sacct after it was submitted."""
+"""For this time after the submission, a job may be unknown to both squeue and sacct."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObservedState:
-    """How one run stands."""
+    """The observed state of one run."""
 
     name: str
-    """missing (never begun), queued, running, finished, failed, interrupted, cancelled, or unreadable where a file of
-    the run is damaged."""
+    """missing (never started), queued, running, finished, failed, interrupted, cancelled, or unreadable (a file of the
+    run is damaged)."""
     message: str = ""
-    """Why, where there is more to say."""
+    """Why the run is in this state; empty if there is nothing to add."""
     requeues: int = 0
-    """How often SLURM has put its job back into the queue."""
+    """How often SLURM has requeued the run's job."""
 
     @property
     def is_under_way(self) -> bool:
-        """Whether it may become another one without anybody's doing."""
+        """Whether the state may change without an action of the user."""
         return self.name in ("queued", "running")
 
     @property
     def needs_launch(self) -> bool:
-        """Whether nothing is under way that would finish the run."""
+        """Whether the run is not finished and will not finish unless it is launched."""
         return not self.is_under_way and self.name != "finished"
 
 
 def observe(runs: Sequence[RunDir]) -> list[ObservedState]:
-    """How each run stands now. Raises RunError where SLURM has to be asked and does not answer.
+    """Return the current state of each run.
 
-    A run whose process died without a word gets the status that says how: nothing stays "running" for ever.
+    If the process of a run died without recording its end, this writes how the run ended into its status. So no dead
+    run stays "running".
+
+    Raises:
+        RunError: SLURM must be asked, and does not answer.
     """
     submissions = [_submission(run) for run in runs]
     asked = [
@@ -49,13 +53,13 @@ def observe(runs: Sequence[RunDir]) -> list[ObservedState]:
         for run, submission in zip(runs, submissions, strict=True)
         if submission and ((known := run.known_status) is None or known.state != "finished")
     ]
-    # SLURM first: what a job wrote before it ended is there when its files are read after this.
+    # Ask SLURM first. If a job has ended by then, its last writes are complete when its files are read after this.
     answer = slurm.ask(asked if slurm.is_here() else [])
     return [_of_readable(run, submission, answer) for run, submission in zip(runs, submissions, strict=True)]
 
 
 def _submission(run: RunDir) -> dict[str, Any]:
-    """What the run was submitted as; empty where it was not, or where nobody can tell any more."""
+    """Return the record of the run's SLURM job; empty if it was not submitted, or if the record is damaged."""
     try:
         values = read_json(run.submission_file)
     except DamagedFile:
@@ -65,7 +69,7 @@ def _submission(run: RunDir) -> dict[str, Any]:
 
 
 def _of_readable(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> ObservedState:
-    """As `_of`; a status that cannot be read is told and stops nobody from looking at the other runs."""
+    """Like `_of`, but report a status that cannot be read as a state, so that the other runs can still be observed."""
     try:
         return _of(run, submission, answer)
     except DamagedFile as error:
@@ -82,7 +86,7 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> Observ
     if not submission:
         return _of_local(run, status)
     if not slurm.is_here():
-        message = f"as its files say: its SLURM job {submission['job']} cannot be asked about from this machine"
+        message = f"read from its files: its SLURM job {submission['job']} cannot be checked from this machine"
         return ObservedState(name=status.state if status else "queued", message=message)
     job = answer.of(submission["job"])
     if job is not None and job.waits:
@@ -98,7 +102,7 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> Observ
             return _settled(run, status, "cancelled", "cancelled")
         if time.time() * 1000 - submission["submitted_ms"] < 1000 * ACCOUNTING_SECONDS:
             return ObservedState(name="queued", message="submitted")
-        message = f"SLURM does not know its job {submission['job']} any more, nor how it ended"
+        message = f"SLURM no longer knows its job {submission['job']}, so how it ended is unknown"
         return _settled(run, status, "failed", message)
     if submission.get("cancelled") and job.state == "CANCELLED":
         return _settled(run, status, "cancelled", job.why_dead, job.requeues)
@@ -108,12 +112,12 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> Observ
 
 
 def log_of(folder: Path, job: str) -> Path:
-    """Where submitit writes what a job prints."""
+    """Return the file into which submitit writes the output of a job."""
     return folder / f"{job}_0_log.out"
 
 
 def _why_dead(job: slurm.Job, log: Path) -> str:
-    """What SLURM says, but for memory, which some of its configurations tell in the log alone."""
+    """Return how SLURM says that the job ended. Some configurations report "out of memory" only in the job's log."""
     if log.is_file() and job.state != "COMPLETED":
         last_attempt = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
         if re.search(r"slurmstepd.*(exceeded memory limit|oom.kill)", last_attempt, re.IGNORECASE):
@@ -125,18 +129,18 @@ def _of_local(run: RunDir, status: Status | None) -> ObservedState:
     if status is None:
         return ObservedState(name="missing")
     if status.state == "running" and not run.is_locked:
-        message = _with_ranks(run, "its process died; the newest checkpoint stands")
+        message = _with_ranks(run, "its process died; the newest checkpoint is kept")
         return _settled(run, status, "interrupted", message)
     return ObservedState(name=status.state, message=status.message)
 
 
 def _with_ranks(run: RunDir, message: str) -> str:
-    """With what the other ranks left: rank 0 could not tell it."""
+    """Add the errors of the other processes to a message, because rank 0 could not report them."""
     return "; ".join([*run.told_by_ranks, message])
 
 
 def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues: int = 0) -> ObservedState:
-    """Write down how a run ended that could not do so itself, unless it could after all."""
+    """Record the end of a run that could not record it itself. Change nothing if the run has recorded it meanwhile."""
     try:
         with run.locked(wait_seconds=0):
             status = run.status
@@ -150,5 +154,5 @@ def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues
     except RunError:
         return ObservedState(name="running", requeues=requeues)
     except OSError:
-        pass  # a folder of somebody else's: the answer is right all the same
+        pass  # the folder may belong to another user; the answer is still right
     return ObservedState(name=name, message=message, requeues=requeues)

@@ -1,4 +1,7 @@
-"""A warm start that several runs share: trained by whoever comes first, forked by all, charged to each."""
+"""A warm start that several runs share.
+
+The first run trains it, and the other runs fork it. Its cost counts for each of them.
+"""
 
 import hashlib
 import json
@@ -20,7 +23,7 @@ from relora.runs.rundir import RunDir
 
 
 def key(config: RunConfig) -> str | None:
-    """8 hex digits of all that affects the steps of the warm start; None where there is none."""
+    """Return a hash of all that affects the steps of the warm start, in 8 hex digits; None without a warm start."""
     if not config.method.warm_start_steps:
         return None
     after_it = ("method.", "optimizer.learning_rate", "optimizer.embedding_learning_rate", "schedule.restart_warmup")
@@ -32,7 +35,7 @@ def key(config: RunConfig) -> str | None:
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Where the config's warm start stands or will stand: checkpoint.pt, metrics.jsonl and meta.json."""
+    """Return the folder of the warm start: checkpoint.pt, metrics.jsonl and meta.json. It may not exist yet."""
     return Path(config.runs_dir) / "warm_starts" / str(key(config))
 
 
@@ -40,11 +43,19 @@ def folder_of(config: RunConfig) -> Path:
 def shared(
     config: RunConfig, run: RunDir, origin: dict[str, str], log_line: Callable[[str], None]
 ) -> Iterator[Callable[[], None] | None]:
-    """Fork the warm start into `run`, or hold it for this run to train.
+    """Fork the warm start into `run`, or hold its lock while this run trains it.
 
-    Gives what is to be called when the run has trained it and saved its checkpoint, None where it has nothing to train.
-    While one run trains a warm start, others that need it wait. `origin` is what else must agree (text, device): a
-    warm start of another origin is trained anew.
+    While one run trains a warm start, the other runs that need it wait.
+
+    Args:
+        config: The run's config.
+        run: The folder of the run.
+        origin: What else must be equal (text, device). A warm start of a different origin is trained again.
+        log_line: Called with each line for the user.
+
+    Yields:
+        A function to call when the run has trained the warm start and saved its checkpoint; it publishes the warm
+        start. None if the run does not have to train it.
     """
     steps, reached = config.method.warm_start_steps, checkpoint.latest_step(run.checkpoints)
     if not steps or (reached is not None and reached > steps):
@@ -75,18 +86,18 @@ def shared(
 
 
 def _meta(folder: Path, log_line: Callable[[str], None]) -> dict[str, Any]:
-    """What a warm start says of itself; empty where there is none that can be read."""
+    """Read the meta.json of a warm start; empty if there is none or it is damaged."""
     try:
         return read_json(folder / "meta.json")
     except DamagedFile as error:
-        log_line(f"the warm start {error}; training it anew")
+        log_line(f"the warm start {error}; training it again")
         return {}
 
 
 def _publish(config: RunConfig, run: RunDir, folder: Path, origin: dict[str, str]) -> None:
-    """Keep the newest checkpoint and the rows that led to it; the folder appears when it is whole and on the disk."""
+    """Publish the checkpoint and the rows up to it. The folder appears when it is complete and on the disk."""
     steps = config.method.warm_start_steps
-    # A fork evaluates the last step itself, before it begins.
+    # Leave out the evaluation at the last step: a fork makes it itself before it begins.
     rows = [
         row
         for row in read_rows(run.metrics_file)
@@ -99,19 +110,19 @@ def _publish(config: RunConfig, run: RunDir, folder: Path, origin: dict[str, str
 
 
 def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], log_line: Callable[[str], None]) -> bool:
-    """Make `run` one that has just trained the warm start; False where that cannot be read.
+    """Bring `run` into the state of a run that has just trained the warm start; False if its checkpoint is damaged.
 
-    Its metrics come first, so that a crash between repeats this; rows that the run has already stay as they are, for
-    what mirrors them has taken them.
+    The metrics are written before the checkpoint, so that a crash between the two repeats the fork. Rows that the run
+    already has are not changed, because they may have been sent to MLflow.
     """
     try:
         state = checkpoint.load(folder / "checkpoint.pt")
     except checkpoint.CheckpointError as error:
-        log_line(f"the warm start {error}; training it anew")
+        log_line(f"the warm start {error}; training it again")
         return False
     here, there = recorded(run.metrics_file), recorded(folder / "metrics.jsonl")
     for lost in there.lost:
-        log_line(f"the warm start's {lost}; what is lost there stays lost")
+        log_line(f"the warm start's {lost}; the lost rows are not restored")
     have = {(row["step"], name) for row in here.rows for name in row_metrics(row)}
     lines = count(here.lines)
     with run.metrics_file.open("ab") as file:

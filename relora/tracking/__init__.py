@@ -1,4 +1,4 @@
-"""Where metrics are shown: the console and MLflow.
+"""The displays of metrics: the console and MLflow.
 
-Imports `runs`, `config` and `common`. `store` alone imports MLflow, `console` alone rich.
+This package imports `runs`, `config` and `common`. Only `store` imports MLflow, and only `console` imports rich.
 """

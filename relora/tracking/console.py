@@ -1,4 +1,7 @@
-"""What a person sees of a run: a live progress bar on a terminal, plain lines elsewhere. The one importer of rich."""
+"""The console output of a run: a live progress bar on a terminal, plain lines elsewhere.
+
+This is the only module that imports rich.
+"""
 
 import sys
 import time
@@ -15,19 +18,19 @@ PLAIN_INTERVAL_SECONDS = 10.0
 
 
 def is_terminal() -> bool:
-    """Whether a person sees what is printed as it is printed."""
+    """Return whether the output goes to a terminal."""
     return sys.stdout.isatty()
 
 
 def duration(seconds: float) -> str:
-    """m:ss, or h:mm:ss."""
+    """Format a duration as m:ss, or as h:mm:ss from one hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def describe(progress: Progress, tokens_per_step: int) -> str:
-    """One line: loss, learning rate, tokens/s, time left, next restart."""
+    """Format the progress as one line: loss, learning rate, tokens/s, time left, next restart."""
     left = (progress.total_steps - progress.step) * tokens_per_step / progress.tokens_per_second
     restart = f"  next restart {progress.next_restart}" if progress.next_restart is not None else ""
     return (
@@ -37,7 +40,7 @@ def describe(progress: Progress, tokens_per_step: int) -> str:
 
 
 class Console:
-    """A tracker that shows."""
+    """A tracker that shows the progress on the console."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
@@ -47,7 +50,7 @@ class Console:
         self._live = is_terminal()
 
     def progress(self, progress: Progress) -> None:
-        """Move the bar; without a terminal, a line every ten seconds."""
+        """Move the bar. Without a terminal, print a line every ten seconds."""
         line = describe(progress, self.tokens_per_step)
         if self._live:
             if self._bar is None:
@@ -68,27 +71,27 @@ class Console:
         self._bar.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Not shown."""
+        """Do nothing: metrics are not shown."""
 
     def log_line(self, message: str) -> None:
-        """A line, above the bar."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
             print(message, flush=True)
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: no output is buffered."""
 
     def close(self) -> None:
-        """Leave the bar where it stands."""
+        """Stop the bar, and leave it on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 class LiveTable:
-    """A table on the terminal that is drawn anew again and again, and taken away in the end."""
+    """A table on the terminal that is redrawn in place, and removed at the end."""
 
     def __init__(self) -> None:
         from rich.live import Live
@@ -97,7 +100,7 @@ class LiveTable:
         self._live.start()
 
     def draw(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """In the place of what was drawn before."""
+        """Draw the table in place of the previous one."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -107,5 +110,5 @@ class LiveTable:
         self._live.update(table, refresh=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the table from the terminal."""
         self._live.stop()

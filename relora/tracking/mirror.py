@@ -1,8 +1,8 @@
-"""The MLflow view of a run, mirrored from its folder.
+"""The copy of a run in MLflow, made from the run's folder.
 
-Metrics are sent from metrics.jsonl with their original timestamps, and the status from status.json. MLflow stores an
-equal point once, so sending again changes nothing, and an MLflow that is down costs a run nothing: what it missed is
-sent when it is back, at the end, or by `relora sync`.
+Metrics are sent from metrics.jsonl with their original timestamps, and the status from status.json. MLflow stores equal
+points only once, so it is safe to send them again. If MLflow is down, the run continues. The missing points are sent
+when MLflow is back, at the end of the run, or by `relora sync`.
 """
 
 import hashlib
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 SYNC_INTERVAL_SECONDS = 5.0
 FIRST_SYNC_SECONDS = 30.0
-"""How long the mirror waits for a first row: importing MLflow takes a core for seconds, and would delay that row."""
+"""How long the mirror waits for a first row. The import of MLflow uses a core for seconds, and would delay that row."""
 LAST_SYNC_SECONDS = 60.0
 """How long the end of a run waits for its last metrics to be sent."""
 POINTS_PER_CALL = 1000
 MARK_BYTES = 1024
-"""How much of the metrics file before an offset says that the offset still means the same rows."""
+"""The bytes before an offset in the metrics file that are checked to see that the rows are still the same."""
 
 MLFLOW_STATUS = {
     "running": "RUNNING",
@@ -58,10 +58,10 @@ MLFLOW_STATUS = {
 
 
 def parameters(config: RunConfig) -> dict[str, Any]:
-    """The run's MLflow parameters: every field that can change the results.
+    """Return the run's MLflow parameters: every field that can change the results.
 
-    The UI's parallel coordinates leave out a run that lacks one of their axes. So the rank, the interval and the
-    pruning ratio of a method without them are 0.
+    The parallel coordinates plot of MLflow's UI omits a run that has no value for one of its axes. Therefore the rank,
+    the interval and the pruning ratio are 0 for a method without them.
     """
     return {
         "method.optimizer_reset.pruning_ratio": 0.0,
@@ -72,7 +72,7 @@ def parameters(config: RunConfig) -> dict[str, Any]:
 
 
 def mirrored(run: RunDir) -> dict[str, Any]:
-    """What a run's mlflow.json says, empty where there is none or it is damaged: MLflow itself is asked then."""
+    """Read a run's mlflow.json; empty if there is none or it is damaged. In that case MLflow itself is asked."""
     try:
         state = read_json(run.mirror_file)
     except RunError:
@@ -83,28 +83,28 @@ def mirrored(run: RunDir) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """What one sync sent."""
+    """The number of rows and the status that one sync sent."""
 
     rows: int
     status: str
 
 
 class Mirror:
-    """One run's MLflow run. `say` is told what a person may wonder about."""
+    """The copy of one run in MLflow. `log_line` receives messages for the user."""
 
     def __init__(self, run: RunDir, config: RunConfig, log_line: Callable[[str], None] = print_note) -> None:
         self.run, self.config, self.log_line = run, config, log_line
         self._client: MlflowClient | None = None
         self._held: dict[tuple[str, int], float] | None = None
-        """What MLflow held of the run before rows were lost; None where it was not asked."""
+        """The values that MLflow held of the run before rows were lost; None if MLflow was not asked."""
 
     def sync(self) -> Sent:
         """Send what MLflow does not have yet: run, params, tags, metrics, status. Raises what MLflow raises."""
-        with FileLock(self.run.path / ".mirror.lock"):  # two at once would make two runs of it
+        with FileLock(self.run.path / ".mirror.lock"):  # two processes at once would create two MLflow runs
             try:
                 return self._sync()
             except Exception:
-                self._client = None  # the store, or the run in it, may have been removed: look again
+                self._client = None  # the store, or the run in it, may have been removed: open it again next time
                 raise
 
     def _sync(self) -> Sent:
@@ -133,7 +133,7 @@ class Mirror:
         return Sent(rows=rows, status=wanted)
 
     def _tags(self, status: Status, known: dict[str, str]) -> dict[str, str]:
-        """Everything about the run that is no parameter, or that may change from attempt to attempt."""
+        """Return the tags: everything about the run that is not a parameter, or that may change between attempts."""
         config = self.config
         tags = {
             "method": config.method.name,
@@ -150,20 +150,20 @@ class Mirror:
             tags[f"study.{config.study}"] = "1"
         if status.slurm_job_id:
             tags["slurm_job_id"] = status.slurm_job_id
-        if status.message or known.get("message"):  # emptied, not removed: a tag cannot be removed twice
+        if status.message or known.get("message"):  # emptied and not removed: a tag cannot be removed twice
             tags["message"] = status.message[:VALUE_LENGTH]
         return tags
 
     # ------------------------------------------------------------------------------------- which run of MLflow it is
 
     def _opened(self, client: "MlflowClient", state: dict[str, Any], status: Status) -> dict[str, Any]:
-        """The state of the run in a store that was just opened; the run is created where the store lacks it."""
+        """Return the state of the run in a newly opened store. The run is created if the store does not have it."""
         experiment = experiment_id(client, self.config)
         run = recorded_run(client, state["run_id"]) if state else None
         if run is None or run.info.experiment_id != experiment:
             return self._start(client, experiment, status)
         self._restore(client, run)
-        if state["uri"] != self.config.mlflow_uri:  # the store moved with its runs, or has another address
+        if state["uri"] != self.config.mlflow_uri:  # the store was moved with its runs, or has a new address
             state |= {"uri": self.config.mlflow_uri, "sent_bytes": 0}
         return state | {"tags": dict(run.data.tags), "status": run.info.status, "ended_ms": run.info.end_time}
 
@@ -175,7 +175,7 @@ class Mirror:
             )
 
     def _start(self, client: "MlflowClient", experiment: str, status: Status) -> dict[str, Any]:
-        """Create the MLflow run, unless this folder's run is there, and only its mlflow.json was lost."""
+        """Create the MLflow run. Reuse the run of this folder if MLflow has it, and only mlflow.json was lost."""
         config, here = self.config, self.run.path.resolve()
         of_this_path = [
             run
@@ -206,7 +206,7 @@ class Mirror:
         return state
 
     def _retire(self, client: "MlflowClient", run: "Run", successor: str) -> None:
-        """Keep the record of a folder that was removed, but in no study: the run of the new folder takes its place."""
+        """Keep the MLflow run of a removed folder, but take it out of all studies. `successor` replaces it there."""
         if "replaced_by" not in run.data.tags:
             client.set_tag(run.info.run_id, "replaced_by", successor)
             for name in run.data.tags:
@@ -216,10 +216,11 @@ class Mirror:
     # ------------------------------------------------------------------------------------------------------- metrics
 
     def _send_rows(self, client: "MlflowClient", run_id: str, state: dict[str, Any]) -> int:
-        """Send the complete rows after `sent_bytes`, in calls of a thousand points; each call's progress is kept.
+        """Send the complete rows after `sent_bytes`, in calls of a thousand points. Each call's progress is saved.
 
-        Where the file is not the one of that offset any more (a power cut took rows, and others are written in their
-        place), rows are from then on compared with what MLflow holds; a step that it has keeps its first value there.
+        After a power cut, rows may be lost and different rows written in their place. Then the offset is no longer
+        valid, and from then on the rows are compared with the values in MLflow. A step that MLflow has keeps its first
+        value there. Return the number of rows sent.
         """
         lines, start = self._unsent_lines(state["sent_bytes"], state.get("sent_mark"))
         if lines and not start:
@@ -243,7 +244,7 @@ class Mirror:
         return sent_rows
 
     def _unsent_lines(self, offset_bytes: int, mark: str | None) -> tuple[list[bytes], int]:
-        """The complete lines behind the offset, and the offset: 0 where the file is another by now."""
+        """Return the complete lines after the offset, and the offset. It is 0 if the file changed before the offset."""
         start = offset_bytes if offset_bytes and self._mark(offset_bytes) == mark else 0
         if not self.run.metrics_file.exists():
             return [], start
@@ -253,7 +254,7 @@ class Mirror:
         return text[: text.rfind(b"\n") + 1].splitlines(keepends=True), start
 
     def _mark(self, offset_bytes: int) -> str:
-        """A checksum of the end of the rows before an offset, which is at the end of a line; else empty."""
+        """Return a checksum of the last bytes before an offset; empty if the offset is not at the end of a line."""
         if not self.run.metrics_file.exists():
             return ""
         with self.run.metrics_file.open("rb") as file:
@@ -264,7 +265,7 @@ class Mirror:
 
 
 def _points(line: bytes) -> list[Point]:
-    """The points of a row; none of a row that is damaged."""
+    """Return the points of a row; none if the row is damaged."""
     row = decoded(line)
     if row is None:
         return []
@@ -272,7 +273,7 @@ def _points(line: bytes) -> list[Point]:
 
 
 def _is_held(point: Point, held: dict[tuple[str, int], float]) -> bool:
-    """Whether MLflow needs no such point: of a run's results the newest value counts, of a step the first one."""
+    """Return whether MLflow needs no such point. It gets the newest value of a result, and the first one of a step."""
     value = held.get((point.name, point.step))
     return value is not None and (not point.name.startswith("summary/") or value == point.value)
 
@@ -280,10 +281,15 @@ def _is_held(point: Point, held: dict[tuple[str, int], float]) -> bool:
 def mirror_all(
     runs: Sequence[tuple[RunDir, RunConfig]], log_line: Callable[[str], None], *, held_here: bool = False
 ) -> None:
-    """Send what MLflow lacks of runs that do not mirror themselves: dead ones, and SLURM's where the store is a file.
+    """Send what MLflow does not have of runs that do not mirror themselves.
 
-    `held_here`: this process holds their locks, so that none of them mirrors itself. A failure is told once, a store
-    that does not answer is left alone, and what fails with one run costs the others nothing.
+    These are dead runs, and SLURM's runs if the store is a file. If one run fails, the other runs are still sent. A
+    store that does not answer is not asked again.
+
+    Args:
+        runs: The runs and their configs.
+        log_line: Receives each failure once.
+        held_here: This process holds the locks of the runs, so none of them mirrors itself.
     """
     broken: set[str] = set()
     reported: set[str] = set()
@@ -293,7 +299,7 @@ def mirror_all(
             by_others = run.submission_file.exists() and uri.startswith("sqlite:")
             if uri not in broken and _is_behind(run, uri) and (by_others or held_here or not run.is_locked):
                 Mirror(run, config, log_line).sync()
-        except Exception as error:  # whatever MLflow raises
+        except Exception as error:  # MLflow raises many types
             ours = isinstance(error, (ConfigError, RunError))
             why = str(error) if ours else f"MLflow at {uri} fails ({brief(error)})"
             if _answers(config):
@@ -310,13 +316,13 @@ def mirror_all(
 def _answers(config: RunConfig) -> bool:
     try:
         open_store(config.mlflow_uri, Path(config.runs_dir))
-    except Exception:  # whatever MLflow raises
+    except Exception:  # MLflow raises many types
         return False
     return True
 
 
 def _is_behind(run: RunDir, uri: str) -> bool:
-    """Whether the run's files have more than was sent."""
+    """Return whether the run's files have more than was sent."""
     status, sent = run.status, mirrored(run)
     if status is None or status.attempt == 0:
         return False
@@ -326,7 +332,10 @@ def _is_behind(run: RunDir, uri: str) -> bool:
 
 
 def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
-    """Make a run that MLflow has already a member of one more study. Raises what MLflow raises, and RunError."""
+    """Add a run to one more study in MLflow. Do nothing if the run was never sent there.
+
+    Raises RunError if the run was deleted in MLflow, and what MLflow raises.
+    """
     if state := mirrored(run):
         client = open_store(config.mlflow_uri, Path(config.runs_dir))
         recorded = recorded_run(client, state["run_id"])
@@ -339,7 +348,7 @@ def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
 
 
 class MirrorThread:
-    """Keeps MLflow up to date beside the training thread."""
+    """A thread that keeps MLflow up to date during the training."""
 
     def __init__(self, mirror: Mirror, log_line: Callable[[str], None]) -> None:
         self.mirror, self.log_line = mirror, log_line
@@ -354,7 +363,7 @@ class MirrorThread:
             try:
                 self.mirror.sync()
                 self.problem = None
-            except Exception as error:  # whatever MLflow raises, training goes on
+            except Exception as error:  # MLflow raises many types; training continues in every case
                 if self.problem is None and not last:
                     self.log_line(f"MLflow at {self.mirror.config.mlflow_uri} fails ({brief(error)}); training goes on")
                 self.problem = error
@@ -363,7 +372,7 @@ class MirrorThread:
             last = self._stopping.wait(SYNC_INTERVAL_SECONDS)
 
     def _wait_for_a_row(self) -> bool:
-        """Until there is something to show, `FIRST_SYNC_SECONDS` at most; return whether the run has ended."""
+        """Wait for a first row, at most `FIRST_SYNC_SECONDS`. Return whether the run has ended."""
         for _ in range(max(1, round(FIRST_SYNC_SECONDS / SYNC_INTERVAL_SECONDS))):
             if self._stopping.wait(SYNC_INTERVAL_SECONDS):
                 return True
@@ -372,7 +381,7 @@ class MirrorThread:
         return False
 
     def close(self) -> bool:
-        """Send the rest, the final status included; return whether MLflow has it all."""
+        """Send the rest, including the final status. Return whether MLflow has everything."""
         self._stopping.set()
         self._thread.join(LAST_SYNC_SECONDS)
         if self._thread.is_alive() or self.problem is not None:

@@ -1,4 +1,4 @@
-"""The MLflow store: created whole, opened, mended; the one importer of mlflow."""
+"""The MLflow store: create it atomically, open it and repair it. This is the only module that imports mlflow."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SQLITE = "sqlite:///"
 LOCK_SECONDS = 120.0
-"""How long one process waits for another that opens the same store; creating one takes MLflow 5 s."""
+"""How long one process waits for another that opens the same store. MLflow needs 5 s to create a store."""
 SIGN_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or give USER:PASSWORD@ in MLFLOW_TRACKING_URI"
 PARAMS_PER_CALL = 100
 VALUE_LENGTH = 6000
@@ -40,14 +40,14 @@ class Point(NamedTuple):
 
 
 def print_note(message: str) -> None:
-    """A line for people, beside what the command itself prints."""
+    """Print one line for the user to stderr, so that it stays apart from the output of the command."""
     print(f"relora: {message}", file=sys.stderr, flush=True)
 
 
 def quiet_mlflow() -> None:
-    """Set what MLflow reads when it is imported: no telemetry, no long retries, no output of its own.
+    """Set the environment variables that MLflow reads at import: no telemetry, no long retries, no output.
 
-    Each use of a SQLite store opens the file again, so that a store that was removed or replaced is noticed.
+    Also make each use of a SQLite store open the file again, so that a removed or replaced store is noticed.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -60,11 +60,21 @@ def quiet_mlflow() -> None:
 
 
 def open_store(uri: str, runs_dir: Path) -> "MlflowClient":
-    """A client of `uri`, which was asked once and has answered.
+    """Open the store and check that it answers.
 
-    A SQLite store that is missing is created under another name, then renamed: a kill or a full disk leaves no store
-    that is half made. One that is half made, and holds no run, is set aside, which is told. Raises what MLflow raises,
-    and RunError for a store that is damaged.
+    A missing SQLite store is created under a temporary name and then renamed, so that a kill or a full disk leaves no
+    incomplete store. An incomplete store without runs is renamed and created again, and the user sees a note.
+
+    Args:
+        uri: The address of the store, without a password.
+        runs_dir: The folder of the runs. It holds the lock of a store that is not a SQLite file.
+
+    Returns:
+        A client of the store.
+
+    Raises:
+        RunError: The SQLite file is damaged, or another process holds the lock of the store for too long.
+        Exception: MLflow failed. The type is MLflow's own.
     """
     quiet_mlflow()
     file = sqlite_file(uri)
@@ -73,14 +83,14 @@ def open_store(uri: str, runs_dir: Path) -> "MlflowClient":
             _create(file)
         try:
             return _answering(credentials.whole(uri, runs_dir))
-        except Exception as error:  # whatever MLflow raises
+        except Exception as error:  # MLflow raises many types
             if file is None:
                 raise
             _refuse_damaged(file, error)
             if not _is_half_made(file):
                 raise
             aside = _set_aside(file)
-            print_note(f"{file} is half made and holds no run ({brief(error)}); renamed {aside.name}, and made anew")
+            print_note(f"{file} is incomplete and has no runs ({brief(error)}); renamed to {aside.name} and replaced")
             _create(file)
             return _answering(uri)
 
@@ -94,15 +104,15 @@ def _answering(uri: str) -> "MlflowClient":
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store, None for any other store."""
+    """Return the file of a SQLite store; None for any other store."""
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
 @contextmanager
 def store_lock(uri: str, runs_dir: Path) -> Iterator[None]:
-    """Hold a store's lock. That of a SQLite file is beside it, so that all runs_dirs that share the file agree.
+    """Hold a store's lock. The lock of a SQLite file is beside the file, so that all runs_dirs with this file share it.
 
-    Raises RunError where another process holds it for longer than LOCK_SECONDS.
+    Raises RunError if another process holds the lock for longer than LOCK_SECONDS.
     """
     file = (sqlite_file(uri) or runs_dir / "mlflow").with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -122,15 +132,16 @@ def store_lock(uri: str, runs_dir: Path) -> Iterator[None]:
 
 
 def _create(file: Path) -> None:
-    """Create a store beside `file` and rename it. The caller holds the store's lock."""
-    for leftover in file.parent.glob(f"{_escaped(file.name)}.*.new*"):  # of a process that was killed here
+    """Create a store beside `file` and rename it to `file`. The caller must hold the store's lock."""
+    for leftover in file.parent.glob(f"{_escaped(file.name)}.*.new*"):  # left by a process that was killed here
         leftover.unlink()
-    new = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.new")  # MLflow remembers each name as an open store
+    # The name is new each time, because MLflow remembers each name as an open store.
+    new = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         _answering(f"{SQLITE}{new}")
         with new.open("rb") as made:
             os.fsync(made.fileno())
-        for stale in _with_journals(file)[1:]:  # SQLite would roll it back into the new store
+        for stale in _with_journals(file)[1:]:  # SQLite would roll an old journal back into the new store
             stale.unlink(missing_ok=True)
         new.replace(file)
     finally:
@@ -144,24 +155,24 @@ def _escaped(name: str) -> str:
 
 
 def _with_journals(file: Path) -> list[Path]:
-    """A SQLite file, and the files that SQLite keeps beside it."""
+    """Return a SQLite file and the files that SQLite keeps beside it. The SQLite file is the first."""
     return [file.with_name(file.name + ending) for ending in ("", "-journal", "-wal", "-shm")]
 
 
 def _is_half_made(file: Path) -> bool:
-    """Whether the creation of this MLflow store was cut off: it has MLflow's first tables, and no run."""
+    """Return whether the creation of this MLflow store was interrupted: it has MLflow's first tables, but no runs."""
     try:
         with closing(sqlite3.connect(file, timeout=1.0)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if "experiments" not in tables:
                 return False
             return "runs" not in tables or database.execute("SELECT count(*) FROM runs").fetchone() == (0,)
-    except sqlite3.Error:  # locked, or no database
+    except sqlite3.Error:  # locked, or not a database
         return False
 
 
 def _set_aside(file: Path) -> Path:
-    """Rename a store, and return its new path."""
+    """Rename a store and return its new path."""
     aside = file.with_name(f"{file.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
     for source, target in zip(_with_journals(file), _with_journals(aside), strict=True):
         if source.exists():
@@ -170,7 +181,7 @@ def _set_aside(file: Path) -> Path:
 
 
 def _refuse_damaged(file: Path, error: Exception) -> None:
-    """Raise RunError where SQLite says that the file is damaged."""
+    """Raise RunError if SQLite reports that the file is damaged."""
     if any(words in str(error) for words in ("is not a database", "is malformed")):
         raise RunError(
             f"{file} is damaged ({brief(error)}); move it away, then relora sync RUN_FOLDERS fills a new store from "
@@ -182,7 +193,7 @@ def _refuse_damaged(file: Path, error: Exception) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """What was raised, in one line, without passwords; with its class where it is a library's."""
+    """Format an error on one line, without passwords. The error of a library includes its class."""
     if isinstance(error, RunError):
         return credentials.redacted(str(error))
     kind, line = type(error).__name__, credentials.redacted(first_line(error))
@@ -192,7 +203,7 @@ def brief(error: BaseException) -> str:
 
 @contextmanager
 def mlflow_errors(config: RunConfig) -> Iterator[None]:
-    """Turn whatever MLflow raises inside into a RunError that names the store."""
+    """Turn every exception inside the block into a RunError that names the store."""
     try:
         yield
     except RunError:
@@ -202,7 +213,7 @@ def mlflow_errors(config: RunConfig) -> Iterator[None]:
 
 
 def experiment_id(client: "MlflowClient", config: RunConfig) -> str:
-    """The configured experiment, created where it is missing. Raises RunError where it was deleted."""
+    """Return the id of the configured experiment; create it if it is missing. Raises RunError if it was deleted."""
     runs_dir, name, uri = Path(config.runs_dir), config.tracker.experiment, config.mlflow_uri
     with store_lock(uri, runs_dir):
         found = client.get_experiment_by_name(name)
@@ -212,13 +223,13 @@ def experiment_id(client: "MlflowClient", config: RunConfig) -> str:
     if found.lifecycle_stage == "deleted":
         raise RunError(
             f"the MLflow experiment {name} at {uri} was deleted; restore it with: MLFLOW_TRACKING_URI={uri} mlflow "
-            f"experiments restore --experiment-id {found.experiment_id}, or name another with tracker.experiment=NAME"
+            f"experiments restore --experiment-id {found.experiment_id}, or choose another: tracker.experiment=NAME"
         )
     return found.experiment_id
 
 
 def recorded_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run of that id, None where the store has none; `is_deleted` tells of one that was deleted in the UI."""
+    """Return the run with that id; None if the store has none. A run that was deleted in the UI is returned too."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -230,19 +241,19 @@ def recorded_run(client: "MlflowClient", run_id: str) -> "Run | None":
 
 
 def is_deleted(run: "Run") -> bool:
-    """Whether a run was deleted in the UI: it can be restored, and takes nothing until then."""
+    """Return whether a run was deleted in the UI. It can be restored, and it accepts no data until then."""
     return run.info.lifecycle_stage == "deleted"
 
 
 def runs_of_config(client: "MlflowClient", experiment: str, config_hash: str) -> "Sequence[Run]":
-    """The runs of a config, those that were deleted in the UI included."""
+    """Return the runs of a config, including those that were deleted in the UI."""
     from mlflow.entities import ViewType
 
     return client.search_runs([experiment], f"tags.config_hash = '{config_hash}'", run_view_type=ViewType.ALL)
 
 
 def send_params(client: "MlflowClient", run_id: str, values: Mapping[str, object]) -> None:
-    """Set parameters, in calls of as many as MLflow takes."""
+    """Set parameters, at most `PARAMS_PER_CALL` per call, which is MLflow's limit."""
     from mlflow.entities import Param
 
     params = [Param(name, str(value)[:VALUE_LENGTH]) for name, value in values.items()]
@@ -251,7 +262,7 @@ def send_params(client: "MlflowClient", run_id: str, values: Mapping[str, object
 
 
 def send_points(client: "MlflowClient", run_id: str, points: Sequence[Point]) -> None:
-    """Add points in one call; MLflow keeps a point that it has already once."""
+    """Add points in one call. MLflow stores equal points only once."""
     from mlflow.entities import Metric
 
     if points:
@@ -259,7 +270,7 @@ def send_points(client: "MlflowClient", run_id: str, points: Sequence[Point]) ->
 
 
 def values_held(client: "MlflowClient", run_id: str) -> dict[tuple[str, int], float]:
-    """The newest value of each (metric, step) that MLflow holds of a run."""
+    """Return the newest value of each (metric, step) that MLflow holds of a run."""
     names = client.get_run(run_id).data.metrics
     points = [point for name in names for point in client.get_metric_history(run_id, name)]
     return {(point.key, point.step): point.value for point in sorted(points, key=lambda point: point.timestamp)}

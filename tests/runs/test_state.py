@@ -49,7 +49,7 @@ def test_a_submitted_run_on_a_machine_without_slurm_is_what_its_files_say(
     run.status = Status(state="running")
     (found,) = observe([run])
     assert found.name == "running"
-    assert "7_1 cannot be asked about from this machine" in found.message
+    assert "7_1 cannot be checked from this machine" in found.message
     status = run.status
     assert status is not None
     assert status.state == "running"

@@ -139,7 +139,7 @@ def test_a_warm_start_that_cannot_be_read_is_trained_anew(tiny: list[str], capsy
     trained(overrides)
     (folder_of(compose(overrides)) / "checkpoint.pt").write_bytes(b"")
     trained([*overrides, "method.rank=2"])
-    assert f"{folder_of(compose(overrides)) / 'checkpoint.pt'} is empty; training it anew" in capsys.readouterr().out
+    assert f"{folder_of(compose(overrides)) / 'checkpoint.pt'} is empty; training it again" in capsys.readouterr().out
     assert (folder_of(compose(overrides)) / "checkpoint.pt").stat().st_size > 0
 
 

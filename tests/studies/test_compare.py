@@ -323,7 +323,7 @@ def test_what_failed_diverged_was_stopped_or_never_began_is_named(lab: Lab) -> N
     assert told[configs[2].name] == ("failed", "the run diverged")
     assert told[configs[3].name] == ("interrupted", "SIGTERM after step 3")
     assert told[configs[4].name][0] == "interrupted", "a running one that nobody trains"
-    assert told[configs[5].name] == ("missing", "it was never begun")
+    assert told[configs[5].name] == ("missing", "it was never started")
     page = (write_report(study, lab.runs_dir) / "report.md").read_text()
     for config in configs:
         assert config.name in page
