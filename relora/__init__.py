@@ -1,7 +1,7 @@
 """ReLoRA: pre-training language models from scratch through a sequence of low-rank updates (arXiv 2307.05695).
 
-The names below are the algorithm as a library. They are loaded when first touched, so that `import relora` is free and
-whoever uses them gets torch and nothing else.
+The names below are the algorithm as a library. Each is loaded at first use: `import relora` loads nothing heavy, and
+using the names imports torch and no other heavy library.
 """
 
 from importlib import import_module

@@ -123,6 +123,7 @@ def test_modules_of_a_package_import_one_another_one_way(package: str) -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_is_imported_by_its_own_module_alone(library: str) -> None:
     importers = {module for module in MODULES for name in imports_of(module) if name.split(".")[0] == library}
@@ -159,10 +160,12 @@ class C:
 # ------------------------------------------------------------------------------------------ what an import loads
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_torch() -> None:
     assert run_python("import json, sys, relora; print(json.dumps('torch' in sys.modules))") is False
 
 
+@pytest.mark.slow
 def test_the_clock_and_the_schedule_load_no_torch() -> None:
     source = """
 import json, sys
@@ -172,6 +175,7 @@ print(json.dumps("torch" in sys.modules))
     assert run_python(source) is False
 
 
+@pytest.mark.slow
 def test_the_algorithm_loads_torch_and_none_of_the_edges() -> None:
     source = """
 import json, sys
@@ -182,6 +186,7 @@ print(json.dumps([name for name in libraries if name in sys.modules]))
     assert run_python(source) == ["torch"]
 
 
+@pytest.mark.slow
 def test_what_plans_composes_and_launches_a_run_is_imported_without_torch() -> None:
     source = """
 import json, sys
@@ -195,6 +200,7 @@ print(json.dumps([module for module, torch in loaded.items() if torch]))
     assert run_python(source) == []
 
 
+@pytest.mark.slow
 def test_every_public_name_comes_from_its_home() -> None:
     source = """
 import json, relora
@@ -219,6 +225,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
     assert set(relora.__all__) <= set(dir(relora))
 
 
+@pytest.mark.slow
 def test_the_plain_formula_installs_no_hook_on_optimizers() -> None:
     source = """
 import json, torch

@@ -1,4 +1,4 @@
-"""FLOPs, parameters and bytes of a run, by arithmetic.
+"""FLOPs, parameters and bytes of a run, computed by arithmetic.
 
-Imports Python's own library alone.
+Imports only the standard library of Python.
 """

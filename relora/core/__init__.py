@@ -1,4 +1,4 @@
-"""The algorithm of ReLoRA as a library: schedule, low-rank layer, merge, reset of the optimizer's state, loss.
+"""The ReLoRA algorithm as a library: schedule, low-rank layer, merge, reset of the optimizer state, loss.
 
-Imports `budget` and torch. The schedule does without torch.
+Imports `budget` and torch. The schedule does not need torch.
 """

@@ -1,4 +1,4 @@
-"""The values that the algorithm's switches may have, and their defaults. Needs no torch."""
+"""The allowed values of the algorithm's options, and their defaults. Needs no torch."""
 
 REINITS = ("kaiming", "orthogonal")
 """How a restart draws A."""
@@ -13,4 +13,4 @@ PRUNING_RATIO = 0.99
 """The share of a factor's optimizer state that a restart prunes."""
 
 SCALING = 0.25
-"""alpha / rank where no alpha is given: the paper's 32 / 128."""
+"""The default of alpha / rank, used when no alpha is given: the paper's 32 / 128."""

@@ -1,7 +1,7 @@
-"""A low-rank layer on its merged weight: the cheaper exact ways, chosen by `refresh`, and when they are out of date.
+"""The cheaper exact ways to compute a low-rank layer on its merged weight. `refresh` chooses one of them.
 
-The plain formula of `relora.core.lowrank` needs nothing of this. A merged weight that is kept is a cache: it is used
-only while the tensors that it was made of are unchanged.
+The plain formula of `relora.core.lowrank` does not need this module. A kept merged weight is a cache: a layer uses it
+only while the tensors behind it are unchanged.
 """
 
 import weakref
@@ -16,16 +16,16 @@ from relora.core.merged import MergedLinear, materialise
 
 
 class ExactWays(nn.Module):
-    """The base of a low-rank layer: keeps which way is chosen, and its merged weight where that is kept.
+    """The base class of a low-rank layer. It holds the chosen way, and the merged weight if that is kept.
 
-    The layer has weight (out x in), bias (out, or None), lora_A (rank x in), lora_B (out x rank), scaling and dropout.
+    A subclass has weight (out x in), bias (out, or None), lora_A (rank x in), lora_B (out x rank), scaling and dropout.
     """
 
     in_features: int
     out_features: int
     rank: int
     weight: Tensor
-    bias: nn.Parameter  # or None, which torch leaves out of the type of nn.Linear too
+    bias: nn.Parameter  # may be None, which the type of nn.Linear.bias in torch omits too
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: nn.Parameter | float
@@ -39,14 +39,14 @@ class ExactWays(nn.Module):
         self._versions: tuple[tuple[int, int], ...] = ()
 
     def _faster(self, x: Tensor) -> Tensor | None:
-        """The layer's output by the way that was chosen; None where only the plain formula will do."""
+        """Return the layer's output by the chosen way, or None if only the plain formula is possible."""
         if self._way == PLAIN or (converted := self._convertible(x)) is None:
             return None
         factors = (self.lora_A, self.lora_B, self.scaling)
         return MergedLinear.apply(converted, self._merged, self.weight, self.bias, *factors, self._way == PROJECTED)
 
     def _convertible(self, x: Tensor) -> Tensor | None:
-        """x in the dtype that is computed in, or None where only the plain formula will do."""
+        """Return x in the compute dtype, or None if only the plain formula is possible."""
         if (self.training and isinstance(self.dropout, nn.Dropout)) or self.weight.requires_grad:
             return None
         dtype, device = x.dtype, x.device.type
@@ -59,14 +59,23 @@ class ExactWays(nn.Module):
         return x.to(dtype)
 
     def _versions_now(self) -> tuple[tuple[int, int], ...]:
-        """Each tensor's id and torch's count of its changes in place. Fused optimizers do not count: hence the hook."""
+        """Return each tensor's id and torch's count of its changes in place.
+
+        Fused optimizers do not increase this count, so hooks watch the optimizers too.
+        """
         tensors = (self.weight, self.lora_A, self.lora_B, self.scaling)
         return tuple((id(tensor), tensor._version) for tensor in tensors if isinstance(tensor, Tensor))
 
-    @torch.inference_mode(False)  # what is made in it has no gradient ever after
+    @torch.inference_mode(False)  # a tensor created in inference mode can never have a gradient
     @torch.no_grad()
     def refresh(self, way: str, *, resident: bool, dtype: torch.dtype) -> None:
-        """Compute by `way` from here on, in `dtype`; where `resident`, on a merged weight that is made now and kept."""
+        """Choose how the layer computes its output until the next call.
+
+        Args:
+            way: PLAIN, FACTORED or PROJECTED of relora.budget.cost.
+            resident: Whether to compute the merged weight now and keep it.
+            dtype: The dtype in which the layer computes.
+        """
         self._way, self._compute_dtype = way, dtype
         if way == PLAIN or not resident:
             self._merged = None
@@ -80,7 +89,7 @@ class ExactWays(nn.Module):
                 _resident[id(tensor)] = self
 
     def outdate(self) -> None:
-        """Compute the plain formula until the next refresh, where a merged weight is kept: it is out of date."""
+        """Mark a kept merged weight as out of date: the layer computes the plain formula until the next refresh."""
         if self._merged is not None:
             self._way = PLAIN
 
@@ -89,35 +98,35 @@ class ExactWays(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        # Moved or converted: the merged weight is no part of the state and stays behind.
+        # The layer is moved or converted. The merged weight is not part of its state, so it is dropped.
         self._way, self._merged = PLAIN, None
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no merged weight: no hook would tell it that its own is out of date."""
+        """Return the state of a copy, without the merged weight: no hook would mark the copy's weight as outdated."""
         return dict(super().__getstate__()) | {"_way": PLAIN, "_merged": None}
 
 
 # ------------------------------------------------------------------------------------ optimizers that do not count
 
 _resident: "weakref.WeakValueDictionary[int, ExactWays]" = weakref.WeakValueDictionary()
-"""The layer of each tensor, by its id, that a merged weight was made of and that no optimizer has stepped since."""
+"""Tensor id to layer, for the tensors of each kept merged weight that no optimizer has stepped since its refresh."""
 
 _watches = False
 
 
 def _watch_optimizers() -> None:
-    """Hear of every optimizer's step from now on. Whoever keeps no merged weight installs no hook."""
+    """Watch the steps of all optimizers from now on. The hooks are installed only when a merged weight is kept."""
     global _watches
     if not _watches:
-        # Before a step, as a hook of the optimizer's own may drop the gradients; after it, as a closure makes them.
+        # Before a step, because an optimizer's hook may drop gradients. After it, because a closure creates them.
         register_optimizer_step_pre_hook(_outdate_stepped)
         register_optimizer_step_post_hook(_outdate_stepped)
         _watches = True
 
 
 def _outdate_stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Outdate the layers with a tensor that `optimizer` steps: one that it holds and that has a gradient."""
+    """Outdate the layers whose tensors `optimizer` steps: tensors that it holds and that have a gradient."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None and (layer := _resident.pop(id(parameter), None)) is not None:
@@ -135,21 +144,23 @@ def refresh(
     micro_steps: int = 1,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Let every low-rank layer compute by the cheapest exact way until its weights change: call it again then.
+    """Let every low-rank layer compute by the cheapest exact way. Call this again after the weights have changed.
+
+    A merged weight that is out of date is not used: after an optimizer step, a merge, a load or a change in place, the
+    layers compute the plain formula. A change through `.data` is not noticed. A change in place in compiled code is not
+    noticed either.
 
     Args:
-        model: a model that `relora.wrap` has given factors.
-        merged_weight: "resident" keeps W + scaling * B A of each layer in memory, made here. "rebuilt" makes it in each
-            forward and backward pass and keeps none. "never" takes the plain formula.
-        tokens_per_micro_step: how many tokens pass the model at a time; None stands for many.
-        micro_steps: how often that is until the next refresh. relora.budget.cost.cheapest_way weighs both.
-        dtype: what layers compute in, e.g. torch.bfloat16 under autocast; None means that of the weights.
-
-    A merged weight that is out of date is not used: after an optimizer's step, a merge, a load or a change in place,
-    layers compute the plain formula. A change through `.data` is not noticed, nor one in place in compiled code.
+        model: A model that `relora.wrap` has given factors.
+        merged_weight: "resident" computes W + scaling * B A of each layer now and keeps it in memory. "rebuilt"
+            computes it in each forward and backward pass and does not keep it. "never" uses the plain formula.
+        tokens_per_micro_step: How many tokens pass through the model in one micro-step. None means many.
+        micro_steps: The number of micro-steps until the next refresh. Both numbers enter
+            relora.budget.cost.cheapest_way.
+        dtype: The dtype in which layers compute, e.g. torch.bfloat16 under autocast. None means that of the weights.
 
     Raises:
-        ValueError: the model has no low-rank layers, or `merged_weight` is another word.
+        ValueError: The model has no low-rank layers, or `merged_weight` has another value.
     """
     if merged_weight not in MERGED_WEIGHTS:
         raise ValueError(f"merged_weight={merged_weight!r} is not one of {', '.join(MERGED_WEIGHTS)}")

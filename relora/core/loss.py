@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear head without the logits of all tokens in memory. Needs torch only.
+"""Cross-entropy of a linear head that never holds the logits of all tokens in memory. Needs torch only.
 
-torch.nn.functional.linear_cross_entropy (in torch 2.13; 2.8 has none) does the same, but rounds the loss to the dtype
-of its input: a mean of 10.843 over 1,024 tokens in bf16 came out as 10.625, too coarse to see a run improve. On the CPU
-it also took 1.8 to 5.5 times as long in bf16.
+torch.nn.functional.linear_cross_entropy (in torch 2.13, not in 2.8) does the same, but rounds the loss to the dtype of
+its input. In bf16, a mean of 10.843 over 1,024 tokens became 10.625, which is too coarse to show progress of a run. On
+the CPU it also took 1.8 to 5.5 times as long in bf16.
 """
 
 from typing import Any
@@ -14,13 +14,13 @@ from torch.autograd.function import once_differentiable
 from relora.budget.memory import LOGITS_NUMEL
 
 PART_NUMEL = 2**22
-"""Elements of the head's gradient that are added up at a time where they are of another type than the products."""
+"""How many elements of the head's gradient are added at a time when its dtype differs from that of the products."""
 
 
 def _loss_and_errors(logits_NxV: Tensor, targets_Nx1: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-    """The summed loss and, where `training`, its gradient with respect to the logits: softmax less the target.
+    """Return the summed loss and its gradient with respect to the logits: softmax minus the one-hot target.
 
-    The gradient is formed in the logits' place, which hold something else otherwise.
+    The gradient overwrites the logits. If `training` is false, the second tensor is not the gradient and has no use.
     """
     of_targets, highest = logits_NxV.gather(1, targets_Nx1), logits_NxV.amax(-1, keepdim=True)
     exponentials = logits_NxV.sub_(highest).exp_()
@@ -32,10 +32,10 @@ def _loss_and_errors(logits_NxV: Tensor, targets_Nx1: Tensor, *, training: bool)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The gradients are formed together with the loss, chunk by chunk: nothing is computed twice.
+    """Summed cross-entropy whose gradients are computed together with the loss, chunk by chunk, and only once.
 
-    The backward pass scales them in place, so that there is never a second matrix of the head's size; going back
-    through a retained graph again is therefore an error, which torch raises.
+    The backward pass scales the gradients in place, so that a second matrix of the head's size is never needed. A
+    second backward pass through a retained graph is therefore an error, which torch raises.
     """
 
     @staticmethod
@@ -58,12 +58,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 if grad_weight.dtype == hidden.dtype:
                     grad_weight.addmm_(errors.T, hidden, beta=0 if start == 0 else 1)
                 else:
-                    # A part at a time: to add what is of another type, the CPU copies it.
+                    # One part at a time: the CPU copies a tensor of another dtype before it adds it.
                     for first in range(0, vocab_size, words):
                         part = errors[:, first : first + words].T @ hidden
                         of_words = grad_weight[first : first + words]
                         of_words.copy_(part) if start == 0 else of_words.add_(part)
-            errors = None  # before the next chunk's are made
+            errors = None  # free them before the next chunk's errors are created
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VxD.dtype))
         return total
 
@@ -76,9 +76,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_linear_cross_entropy(hidden_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor) -> Tensor:
-    """Sum over N of -log softmax(hidden weight^T)[target], in fp32 or wider; autocast decides on the products' dtype.
+    """Return the sum over N of -log softmax(hidden weight^T)[target], in fp32 or wider.
 
-    At most `LOGITS_NUMEL` logits are held at a time.
+    Under autocast, the matrix products are in the autocast dtype. About `LOGITS_NUMEL` logits at most are in memory at
+    a time.
     """
     device, dtype = hidden_NxD.device.type, hidden_NxD.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:

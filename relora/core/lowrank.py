@@ -1,7 +1,7 @@
-"""The low-rank layer and what happens to it: wrap, merge and re-initialise, unwrap. Needs torch only.
+"""The low-rank layer and its operations: wrap, merge and re-initialise, unwrap. Needs torch only.
 
-Lialin et al. 2023 (arXiv 2307.05695), section 3: y = x W^T + b + (alpha/rank) B A drop(x) with W frozen; a restart
-folds the product into W and draws a new A, so that the sum of many low-rank updates can have a high rank.
+Lialin et al. 2023 (arXiv 2307.05695), section 3: y = x W^T + b + (alpha/rank) B A drop(x) with W frozen. A restart
+merges the product B A into W and draws a new A. The sum of many low-rank updates can therefore have a high rank.
 """
 
 import hashlib
@@ -24,21 +24,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def keyed_generator(key: str) -> torch.Generator:
-    """A CPU generator that is a function of `key` alone, so that no generator state is ever saved or shared."""
+    """Return a CPU generator that depends only on `key`, so that no generator state must be saved or shared."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest) >> 1)
 
 
 @dataclass(kw_only=True)
 class ReLoRAConfig:
-    """Which linear layers get factors, and of which kind.
+    """The linear layers that get factors, and the kind of these factors.
 
-    rank: inner dimension r of B (out x r) and A (r x in), at most min(in, out).
-    alpha: the product is scaled by alpha/rank; None means 0.25 * rank, the paper's 32/128.
-    target_modules: a regular expression that matches whole module names, or a list of their endings.
-    dropout: on the input of A, in training mode.
-    reinit: how A is drawn, "kaiming" (uniform, a = sqrt 5) or "orthogonal" (orthonormal rows of the same norm).
-    trainable_scaling: alpha/rank becomes a parameter of each layer, set back to alpha/rank at every merge.
+    Args:
+        rank: Inner dimension r of B (out x r) and A (r x in), at most min(in, out).
+        target_modules: A regular expression that matches whole module names, or a list of their endings.
+        alpha: The product B A is scaled by alpha/rank. None means 0.25 * rank, the paper's 32/128.
+        dropout: Dropout probability on the input of A, in training mode.
+        reinit: How A is drawn: "kaiming" (uniform, a = sqrt 5) or "orthogonal" (orthogonal rows of the same norm).
+        trainable_scaling: The scale becomes a parameter of each layer. Every merge sets it back to alpha/rank.
+
+    Raises:
+        ValueError: A value is outside its allowed range.
     """
 
     rank: int
@@ -66,7 +70,7 @@ class ReLoRAConfig:
                 re.compile(targets)
             except re.error as error:
                 raise ValueError(
-                    f"target_modules={targets!r} is no regular expression: {error}; "
+                    f"target_modules={targets!r} is not a regular expression: {error}; "
                     "correct it, or give a list of module-name endings"
                 ) from error
         elif not isinstance(targets, Sequence) or not all(isinstance(ending, str) for ending in targets):
@@ -77,20 +81,20 @@ class ReLoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """alpha / rank."""
+        """alpha / rank, or the default where alpha is None."""
         return SCALING if self.alpha is None else self.alpha / self.rank
 
 
 class LowRankLinear(ExactWays):
     """A frozen linear layer plus trainable factors: y = x W^T + b + scaling * drop(x) A^T B^T.
 
-    weight: out x in, frozen; bias: out, trainable, or None; lora_A: rank x in; lora_B: out x rank, zero after every
-    (re-)initialisation, so that wrapping and merging leave the output as it is while B still gets a gradient.
-    The weight and the bias are the wrapped layer's own parameters, under their old names in the state dict.
+    weight is out x in and frozen. bias is out and trainable, or None. Both are the wrapped layer's own parameters and
+    keep their names in the state dict. lora_A is rank x in. lora_B is out x rank, and zero after every
+    (re-)initialisation. Wrapping and merging therefore do not change the output, and B still gets a gradient.
 
-    The formula is computed as it stands, the plain way, unless `refresh` has chosen a cheaper one, and again as soon as
-    what was refreshed is out of date: after a torch optimizer's step on it, a merge, a load or a change in place (the
-    last is not noticed in compiled code).
+    The layer computes the plain formula above, unless `refresh` has chosen a cheaper exact way. If that way keeps a
+    merged weight, the layer returns to the plain formula when this weight is out of date: after a step of a torch
+    optimizer on the layer, a merge, a load or a change in place. Compiled code does not notice a change in place.
     """
 
     def __init__(self, linear: nn.Linear, config: ReLoRAConfig) -> None:
@@ -108,28 +112,33 @@ class LowRankLinear(ExactWays):
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """... x in -> ... x out."""
+        """Compute the output: ... x in -> ... x out."""
         if (faster := self._faster(x)) is not None:
             return faster
         low_rank = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the sizes that `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
     @torch.no_grad()
     def initialise(self, *, seed: int, restart: int, name: str) -> None:
-        """Draw A from (seed, restart, name), set B = 0 and a trainable scale back to alpha/rank.
+        """Draw A from (seed, restart, name), set B to 0, and set a trained scale back to alpha/rank.
 
-        A is drawn on the CPU in fp32 by a generator of its own: every replica and every resumed run draws the same,
-        on any device and in any storage type.
+        A is drawn on the CPU in fp32, with its own generator. Every replica and every resumed run therefore draws the
+        same A, on any device and for any storage type.
+
+        Args:
+            seed: The seed of the run.
+            restart: The number of the restart; 0 for the first draw.
+            name: The module's name in the model.
         """
         self.outdate()
         generator = keyed_generator(f"factor/{seed}/{restart}/{name}")
         a = torch.empty(self.rank, self.in_features, device="cpu")
         if self.reinit == "orthogonal":
-            # Kaiming with a = sqrt 5 has variance 1/(3 in): rows of norm 1/sqrt 3.
+            # Kaiming with a = sqrt 5 has variance 1/(3 in), so its rows have the norm 1/sqrt 3.
             nn.init.orthogonal_(a, gain=1 / math.sqrt(3), generator=generator)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
@@ -140,9 +149,13 @@ class LowRankLinear(ExactWays):
 
     @torch.no_grad()
     def merge(self) -> Tensor:
-        """W += scaling * B A in place, summed in fp32 (or wider) whatever the storage type; A and B keep their values.
+        """Add scaling * B A to W in place. A and B keep their values.
 
-        Returns, where the layer is, what `MergeNorms` is made of: nothing waits for the device here.
+        The sum is computed in fp32 or wider for every storage type.
+
+        Returns:
+            The three norms of `MergeNorms` (weight, delta, lost), as a tensor on the layer's device. The host does not
+            wait for the device here.
         """
         self.outdate()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -159,7 +172,7 @@ class LowRankLinear(ExactWays):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeNorms:
-    """Frobenius norms of one merge: W before it, the update scaling * B A, and the part that storage rounded away."""
+    """Frobenius norms of one merge: W before the merge, the update scaling * B A, and the update's rounding error."""
 
     weight: float
     delta: float
@@ -168,7 +181,7 @@ class MergeNorms:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What a merge of a whole model did, by module name."""
+    """The norms of a merge of a whole model, by module name."""
 
     modules: dict[str, MergeNorms] = field(repr=False)
 
@@ -177,24 +190,24 @@ class MergeReport:
 
     @property
     def relative_update(self) -> float:
-        """|dW| / |W| over all wrapped matrices."""
+        """The size of the update, |dW| / |W|, over all wrapped matrices."""
         weight = self._total("weight")
         return self._total("delta") / weight if weight > 0 else 0.0
 
     @property
     def rounding_loss(self) -> float:
-        """Share of the update that the storage type could not hold: |dW - stored dW| / |dW|."""
+        """The share of the update that the storage type could not represent: |dW - stored dW| / |dW|."""
         delta = self._total("delta")
         return self._total("lost") / delta if delta > 0 else 0.0
 
 
 def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
-    """(name, layer) of every wrapped linear, in the model's own order."""
+    """Iterate over (name, layer) of every low-rank layer, in the order of the model."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
 
 
 def wrapped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The same as a dict. Raises ValueError if nothing is wrapped."""
+    """Return the low-rank layers of `model` by name. Raises ValueError if the model is not wrapped."""
     layers = dict(low_rank_layers(model))
     if not layers:
         raise ValueError("the model has no low-rank layers; call wrap(model, ReLoRAConfig(...)) first")
@@ -207,12 +220,23 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
-    """Freeze the targeted linear layers of `model` in place and give them factors; everything else stays trainable.
+    """Freeze the targeted linear layers of `model` in place and give them factors. The rest stays trainable.
 
-    The output does not change. An optimizer made before this call holds weights that are frozen now: make a new one.
+    The output does not change. An optimizer created before this call holds weights that are now frozen: create a new
+    one.
 
-    Raises ValueError when nothing matches, a listed name matches no linear layer, the model is wrapped already, the
-    rank exceeds min(in, out) of a target, or a target is no plain nn.Linear or shares its weight with another module.
+    Args:
+        model: The model to change.
+        config: Which layers get factors, and of which kind.
+        seed: The seed of the first draw of each A.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: Nothing matches, a listed ending matches no linear layer, the model is already wrapped, the rank
+            exceeds min(in, out) of a target, a target is a subclass of nn.Linear, or a target shares its weight with
+            another module.
     """
     if any(True for _ in low_rank_layers(model)):
         raise ValueError("the model is wrapped already; call unwrap(model) first")
@@ -239,8 +263,8 @@ def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
             raise ValueError(f"rank={config.rank} exceeds min(in, out)={limit} of {name}; lower the rank")
         if type(linear) is not nn.Linear:
             raise ValueError(
-                f"{name} is a {type(linear).__name__}, whose owner may read its weight past the factors; "
-                "leave it out of target_modules"
+                f"{name} is a {type(linear).__name__}, and its owner may read its weight directly, without the "
+                "factors; leave it out of target_modules"
             )
         if len(owners[id(linear.weight)]) > 1:
             raise ValueError(
@@ -256,7 +280,7 @@ def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
 
 
 def _no_linear(model: nn.Module, linears: Sequence[str], targets: str | Sequence[str]) -> str:
-    """Why `targets`, none of which matches one of the `linears`, cannot be wrapped."""
+    """Return the error message for `targets` that match none of the `linears`."""
     endings = sorted({name.rpartition(".")[2] for name in linears})
     text = f"{targets!r} of target_modules matches no nn.Linear; the model's nn.Linear layers are named "
     text += ", ".join(endings) or "none"
@@ -274,9 +298,20 @@ def _no_linear(model: nn.Module, linears: Sequence[str], targets: str | Sequence
 
 
 def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeReport:
-    """Fold every product into its frozen weight, then draw A anew from (seed, restart, module name) and set B = 0.
+    """Merge every product into its frozen weight, then draw a new A and set B to 0.
 
-    The output does not change but for rounding, which the report tells. Raises ValueError if nothing is wrapped.
+    The output does not change, except by rounding.
+
+    Args:
+        model: The wrapped model, changed in place.
+        seed: The seed of the run. A is drawn from (seed, restart, module name).
+        restart: The number of this restart.
+
+    Returns:
+        The norms of the merge, which show the size of the update and of the rounding.
+
+    Raises:
+        ValueError: The model is not wrapped.
     """
     norms: dict[str, Tensor] = {}
     for name, layer in wrapped_layers(model).items():
@@ -293,7 +328,10 @@ def merge_and_reinit(model: nn.Module, *, seed: int, restart: int) -> MergeRepor
 
 
 def unwrap(model: M) -> M:
-    """Merge every product and put plain trainable linear layers back, in place; ValueError if none is wrapped."""
+    """Merge every product and restore plain trainable linear layers, in place.
+
+    Returns the same model. Raises ValueError if the model is not wrapped.
+    """
     for name, layer in wrapped_layers(model).items():
         layer.merge()
         linear = nn.Linear(

@@ -1,9 +1,13 @@
-"""The exact ways to compute a low-rank linear, y = x (W + scaling * B A)^T + b, on its merged weight. Needs torch only.
+"""The exact ways to compute a low-rank linear layer, y = x (W + scaling * B A)^T + b, on its merged weight.
 
-The plain way never forms W + scaling * B A; these do, and have the same gradients. Per token and layer of in = i,
-out = o and rank = r, in multiply-adds: the plain way takes 2io + 3r(i+o), the merged weight 2io + 2r(i+o) with the
-factors' gradients through x A^T and g B, or 3io through the gradient of the whole matrix, which is projected on A and
-B (2rio a backward). relora.budget.cost.cheapest_way says which.
+The plain way never forms W + scaling * B A. The ways in this module form it, and their gradients are the same. The cost
+per token of one layer, in multiply-adds, with in = i, out = o and rank = r:
+
+- plain: 2io + 3r(i+o).
+- merged weight, with the factors' gradients through x A^T and g B: 2io + 2r(i+o).
+- merged weight, with the gradient of the whole matrix: 3io. It is then projected on A and B (2rio a backward pass).
+
+relora.budget.cost.cheapest_way chooses one of them. Needs torch only.
 """
 
 from typing import Any
@@ -14,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 ROWS_NUMEL = 2**24
-"""Elements of a weight that are handled at a time where a wider copy is needed: 64 MiB of fp32."""
+"""How many elements of a weight are processed at a time where a wider copy is needed: 64 MiB of fp32."""
 
 
 def row_chunks(weight: Tensor) -> list[slice]:
-    """The rows of a matrix, so many at a time that a chunk has about `ROWS_NUMEL` elements."""
+    """Split the rows of a matrix into chunks of about `ROWS_NUMEL` elements."""
     rows = max(1, ROWS_NUMEL // weight.shape[1])
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
@@ -27,9 +31,17 @@ def row_chunks(weight: Tensor) -> list[slice]:
 def materialise(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, *, out: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """weight + scaling * lora_B lora_A (out x in) in `dtype`, summed at least in the wider type and rounded once.
+    """Compute weight + scaling * lora_B lora_A (out x in).
 
-    Into `out`, if that is a tensor of the right dtype, shape and device; into a new tensor otherwise.
+    The sum is computed at least in the wider dtype of `weight` and `lora_A`, and rounded once.
+
+    Args:
+        weight: out x in.
+        lora_A: rank x in.
+        lora_B: out x rank.
+        scaling: A number, or a trained scale.
+        out: Receives the result if it has the right dtype, shape and device. Otherwise a new tensor is created.
+        dtype: The dtype of the result.
     """
     if out is None or out.dtype != dtype or out.shape != weight.shape or out.device != weight.device:
         out = torch.empty_like(weight, dtype=dtype)
@@ -40,7 +52,7 @@ def materialise(
         return torch.addmm(weight, lora_B, lora_A, alpha=scaling, out=out)
     wide = torch.promote_types(weight.dtype, lora_A.dtype)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    with torch.autocast(weight.device.type, enabled=False):  # it would round every part first
+    with torch.autocast(weight.device.type, enabled=False):  # autocast would round every operand first
         for rows in row_chunks(weight):
             out[rows] = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
     return out
@@ -49,9 +61,9 @@ def materialise(
 class MergedLinear(torch.autograd.Function):
     """x (... x in) -> x merged^T + bias (... x out), with gradients for x, bias, lora_A, lora_B and a trained scaling.
 
-    `merged` is the weight as `materialise` left it; None means to build it here, and again in the backward pass, so
-    that it never stays in memory. All matrix products are in the dtype of x. `projected` chooses how the gradients of
-    the factors are formed.
+    `merged` is the result of `materialise`. If it is None, the forward pass and the backward pass each build the merged
+    weight, so that it does not stay in memory. All matrix products are in the dtype of x. If `projected` is true, the
+    gradients of the factors are projected from the gradient of the whole matrix.
     """
 
     @staticmethod
@@ -66,7 +78,7 @@ class MergedLinear(torch.autograd.Function):
         scaling: Tensor | float,
         projected: bool,
     ) -> Tensor:
-        """See the class."""
+        """Compute the output. The class describes the arguments."""
         scale_tensor = scaling if isinstance(scaling, Tensor) else None
         ctx.save_for_backward(x, merged, weight if merged is None else None, lora_A, lora_B, scale_tensor)
         ctx.scaling, ctx.projected = scaling, projected
@@ -77,7 +89,7 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A gradient for each argument of `forward`."""
+        """Return a gradient for each argument of `forward`, or None."""
         (grad,) = grads
         x, merged, weight, lora_A, lora_B, scale_tensor = ctx.saved_tensors
         scaling = ctx.scaling if scale_tensor is None else scale_tensor

@@ -1,7 +1,7 @@
-"""Pruning of the optimizer's state at a restart: of the factors' state, and of nothing else. Needs torch only.
+"""Pruning of the factors' optimizer state at a restart. No other state changes. Needs torch only.
 
-Lialin et al. 2023, section 3: with the old moments the first updates after a merge fall back into the old subspace, so
-most of the state is set to zero. What "reset" zeroes is counted and returned, never assumed.
+Lialin et al. 2023, section 3: with the old moments, the first updates after a merge fall back into the old subspace.
+Most of the state is therefore set to zero. The pruned entries are counted, and their share is returned.
 """
 
 from fractions import Fraction
@@ -13,17 +13,21 @@ from relora.core.choices import PRUNING_RATIO, RESET_MODES, RESET_MOMENTS
 from relora.core.lowrank import keyed_generator, wrapped_layers
 
 COUNTS = {"step": 0, "mu_product": 1}
-"""State of torch's optimizers that counts updates and is no moment, by name, with the value that it begins with.
+"""State entries of torch's optimizers that count steps and are not moments: name to start value.
 
-mu_product is NAdam's. A scale that is trained has no dimension, as these have: the shape cannot tell them apart.
+mu_product belongs to NAdam. These entries are scalars, and so is a trained scale. Only the name can distinguish a count
+from a moment, not the shape.
 """
 
 
 def prune_mask_by_magnitude(values: Tensor, ratio: float) -> Tensor:
-    """True for exactly floor(ratio * n) entries of smallest |value|; among equal ones the first in memory order.
+    """Mark exactly floor(ratio * n) entries with the smallest |value|; of equal entries, the first in memory order.
 
-    Exact for any size (torch.quantile stops at 16M elements) and for ties: a constant tensor loses the asked share
-    and not everything.
+    The count is exact for any size (torch.quantile is limited to 16M elements). It is also exact for ties: a constant
+    tensor loses the given share and not everything.
+
+    Returns:
+        A bool tensor of the shape of `values`, True where an entry is to be pruned.
     """
     magnitude = values.detach().abs().flatten()
     pruned_count = int(Fraction(str(ratio)) * magnitude.numel())
@@ -36,15 +40,18 @@ def prune_mask_by_magnitude(values: Tensor, ratio: float) -> Tensor:
 
 
 def prune_mask_at_random(values: Tensor, ratio: float, key: str) -> Tensor:
-    """True with probability `ratio`, independently, drawn on the CPU from `key` alone.
+    """Mark each entry with probability `ratio`, independently. The draw is on the CPU and depends only on `key`.
 
-    Drawn in fp32: a bf16 uniform cannot resolve ratios near 1 (its largest value below 1 is 0.996).
+    The draw is in fp32: bf16 cannot represent ratios near 1 (its largest value below 1 is 0.996).
+
+    Returns:
+        A bool tensor of the shape and device of `values`, True where an entry is to be pruned.
     """
     return (torch.rand(values.shape, generator=keyed_generator(key), device="cpu") < ratio).to(values.device)
 
 
 def _redrawn(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a merge sets anew, by name: the factors, and the scale where it is trained."""
+    """Return the parameters that a merge initialises again, by name: the factors and the trained scales."""
     return {
         f"{layer_name}.{name}": parameter
         for layer_name, layer in wrapped_layers(model).items()
@@ -54,9 +61,9 @@ def _redrawn(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _moments(parameter: nn.Parameter, state: dict[str, object], name: str, *, all_anew: bool) -> dict[str, Tensor]:
-    """The state's tensors of the parameter's shape that are no counts, exp_avg first.
+    """Return the state tensors that have the parameter's shape and are not counts, exp_avg first.
 
-    Raises TypeError for codes, unless the whole state begins anew.
+    Raises TypeError for integer codes, unless the whole state is cleared (`all_anew`).
     """
     moments = {
         key: value
@@ -66,8 +73,8 @@ def _moments(parameter: nn.Parameter, state: dict[str, object], name: str, *, al
     for key, value in moments.items():
         if not value.is_floating_point() and not all_anew:
             raise TypeError(
-                f"the optimizer's {key!r} of {name} holds {value.dtype} codes, which cannot be pruned as if they were "
-                "values; use an optimizer with floating-point state, mode='zero' with reset_step=True, or mode='none'"
+                f"the optimizer's {key!r} of {name} holds {value.dtype} codes, which cannot be pruned by value; "
+                "use an optimizer with floating-point state, mode='zero' with reset_step=True, or mode='none'"
             )
     return dict(sorted(moments.items(), key=lambda item: item[0] != "exp_avg"))
 
@@ -84,20 +91,33 @@ def reset_optimizer(
     seed: int | None = None,
     restart: int | None = None,
 ) -> float:
-    """Prune the state of all factors of `model` in `optimizer`, in place; return the fraction of it that was zeroed.
+    """Prune the optimizer state of all low-rank factors.
 
-    mode: "none" touches nothing; "zero" zeroes all; "random" zeroes each entry with probability `pruning_ratio`, drawn
-        from (seed, restart, parameter name); "magnitude" zeroes the `pruning_ratio` smallest |x| of each tensor.
-    moments: "joint" prunes the second moment where the first is pruned; "independent" gives each its own mask, which
-        leaves first moments without their second (updates of 6e3 to 7e4 x the learning rate were seen).
-    reset_step: Adam's step count starts at 0 again, so that bias correction fits the emptied moments; without it the
-        first update is 3.15 x the learning rate (beta2 = 0.999).
-    seed, restart: needed by mode="random" alone; the restart's number, so that each restart prunes other entries.
+    A moment is any state tensor of the parameter's shape except `COUNTS`, so optimizers other than AdamW work too.
+    A parameter that has no state yet is not changed. A trained scale counts as a factor.
 
-    A moment is any state tensor of the parameter's shape but for `COUNTS`, so this works beyond AdamW. Parameters
-    without state yet are left alone, and a trained scale counts as a factor. Raises, before anything is touched,
-    ValueError for an unknown mode, a ratio outside [0, 1], mode="random" without seed or restart, an unwrapped model
-    or an optimizer of other parameters; TypeError for quantised state, unless mode is "zero" and reset_step is true.
+    Args:
+        optimizer: Its state tensors of the factors are changed in place.
+        model: The wrapped model, which says which parameters are factors.
+        mode: "none", "zero", "random" or "magnitude". "none" changes nothing. "zero" sets all entries to zero.
+            "random" sets each entry to zero with probability `pruning_ratio`, drawn from (seed, restart, parameter
+            name). "magnitude" sets the share `pruning_ratio` of each tensor with the smallest |x| to zero.
+        pruning_ratio: The share to prune, in [0, 1].
+        moments: "joint" prunes both moments at the same entries. "independent" gives each moment its own mask. Some
+            first moments then lose their second moment (updates of 6e3 to 7e4 x the learning rate were seen).
+        reset_step: Adam's step count starts at 0 again, so that bias correction fits the pruned moments. Without it the
+            first update is 3.15 x the learning rate (beta2 = 0.999).
+        seed: Needed only by mode="random".
+        restart: The number of the restart, so that each restart prunes different entries. Needed only by mode="random".
+
+    Returns:
+        The share of the factors' moment entries that this call pruned.
+
+    Raises:
+        ValueError: `mode` or `moments` is unknown, `pruning_ratio` is outside [0, 1], mode="random" has no seed or
+            restart, the model is not wrapped, or the optimizer holds none of its factors. Nothing has changed then.
+        TypeError: The state holds integer codes, which cannot be pruned by value. mode="zero" with reset_step=True
+            accepts them. Nothing has changed then.
     """
     if mode not in RESET_MODES:
         raise ValueError(f"mode={mode!r} is not one of {', '.join(RESET_MODES)}")
@@ -109,7 +129,7 @@ def reset_optimizer(
     if mode == "random" and missing:
         raise ValueError(
             f"mode='random' draws its masks from seed and restart, and {' and '.join(missing)} is not given; pass "
-            "seed=... and the number of this restart, restart=..., or all restarts would prune the same entries"
+            "seed=... and restart=... (the number of this restart), or all restarts would prune the same entries"
         )
     if mode == "none":
         return 0.0
@@ -129,7 +149,7 @@ def reset_optimizer(
         if any(not moment.is_floating_point() for moment in moments_of[name].values()):
             numel = sum(moment.numel() for moment in moments_of[name].values())
             total, zeroed = total + numel, zeroed + numel
-            state.clear()  # the optimizer begins it anew, as for a parameter that it has never stepped
+            state.clear()  # the optimizer creates it again, as for a parameter that it has never stepped
             continue
         mask: Tensor | None = None
         for key, moment in moments_of[name].items():

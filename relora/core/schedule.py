@@ -1,6 +1,6 @@
-"""The clock of a ReLoRA run and its learning-rate factor: pure functions of the step.
+"""The restart clock of a ReLoRA run and its learning-rate factor: pure functions of the step number.
 
-Nothing here holds state, so a resumed run, a skipped update or a second replica can never be out of phase.
+Nothing here holds state. A resumed run, a skipped update or a second replica therefore cannot be out of phase.
 """
 
 import math
@@ -9,13 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class RestartClock:
-    """When the low-rank phase begins and when it restarts.
+    """The clock that says when the low-rank phase begins and when it restarts.
 
-    Steps count updates from 0. The first `warm_start_steps` updates train at full rank; the low-rank phase has a time
-    of its own, t = step - warm_start_steps, and restarts at every t = k * reset_interval_steps, k >= 1, before the
-    last step (Lialin et al. 2023, Algorithm 1). `reset_interval_steps=None` never restarts: plain LoRA.
+    Steps are numbered from 0. The first `warm_start_steps` steps train at full rank. The low-rank phase has its own
+    time, t = step - warm_start_steps. It restarts at every t = k * reset_interval_steps, k >= 1, up to the last step
+    (Lialin et al. 2023, Algorithm 1).
 
-    Raises ValueError for an empty phase or an interval that is not positive.
+    Args:
+        total_steps: Optimizer steps of the whole run, warm start included.
+        reset_interval_steps: Steps between two restarts. None means no restarts: plain LoRA.
+        warm_start_steps: Steps at full rank before the low-rank phase.
+
+    Raises:
+        ValueError: The low-rank phase is empty, `warm_start_steps` is negative or the interval is not positive.
     """
 
     total_steps: int
@@ -32,29 +38,29 @@ class RestartClock:
 
     @property
     def low_rank_steps(self) -> int:
-        """T: updates after the warm start."""
+        """T: the number of steps after the warm start."""
         return self.total_steps - self.warm_start_steps
 
     def warm_start_ends_at(self, step: int) -> bool:
-        """Whether the method takes over from full-rank training before the update of `step`."""
+        """Whether the full-rank warm start ends, and the low-rank phase begins, directly before `step`."""
         return step == self.warm_start_steps
 
     def restarts_at(self, step: int) -> bool:
-        """Whether a restart comes before the update of `step`."""
+        """Whether a restart happens directly before `step`."""
         t = step - self.warm_start_steps
         return (
             self.reset_interval_steps is not None and 0 < t < self.low_rank_steps and t % self.reset_interval_steps == 0
         )
 
     def restarts_before(self, step: int) -> int:
-        """How many restarts come before the updates of steps 0 .. step - 1."""
+        """Count the restarts that belong to the steps 0 .. step - 1. A restart just before `step` is not counted."""
         if self.reset_interval_steps is None:
             return 0
         last_t = min(step, self.total_steps) - 1 - self.warm_start_steps
         return max(last_t, 0) // self.reset_interval_steps
 
     def next_restart(self, step: int) -> int | None:
-        """The first step after `step` at which a restart comes, None when there is none left."""
+        """The first step after `step` that has a restart, or None if no restart is left."""
         if self.reset_interval_steps is None:
             return None
         t = max(step - self.warm_start_steps, 0)
@@ -65,15 +71,30 @@ class RestartClock:
 class JaggedCosine:
     """Learning-rate factor of the low-rank phase: a cosine with a linear re-warm-up after every restart.
 
-    With t the time of the low-rank phase, T its length, w0 = `warmup_steps`, C the restart interval, k = t div C,
-    rho = t mod C, w = `restart_warmup_steps`, m = `min_lr_ratio` and
+    The formula (Lialin et al. 2023, section 3.1, "jagged cosine") uses these names: t is the time of the low-rank
+    phase, T its length, w0 = `warmup_steps`, C the restart interval, k = t div C, rho = t mod C,
+    w = `restart_warmup_steps`, m = `min_lr_ratio`, and
 
-        cos(v) = m + (1 - m)/2 * (1 + cos(pi * (v - w0)/(T - w0))),
+        J(v) = m + (1 - m)/2 * (1 + cos(pi * (v - w0)/(T - w0))).
 
-    the factor is t/w0 for t < w0, (rho/w) * cos(kC + w) in a re-warm-up (k >= 1, rho < w), cos(t) elsewhere, and m from
-    T on (Lialin et al. 2023, section 3.1, "jagged cosine"). It is 0 at every restart where w > 0.
+    The factor is
 
-    Raises ValueError where a warm-up does not fit into the phase or the interval, or for a step of the warm start.
+        t/w0                   for t < w0,
+        (rho/w) * J(kC + w)    in a re-warm-up (k >= 1, rho < w),
+        J(t)                   elsewhere before T,
+        m                      from T on.
+
+    It is 0 at every restart where w > 0. In a re-warm-up that reaches past T, J is taken at T.
+
+    Args:
+        clock: Its phase and restarts.
+        warmup_steps: Length of the first warm-up.
+        restart_warmup_steps: Length of the re-warm-up after each restart.
+        min_lr_ratio: The factor at the end, between 0 and 1.
+
+    Raises:
+        ValueError: A warm-up does not fit into the phase or the interval, or `min_lr_ratio` is outside [0, 1]. A call
+            for a step of the warm start raises it too.
     """
 
     def __init__(
@@ -100,7 +121,7 @@ class JaggedCosine:
         return self.min_lr_ratio + 0.5 * (1.0 - self.min_lr_ratio) * (1.0 + math.cos(math.pi * progress))
 
     def __call__(self, step: int) -> float:
-        """Factor in [0, 1] of the base learning rate for the update of `step`."""
+        """Return the factor in [0, 1] that multiplies the base learning rate at `step`."""
         t, total = step - self.clock.warm_start_steps, self.clock.low_rank_steps
         if t < 0:
             raise ValueError(f"step={step} lies in the warm start, which ends at {self.clock.warm_start_steps}")

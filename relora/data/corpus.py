@@ -160,6 +160,10 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
             signals.check()
         if child.returncode == USER_ERROR:
             raise CorpusError(problem.strip())
+        if child.returncode < 0:
+            name = signal.Signals(-child.returncode).name
+            cause = " (the machine may be out of memory)" if name == "SIGKILL" else ""
+            raise CorpusError(f"the process that prepared the corpus was ended by {name}{cause}; launch the run again")
         if child.returncode:
             raise RuntimeError(f"preparing the corpus ended with {child.returncode}:\n{problem}")
         corpus = prepare(config, corpora, log_line)

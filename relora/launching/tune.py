@@ -250,9 +250,7 @@ def _mark_pruned(attempt: _Attempt) -> None:
     run = attempt.runs[0].run
     status = run.status
     if status is not None:
-        status.message = (
-            f"stopped early by the search: worse than the median at step {attempt.reported_step}"
-        )
+        status.message = f"stopped early by the search: worse than the median at step {attempt.reported_step}"
         run.status = status
 
 

@@ -1,4 +1,4 @@
 """A run's folder: state, metrics, checkpoints, warm start, results, and the state of the run's SLURM job.
 
-This package imports `config` and `common`. Only `checkpoint` imports torch.
+Imports `config` and `common`. Only `checkpoint` imports torch.
 """

@@ -1,5 +1,5 @@
 """One run from its folder to its end: model, trainer, processes, evaluation and export.
 
-This package may import all packages except `studies`, `launching` and `cli`. `model` and `pretrained` import
+Imports all packages except `studies`, `launching` and `cli`. `model` and `pretrained` import
 transformers.
 """

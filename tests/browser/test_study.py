@@ -16,7 +16,10 @@ from relora.studies.compare import Study, load_study
 from relora.studies.sweeps import expand
 from relora.studies.view import gap_metric
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,10 @@ from relora.runs.metrics import read_rows, row_metrics
 from relora.runs.rundir import RunDir, read_json
 from relora.training.job import launch
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc"),
+]
 
 CHARTS = ("train/loss", "train/lr", "eval/loss", "eval/perplexity", "progress/tokens", "restart/relative_update")
 

@@ -154,6 +154,7 @@ def test_layer_names_and_shapes_are_those_of_the_real_model(size: str) -> None:
     assert shape.full_rank_parameters() == {name: numel for name, numel in others.items() if name not in linears}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "arm"), CASES)
 def test_parameters_flops_and_bytes_are_those_of_the_real_model(size: str, arm: str) -> None:
     expected = cost_of(conf_of(size), ARMS[arm])
@@ -211,6 +212,7 @@ def test_autocast_stores_what_fp32_stores_and_bf16_half_of_it() -> None:
     assert costs["bf16"].flops_per_update(96) == costs["fp32"].flops_per_update(96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_at_a_time", [8, 48, 96])
 @pytest.mark.parametrize("merged_weight", ["resident", "rebuilt"])
 @pytest.mark.parametrize("arm", [name for name in ARMS if name != "full"])

@@ -20,6 +20,9 @@ from relora.training.distributed import World
 from relora.training.model import build
 from relora.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
+
 LENGTH = 128
 IN_BACKWARD = ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null"]
 SIZES = ["hidden_size=128", "intermediate_size=344", "layers=3", "heads=4"]

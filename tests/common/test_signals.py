@@ -19,6 +19,9 @@ from relora.runs.checkpoint import latest_step
 from relora.runs.rundir import RunDir, Status, write_json
 from relora.studies.study import Planned
 
+pytestmark = pytest.mark.slow
+
+
 NUMBERS = list(signals.NAMES)
 ids = [number.name for number in NUMBERS]
 

@@ -128,6 +128,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "message"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
 def test_a_wrong_option_is_one_clear_message(overrides: list[str], message: str, monkeypatch) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -153,6 +154,7 @@ ODD_PATHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD_PATHS)
 def test_an_ordinary_path_needs_no_quotes(name: str, tmp_path: Path, monkeypatch) -> None:
     for folder in (tmp_path / name, tmp_path / "home" / name):
@@ -168,6 +170,7 @@ def test_an_ordinary_path_needs_no_quotes(name: str, tmp_path: Path, monkeypatch
         assert compose([f"runs_dir={written}"]).runs_dir == str(meant / name)
 
 
+@pytest.mark.slow
 def test_paths_between_commas_stay_a_sweep(tmp_path: Path) -> None:
     paths = [tmp_path / "lr=1", tmp_path / "a[1]"]
     for path in paths:
@@ -177,6 +180,7 @@ def test_paths_between_commas_stay_a_sweep(tmp_path: Path) -> None:
     assert [run.data.path for run in found.runs] == list(map(str, paths))
 
 
+@pytest.mark.slow
 def test_run_py_takes_ordinary_paths_and_refuses_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "lr=1 \u65e5\u672c"
     folder.mkdir()
@@ -204,6 +208,7 @@ def test_run_py_takes_ordinary_paths_and_refuses_in_one_line(tmp_path: Path) -> 
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_glob_sweeps_the_choices_of_a_group() -> None:
     found = expand(["model=glob(llama_1*)", "method=full"])
     assert [run.model.name for run in found.runs] == ["llama_130m", "llama_1b"]
@@ -222,6 +227,7 @@ def test_text_that_yaml_may_take_for_something_else_is_frozen_as_text(study: str
     assert thaw(tmp_path / "run" / "config.yaml").study == study
 
 
+@pytest.mark.slow
 def test_a_wrong_option_ends_with_code_2_before_torch_is_imported_and_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import sys; from relora.cli.main import run; code = run(sys.argv[1:]);"
@@ -282,6 +288,7 @@ def test_what_does_not_change_the_mathematics_does_not_change_the_hash(override:
     assert compose([override]).config_hash == compose([]).config_hash
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     [
@@ -310,6 +317,7 @@ def test_what_changes_the_mathematics_changes_the_hash(override: str) -> None:
     assert compose([override]).config_hash != compose([]).config_hash
 
 
+@pytest.mark.slow
 def test_a_text_source_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("text")
     relative = ["data=text", "data.path=a.txt"]
@@ -318,6 +326,7 @@ def test_a_text_source_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch
     assert compose(relative).config_hash != compose([]).config_hash
 
 
+@pytest.mark.slow
 def test_runs_that_compare_share_a_key_and_seeds_share_a_variant() -> None:
     relora, full, other = compose([]), compose(["method=full"]), compose(["trainer.total_steps=700"])
     assert relora.comparison_key == full.comparison_key != other.comparison_key
@@ -351,6 +360,7 @@ def test_what_is_no_count_is_refused(text: object) -> None:
 FULL = compose(["method=full", "trainer.total_tokens=1.5B"])
 
 
+@pytest.mark.slow
 @given(steps=st.integers(1, 10**6), sequences=st.integers(1, 2048), spare=st.integers(0, 10**6))
 def test_a_token_budget_is_rounded_up_to_whole_updates(steps: int, sequences: int, spare: int) -> None:
     config = FULL

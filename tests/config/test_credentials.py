@@ -89,6 +89,7 @@ def test_later_processes_connect_by_a_file_that_only_its_owner_reads(
     assert credentials.whole(public, tmp_path) == "http://alice:newer@head:5000"
 
 
+@pytest.mark.slow
 def test_no_file_and_no_output_of_a_study_holds_the_password(
     tiny: list[str], server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_folder_of_an_earlier_version_is_read_and_its_password_shown_nowhere(
 # ------------------------------------------------------------------------------------------- MLFLOW_TRACKING_URI
 
 
+@pytest.mark.slow
 def test_mlflow_tracking_uri_counts_where_no_store_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,6 +129,7 @@ def test_every_experiment_has_its_numbers_in_this_file() -> None:
     assert files == set(SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_method_runs_in_the_setting_that_is_cited(name: str, method: str, corpus: Path) -> None:
@@ -173,6 +174,7 @@ def test_every_method_has_a_preset_in_every_experiment() -> None:
     assert set(PRESET_FILES) == {f"{experiment}/{method}" for experiment in SETTINGS for method in METHODS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESET_FILES)
 def test_every_preset_is_applied_where_it_belongs(preset: str, corpus: Path) -> None:
     experiment, _, method = preset.rpartition("/")
@@ -198,6 +200,7 @@ def test_relora_trains_as_many_parameters_as_in_its_paper(name: str, million: fl
     assert trained["control"].parameters / 1e6 == pytest.approx(million, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "interval", "pruning_ratio", "learning_rate", "warm_start_learning_rate"),
     [
@@ -229,6 +232,7 @@ def test_relora_has_its_papers_recipe(
     assert baseline_of(config, f"experiments={name}", "method=relora", f"data.path={corpus}") == full.config_hash
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rank"), GALORE_RANKS.items())
 def test_galores_low_rank_arms_share_its_tables_rank(name: str, rank: int, corpus: Path) -> None:
     runs = {method: composed(name, method, corpus) for method in METHODS}
@@ -254,6 +258,7 @@ def test_full_rank_meets_low_rank_at_the_rates_of_the_probe(corpus: Path) -> Non
 # ------------------------------------------------------------------------------------------------------------- in use
 
 
+@pytest.mark.slow
 def test_the_ablation_of_the_paper_composes_in_its_own_setting(corpus: Path) -> None:
     sweep = expand(["sweeps=paper_ablation", "experiments=paper/relora_130m", f"data.path={corpus}"])
     assert len(sweep.runs) == 10
@@ -270,6 +275,7 @@ def test_other_text_model_and_budget_are_the_command_lines_to_choose(corpus: Pat
     assert compose(["experiments=paper/relora_60m", "data=stdlib"]).data.name == "stdlib"
 
 
+@pytest.mark.slow
 def test_without_text_there_is_one_message_and_nothing_is_left(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "run.py", "experiments=paper/relora_60m", f"runs_dir={tmp_path / 'runs'}"],

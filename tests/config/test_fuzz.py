@@ -28,6 +28,9 @@ from relora.optimizers.registry import OPTIMIZERS
 from relora.studies.sweeps import expand, search
 from relora.tracking.mirror import parameters
 
+pytestmark = pytest.mark.slow
+
+
 T = TypeVar("T")
 
 LONGEST_MESSAGE = 300

@@ -79,6 +79,7 @@ def test_a_tokenizer_of_ones_own_makes_the_trained_vocabulary_size_no_part_of_a_
     assert hash_of(own) == hash_of(own, "data.vocab_size=1000") != hash_of("data.vocab_size=1000")
 
 
+@pytest.mark.slow
 def test_literal_hashes() -> None:
     """Another hash is another run folder for every user: raise identity.SCHEME then, and find the earlier folders."""
     assert identity.SCHEME == 2
@@ -112,6 +113,7 @@ def test_the_hashes_of_earlier_versions(overrides: list[str], hashes: list[str])
     assert identity.hashes(COMPOSER.compose(overrides))[1:] == hashes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "hashes"), EARLIER)
 def test_the_same_command_finds_the_folder_of_an_earlier_version(
     overrides: list[str], hashes: list[str], tmp_path: Path

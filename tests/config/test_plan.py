@@ -42,6 +42,7 @@ def test_the_break_even_rank_is_the_highest_that_takes_fewer_flops(merged_weight
     assert rank > 100
 
 
+@pytest.mark.slow
 def test_a_rank_above_the_break_even_is_warned_of() -> None:
     few = [*TINY, "method.rank=4"]
     many = [*TINY, "method.rank=30"]
@@ -53,6 +54,7 @@ def test_a_rank_above_the_break_even_is_warned_of() -> None:
     assert as_dict(run_plan(compose(many)), compose(many))["warning"] == found
 
 
+@pytest.mark.slow
 def test_a_plan_of_several_processes_is_of_their_shares_and_says_so() -> None:
     base = ["model=llama_60m", "data.vocab_size=32000", "method.rank=128", "trainer.sequences_per_step=512"]
     several = compose([*base, "cluster=slurm", "cluster.nodes=2", "cluster.tasks_per_node=8"])
@@ -66,6 +68,7 @@ def test_a_plan_of_several_processes_is_of_their_shares_and_says_so() -> None:
     assert "with 256 sequences at a time in each of 2 processes" in text(run_plan(uneven), uneven)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_ways_that_the_run_takes() -> None:
     base = ["model=llama_350m", "data.vocab_size=32100", "data.sequence_length_tokens=256", "method.rank=128"]
     base += ["method.merged_weight=rebuilt", "trainer.sequences_per_step=64"]
@@ -77,6 +80,7 @@ def test_flops_are_those_of_the_ways_that_the_run_takes() -> None:
     assert run_plan(at_once).break_even_rank > run_plan(one_by_one).break_even_rank  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_with_dropout_nothing_is_computed_on_a_merged_weight() -> None:
     never, dropout = (compose([*TINY, item]) for item in ("method.merged_weight=never", "method.dropout=0.1"))
     assert run_plan(dropout).merged_weight_bytes == run_plan(never).merged_weight_bytes == 0
@@ -104,6 +108,7 @@ def test_a_method_without_factors_has_no_break_even() -> None:
     assert made.state_bytes == made.bytes_at_full_rank
 
 
+@pytest.mark.slow
 def test_the_verb_answers_without_torch() -> None:
     code = (
         "import sys; from relora.cli.main import main; code = main(['plan', '--json', 'method.rank=8']); "
@@ -113,6 +118,7 @@ def test_the_verb_answers_without_torch() -> None:
     assert json.loads(told)["trainable_parameters"] < json.loads(told)["parameters"]
 
 
+@pytest.mark.slow
 def test_a_wrong_option_is_told_and_not_thrown() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "relora", "plan", "method.rank=600"], capture_output=True, text=True, check=False

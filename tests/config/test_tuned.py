@@ -13,6 +13,8 @@ from relora.studies.baselines import FACTORS
 from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 
+pytestmark = pytest.mark.slow
+
 
 def noted(*overrides: str) -> RatesConfig:
     return Presets().noted(compose(overrides), overrides).rates

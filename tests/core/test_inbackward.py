@@ -16,6 +16,9 @@ from relora.training.distributed import World
 from relora.training.model import build
 from relora.training.trainer import Interrupted, TrainingError
 
+pytestmark = pytest.mark.slow
+
+
 IN_BACKWARD = ("trainer.update_in_backward=true",)
 
 

@@ -25,6 +25,7 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     tokens=st.integers(1, 40),

@@ -105,6 +105,7 @@ def test_a_folder_is_read_whole_and_nothing_but_text(tmp_path: Path, corpora: Pa
     assert Counter(all_texts(prepare(settings(folder), corpora, silent))) == Counter(DOCUMENTS)
 
 
+@pytest.mark.slow
 def test_the_same_documents_are_the_same_corpus_in_every_format(tmp_path: Path, corpora: Path) -> None:
     records = [{"id": number, "text": text, "more": {"x": [1]}} for number, text in enumerate(DOCUMENTS)]
     sources = [write_documents(tmp_path / "texts", DOCUMENTS), write_jsonl(tmp_path / "r.jsonl", records)]
@@ -217,6 +218,7 @@ def test_the_standard_library_is_its_sources_without_tests() -> None:
     assert names == sorted(names, key=lambda name: Path(name))
 
 
+@pytest.mark.slow
 def test_the_standard_library_makes_a_corpus(tmp_path: Path) -> None:
     said: list[str] = []
     corpus = prepare(DataConfig(name="stdlib"), tmp_path, said.append)
@@ -281,6 +283,7 @@ def test_two_builds_are_equal_to_the_byte(tmp_path: Path) -> None:
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_new_document_moves_few_others(tmp_path: Path, corpora: Path) -> None:
     folder = write_documents(tmp_path / "texts", [document(number, words=12) for number in range(1500)])
     before = split_of_each(prepare(settings(folder), corpora, silent))
@@ -404,6 +407,7 @@ def test_other_held_out_sets_are_another_corpus(tmp_path: Path, corpora: Path) -
     assert prepare(settings(folder, test_fraction=0.2), corpora, silent).corpus_digest != before.corpus_digest
 
 
+@pytest.mark.slow
 def test_where_documents_end_is_part_of_the_identity(tmp_path: Path, corpora: Path) -> None:
     text = lines(800)
     whole = prepare(settings(write_documents(tmp_path / "whole", [text])), corpora, silent)
@@ -507,6 +511,7 @@ def test_an_end_of_text_that_the_tokenizer_does_not_know_is_refused(tmp_path: Pa
 # -------------------------------------------------------------------------------------------------- many processes
 
 
+@pytest.mark.slow
 def test_a_corpus_built_apart_is_the_same_and_leaves_nothing_in_this_process(tmp_path: Path, corpora: Path) -> None:
     config, told = settings(write_documents(tmp_path / "texts", [lines(300)])), []
     alone = prepare(config, tmp_path / "other", silent)
@@ -523,6 +528,7 @@ def test_a_corpus_built_apart_is_the_same_and_leaves_nothing_in_this_process(tmp
     assert told[2:] == [f"{alone.corpus_digest} False"]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_text_is_told_from_apart(tmp_path: Path, corpora: Path, monkeypatch) -> None:
     config = settings(write_documents(tmp_path / "texts", ["a"]))
     with pytest.raises(CorpusError, match="leave none for validation"):
@@ -530,6 +536,21 @@ def test_what_is_wrong_with_a_text_is_told_from_apart(tmp_path: Path, corpora: P
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RuntimeError, match="preparing the corpus ended with 1"):
         prepare_apart(config, corpora, silent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cause"), [("TERM", ""), ("KILL", " .the machine may be out of memory.")])
+def test_a_signal_to_the_process_that_prepares_a_corpus_is_one_line(
+    name: str, cause: str, tmp_path: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in a search with kills: a SIGTERM that reached that process alone was a traceback."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nkill -{name} $$\n")
+    python.chmod(0o755)
+    folder = write_documents(tmp_path / "texts", ["a", "b"])
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(CorpusError, match=f"ended by SIG{name}{cause}; launch the run again"):
+        prepare_apart(settings(folder), corpora, silent)
 
 
 PREPARE_AT_ONCE = """
@@ -561,6 +582,7 @@ def arguments(folder: Path) -> str:
     return json.dumps(values | {"validation_fraction": 0.1, "test_fraction": 0.1})
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_at_once_build_once(tmp_path: Path, corpora: Path) -> None:
     folder = write_documents(tmp_path / "texts", [lines(3000)])
     results = tmp_path / "results"
@@ -610,6 +632,7 @@ print(json.dumps({"said": len(said), "folder": str(corpus.folder)}))
 """
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_is_never_picked_up(tmp_path: Path, corpora: Path) -> None:
     folder = write_documents(tmp_path / "texts", [lines(12_000)])
     command = [sys.executable, "-c", KILL_AND_PREPARE, arguments(folder), str(corpora)]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small import REPOSITORY, eventually
+from small import REPOSITORY, TINY, eventually
 
 from relora.cli import main as cli
 from relora.config.compose import compose
@@ -17,12 +17,14 @@ from relora.studies.study import planned_runs, prepare, write_manifest
 from relora.studies.sweeps import expand
 
 
-@pytest.fixture
-def runs_dir(tiny: list[str]) -> Path:
-    """Holds the study `ranks`, of which nothing was begun."""
-    overrides = [*tiny, "method.rank=2,3", "study=ranks"]
+@pytest.fixture(scope="module")
+def runs_dir(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the study `ranks`, of which no run was started. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("control") / "runs"
+    overrides = [*TINY, "data=text", f"data.path={text}", f"runs_dir={folder}", "tracker=jsonl"]
+    overrides += ["method.rank=2,3", "study=ranks"]
     sweep = expand(overrides)
-    folder, planned = Path(compose(tiny).runs_dir), planned_runs(sweep)
+    planned = planned_runs(sweep)
     prepare(planned, ["-m", *overrides])
     write_manifest(folder, sweep, planned, overrides)
     return folder
@@ -66,6 +68,7 @@ def test_what_is_wrong_is_told_in_a_line(words: list[str], message: str, runs_di
 # ------------------------------------------------------------------------------------------ runs of this machine
 
 
+@pytest.mark.slow
 def test_a_run_of_this_machine_is_cancelled_with_a_checkpoint_and_goes_on(tiny: list[str], capsys) -> None:
     """Without SLURM: relora cancel sends SIGTERM to the run's process."""
     overrides = [*tiny, "trainer.total_steps=3002", "trainer.validation_interval_steps=3002"]
@@ -104,3 +107,4 @@ def test_a_run_of_another_machine_is_not_cancelled_from_here(runs_dir: Path, cap
         assert cli.main(["cancel", "ranks", f"runs_dir={runs_dir}"]) == 1
     shown = capsys.readouterr().err
     assert all(word in shown for word in (folder.name, "elsewhere", "cancel it there"))
+    run.status_file.unlink()

@@ -10,6 +10,9 @@ from relora.launching import gpus
 from relora.launching.launch import start_process
 from relora.studies.study import Planned
 
+pytestmark = pytest.mark.slow
+
+
 LISTED = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}{i}{i})\n" for i in range(2))
 
 

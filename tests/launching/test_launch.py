@@ -21,6 +21,9 @@ from relora.studies.manifest import study_dir
 from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 
+pytestmark = pytest.mark.slow
+
+
 SWEEP = ["method=relora", "method.rank=2,4", "study=ranks"]
 
 

@@ -103,6 +103,7 @@ def judged_study(*losses: float) -> optuna.Study:
     return study
 
 
+@pytest.mark.slow
 def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypatch, capsys) -> None:
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments")
@@ -126,6 +127,7 @@ def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypa
     assert compose.compose(["experiments=laptop/crossing", "method=relora"]).optimizer.learning_rate == 2e-3
 
 
+@pytest.mark.slow
 def test_only_trials_whose_runs_failed_are_failures(tmp_path: Path, tiny: list[str], monkeypatch) -> None:
     found = search([*tiny, SWEEP])
     assert found is not None
@@ -157,6 +159,7 @@ def test_a_trial_worse_than_the_median_is_stopped_and_a_better_one_is_not(tiny: 
     assert verdicts == {"worse": True, "better": False}
 
 
+@pytest.mark.slow
 def test_a_search_of_another_setting_is_another_search(tmp_path: Path, tiny: list[str]) -> None:
     names = set()
     for changes in ([], ["method.rank=2"], ["optimizer.beta2=0.95"], ["trainer.seed=5,6"], ["tune.trials=3"]):
@@ -166,6 +169,7 @@ def test_a_search_of_another_setting_is_another_search(tmp_path: Path, tiny: lis
     assert len(names) == 4
 
 
+@pytest.mark.slow
 def test_a_search_that_goes_on_draws_other_values(tmp_path: Path, tiny: list[str]) -> None:
     found = search([*tiny, SWEEP])
     assert found is not None
@@ -188,6 +192,7 @@ def launched(overrides: list[str]) -> str:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_stood_and_finds_the_best(tiny: list[str]) -> None:
     ranges = ["tune.ranges.optimizer.learning_rate=[1e-4,1e-2]"]
     overrides = [*tiny, SWEEP, *ranges, "cluster.max_parallel=2"]
@@ -212,6 +217,7 @@ def test_a_search_goes_on_where_it_stood_and_finds_the_best(tiny: list[str]) -> 
     assert "no preset is written" in second
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_died_is_tried_again_with_the_same_values(tmp_path: Path, tiny: list[str]) -> None:
     found = search([*tiny, SWEEP])
     assert found is not None

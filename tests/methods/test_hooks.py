@@ -32,6 +32,7 @@ class Watcher(LoRA):
         SEEN.append(("after", step))
 
 
+@pytest.mark.slow
 def test_a_methods_hooks_are_called_around_every_update_of_its_own(tmp_path: Path) -> None:
     SEEN.clear()
     lora = compose([*WITHOUT_METHOD, *LORA])

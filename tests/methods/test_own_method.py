@@ -13,6 +13,8 @@ import pytest
 from own_method import blocks, environment, install
 from small import REPOSITORY, TINY
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:

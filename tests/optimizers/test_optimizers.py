@@ -38,6 +38,7 @@ def bytes_of_state(trainer: Trainer) -> int:
     return sum(held.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_run_resumes_to_the_bit(choice: str, tmp_path: Path) -> None:
     config = config_of(*CHOICES[choice], "optimizer.learning_rate=1e-3")
@@ -63,6 +64,7 @@ def test_a_run_resumes_to_the_bit(choice: str, tmp_path: Path) -> None:
                 assert own == value, (number, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_its_state_takes_as_many_bytes_as_the_plan_says(choice: str, method: str, tmp_path: Path) -> None:
@@ -135,6 +137,7 @@ def test_muon_moves_matrices_by_its_formula_and_the_rest_by_adamws(tmp_path: Pat
         assert error < (5e-2 if name in momenta else 1e-5), name
 
 
+@pytest.mark.slow
 def test_muon_updates_in_backward_as_at_once(tmp_path: Path) -> None:
     weights: list[dict[str, Tensor]] = []
     for way in ("true", "false"):
@@ -227,6 +230,7 @@ def test_an_older_torch_has_no_muon(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------ rates by role
 
 
+@pytest.mark.slow
 def test_rates_go_by_role(tmp_path: Path) -> None:
     given = ["optimizer.learning_rate=1e-2", "optimizer.embedding_learning_rate=3e-2", "method.b_rate_ratio=4"]
     config = config_of(*given, "method.warm_start_steps=0", "method.target_modules=[q_proj]")
@@ -245,6 +249,7 @@ def rates_of(model: nn.Module, config: RunConfig) -> dict[str, float]:
     return {names[id(each)]: group["base_learning_rate"] for group in groups for each in group["params"]}
 
 
+@pytest.mark.slow
 def test_one_rate_for_both_factors_is_one_group_as_ever(tmp_path: Path) -> None:
     trainer = trainer_of(config_of("method.warm_start_steps=0"), tmp_path)
     trainer.method.begin(trainer.model, trainer.config)

@@ -11,6 +11,9 @@ from damaged import Case
 from relora.runs.metrics import encoded, read_rows
 from relora.runs.rundir import Attempt, Status, status_of
 
+pytestmark = pytest.mark.slow
+
+
 OTHER_MACHINES = [
     {"cpu": "Another CPU, AVX512"},
     {"torch": "1.0.0"},

@@ -248,6 +248,7 @@ def test_loading_runs_no_code_of_the_file(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- full disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000, 300_000, 2_000_000])
 def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(small_disk: Path, size: int) -> None:
     checkpoints = small_disk / "checkpoints"
@@ -301,6 +302,7 @@ print(json.dumps({"said": said, "steps": steps, "torn": torn}))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_readable_newest_checkpoint(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SAVE_UNTIL_KILLED, str(tmp_path / "checkpoints"), "12"],

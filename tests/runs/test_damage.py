@@ -27,6 +27,8 @@ from relora.runs.state import observe
 from relora.runs.warmstart import folder_of
 from relora.training.pretrained import load_pretrained
 
+pytestmark = pytest.mark.slow
+
 
 def values_of(case: Case) -> dict[tuple[int, str], float]:
     """What a run has recorded, but for what is about the machine."""

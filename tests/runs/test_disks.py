@@ -16,6 +16,9 @@ from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 from relora.tracking.console import Console
 
+pytestmark = pytest.mark.slow
+
+
 KB = 1024
 FREE = {
     "status": 12 * KB,

@@ -77,6 +77,7 @@ def test_rows_are_readable_while_the_run_goes_on(path: Path) -> None:
         assert timeless(path) == [{"step": 1, "train/loss": 2.0}]
 
 
+@pytest.mark.slow
 def test_rows_survive_a_process_that_is_killed(path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from relora.runs.metrics import MetricsLog\n"
@@ -146,6 +147,7 @@ GARBAGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
 def test_a_damaged_line_in_the_middle_costs_its_own_row_and_is_named(path: Path, garbage: bytes) -> None:
     write(path, range(6))
@@ -224,6 +226,7 @@ def train(path: Path, first: int, last: int) -> None:
                 log.log(step, {"restart/number": step // 3})
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(crashes=st.lists(st.tuples(permille, permille, permille), min_size=1, max_size=4))
 def test_crashes_and_replays_leave_the_rows_of_an_undisturbed_run(

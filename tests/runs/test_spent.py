@@ -37,6 +37,7 @@ def test_seconds_are_added_up_under_equal_conditions() -> None:
     assert record == [{"host": "a", "seconds": 5.0}, {"host": "b", "seconds": 2.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switch",
     [
@@ -56,6 +57,7 @@ def test_every_switch_of_speed_is_a_condition(switch: str) -> None:
     assert differences([{**found[0], "seconds": 1.0}], [{**found[1], "seconds": 1.0}]).startswith("other switches")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_the_seconds_of_each_attempt_with_its_machine_and_switches(tmp_path: Path) -> None:
     every = ("trainer.checkpoint_interval_steps=2",)
     with pytest.raises(Interrupted):
@@ -74,6 +76,7 @@ def test_a_checkpoint_keeps_the_seconds_of_each_attempt_with_its_machine_and_swi
     assert ["method.merged_weight" in spent for spent in on["a"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_without_the_record_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         trainer_of(config_of(), tmp_path, stop=stop_after(6)).train()
@@ -86,6 +89,7 @@ def test_an_old_checkpoint_without_the_record_is_resumed(tmp_path: Path) -> None
     assert 0 < sum(spent["seconds"] for spent in trainer.counters.spent) < trainer.counters.training_seconds
 
 
+@pytest.mark.slow
 def test_a_forked_warm_start_brings_the_record_of_who_trained_it(tiny: list[str]) -> None:
     slow = [*setting(tiny, *ARM), "trainer.activation_checkpointing=true"]
     assert launch(compose(slow), slow).state == "finished"
@@ -134,6 +138,7 @@ def against_full(lab: Lab, **full: Any) -> Compared:
     return next(member for member in study.members if member.label == "relora")
 
 
+@pytest.mark.slow
 def test_a_run_with_other_switches_serves_for_loss_and_its_speed_and_memory_are_marked(lab: Lab) -> None:
     full = lab.run(*FULL, loss=3.0, spent=[entry(compile=True)])
     relora = lab.run(*RELORA, loss=3.2, spent=[entry(merged="resident")])

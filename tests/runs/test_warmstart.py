@@ -15,6 +15,8 @@ from relora.runs.metrics import read_rows
 from relora.runs.rundir import RunDir
 from relora.runs.warmstart import folder_of, key
 
+pytestmark = pytest.mark.slow
+
 
 def weights(run: RunDir) -> dict[str, torch.Tensor]:
     return load_file(run.model / "model.safetensors")

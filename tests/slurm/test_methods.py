@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from own_method import environment, install
 from small import REPOSITORY, eventually
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_study_with_it_is_submitted_and_finished(tiny: list[str], runs_dir: Path, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ from relora.data.corpus import prepare
 from relora.runs.rundir import RunDir, read_json
 from relora.tracking.store import open_store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def slow(one: list[str]) -> list[str]:
@@ -149,7 +151,7 @@ def test_what_is_queued_stays_as_it_was_frozen(one: list[str], runs_dir: Path, t
         ("+cluster.options.no-such-option=1", "no-such-option"),
         ("+cluster.options.array=1", "cluster.options.array is set by relora; leave it out"),
         ("+cluster.options.ntasks_per_node=4", "has its own setting; use cluster.tasks_per_node"),
-        ("cluster.nodes=3", "cannot be shared evenly by cluster.nodes * cluster.tasks_per_node = 3"),
+        ("cluster.nodes=3", "cluster.nodes * cluster.tasks_per_node=3 does not divide trainer.sequences_per_step="),
     ],
 )
 def test_mistakes_are_told_before_anything_is_queued(

@@ -4,8 +4,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from jobs import ONE_THREAD
 from small import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_study_whose_nodes_are_taken_again_and_again_ends_like_an_undisturbed_one() -> None:

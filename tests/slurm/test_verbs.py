@@ -26,6 +26,8 @@ from small import REPOSITORY
 
 from relora.runs.rundir import RunDir, read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def occupied() -> Iterator[str]:

@@ -13,6 +13,9 @@ from relora.studies.baselines import launch_notes
 from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
 
+pytestmark = pytest.mark.slow
+
+
 PLAIN = ("baseline_rates=[1]", "method.warm_start_steps=0", "method.reset_interval_steps=null", "study=x")
 
 

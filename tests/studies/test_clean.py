@@ -23,6 +23,8 @@ from relora.runs.warmstart import folder_of, key
 from relora.studies.clean import as_json, delete
 from relora.studies.disk import survey
 
+pytestmark = pytest.mark.slow
+
 UNFINISHED = ["interrupted", "failed", "running", "missing"]
 """States of runs that nobody trains: a "running" one was killed, a missing one never got so far as to say."""
 

@@ -92,6 +92,7 @@ def test_a_full_rank_run_of_another_study_serves_where_this_one_has_none(lab: La
     assert found.tokens.loss == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
@@ -150,6 +151,7 @@ def test_an_undecayed_curve_is_labelled_as_flattering(lab: Lab) -> None:
     assert "before its learning rate has decayed: flatters this arm" in gap.note
 
 
+@pytest.mark.slow
 def test_the_report_names_the_full_rank_budgets_that_are_missing_until_they_are_there(lab: Lab) -> None:
     cheap = lab.run(*RELORA, loss=3.1, flops=7.5e8)
     dear = lab.run(*RELORA, "method.rank=8", loss=3.1, flops=1.25e9)
@@ -185,6 +187,7 @@ def test_tokens_to_the_baselines_loss_are_those_of_the_first_evaluation_that_rea
     assert worse.tokens_to_baseline is None
 
 
+@pytest.mark.slow
 def test_too_few_evaluations_cannot_tell_when_the_baselines_loss_was_reached(lab: Lab) -> None:
     ends: dict[str, Any] = {"validation_interval_steps": 40}
     configs = [lab.run(*FULL, loss=3.5), lab.run(*RELORA, loss=2.5, **ends)]
@@ -202,6 +205,7 @@ def test_too_few_evaluations_cannot_tell_when_the_baselines_loss_was_reached(lab
 # --------------------------------------------------------------------------------------------------- uneven studies
 
 
+@pytest.mark.slow
 def test_a_seed_without_a_baseline_is_named_and_costs_no_report(lab: Lab) -> None:
     configs = [lab.run(*FULL, f"trainer.seed={seed}", loss=3.0) for seed in (0, 1)]
     configs.append(lab.run(*FULL, "trainer.seed=2", state="failed", message="no luck"))
@@ -233,6 +237,7 @@ def test_a_baseline_with_more_seeds_is_taken_before_one_with_fewer(lab: Lab) -> 
     assert (gap.seeds, math.log1p(gap.relative)) == (3, pytest.approx(0.2))
 
 
+@pytest.mark.slow
 def test_several_settings_are_answered_one_by_one(lab: Lab) -> None:
     configs = []
     for model, full, relora in (("llama_9m", 3.0, 3.1), ("llama_20m", 2.0, 2.3)):
@@ -268,6 +273,7 @@ def test_ways_of_reading_a_gap_are_not_mixed_in_one_mean(lab: Lab) -> None:
     assert (gap.seeds, math.log1p(gap.relative)) == (2, pytest.approx(3.1 - 3.5))
 
 
+@pytest.mark.slow
 def test_a_loss_beyond_all_perplexity_costs_no_report(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     wild = {"test_loss": 1000.0, "test_perplexity": math.inf, "eval_loss": 1000.0, "eval_perplexity": math.inf}
     lab.study(lab.run(*FULL), lab.run(*RELORA, summary=wild), lab.run(*RELORA, "method.rank=8"))
@@ -309,6 +315,7 @@ def test_an_odd_folder_in_runs_dir_breaks_no_report(lab: Lab, content: str) -> N
 # -------------------------------------------------------------------------------------------------- nothing is dropped
 
 
+@pytest.mark.slow
 def test_what_failed_diverged_was_stopped_or_never_began_is_named(lab: Lab) -> None:
     configs = [
         lab.run(*FULL),
@@ -357,6 +364,7 @@ def ranks_and_intervals(lab: Lab, values: Callable[[int, int], float]) -> Study:
     return lab.study(*configs)
 
 
+@pytest.mark.slow
 def test_the_report_answers_which_rank_and_interval_and_what_is_lost(lab: Lab) -> None:
     study = ranks_and_intervals(lab, lambda rank, interval: 3.1 if (rank, interval) == (8, 10) else 3.4)
     told = "\n".join(answer(study))
@@ -375,6 +383,7 @@ def test_the_report_answers_which_rank_and_interval_and_what_is_lost(lab: Lab) -
     assert "Which one?" in html
 
 
+@pytest.mark.slow
 def test_the_runs_table_holds_what_the_csv_holds(lab: Lab) -> None:
     configs = []
     for seed, (full, relora) in enumerate([(3.0, 3.2), (3.0, 3.1)]):
@@ -408,6 +417,7 @@ def test_the_runs_table_holds_what_the_csv_holds(lab: Lab) -> None:
     assert all(f"- ({mark}) " in text for mark in marks)
 
 
+@pytest.mark.slow
 def test_the_csv_holds_every_run_and_reads_back(lab: Lab) -> None:
     study = ranks_and_intervals(lab, lambda rank, interval: 3.2)
     with (write_report(study, lab.runs_dir) / "results.csv").open() as file:
@@ -435,6 +445,7 @@ def test_text_of_a_message_is_no_html(lab: Lab) -> None:
     assert "<script>" not in (write_report(study, lab.runs_dir) / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_report_takes_the_place_of_the_first(lab: Lab) -> None:
     study = lab.study(lab.run(*FULL), lab.run(*RELORA))
     folder = write_report(study, lab.runs_dir)
@@ -444,6 +455,7 @@ def test_a_second_report_takes_the_place_of_the_first(lab: Lab) -> None:
     assert [path.name for path in folder.parent.glob("report*")] == ["report"]
 
 
+@pytest.mark.slow
 def test_relora_report_prints_the_answer_or_json(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.study(lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=3.2))
     where = f"runs_dir={lab.runs_dir}"

@@ -41,6 +41,7 @@ def cells(lab: Lab, *overrides: str, loss: float = 3.1) -> list:
     ]
 
 
+@pytest.mark.slow
 def test_rates_of_another_setting_are_told_baseline_first_and_no_rank_is_advised(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:

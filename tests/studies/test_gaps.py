@@ -46,6 +46,7 @@ def baselines(study: Study) -> dict[int, str | None]:
 # ------------------------------------------------------------------------------------------- who asks does not matter
 
 
+@pytest.mark.slow
 def test_status_report_csv_and_json_show_the_same_gaps(lab: Lab) -> None:
     """Each rate is the best of full rank at one seed: the best of each seed is not the best in the mean."""
     losses = {"1e-3": {0: 2.8, 1: 3.3, 2: 3.1}, "2e-3": {0: 3.0, 1: 2.9, 2: 3.05}, "4e-3": {0: 3.2, 1: 3.1, 2: 2.9}}
@@ -71,6 +72,7 @@ def test_status_report_csv_and_json_show_the_same_gaps(lab: Lab) -> None:
         assert rows[name] == records[name]["gap_at_equal_tokens"]
 
 
+@pytest.mark.slow
 def test_the_commands_agree(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab.study(
         *full(lab, "1e-3", {0: 2.8, 1: 3.4}), *full(lab, "2e-3", {0: 3.0, 1: 3.0}), *relora(lab, {0: 3.1, 1: 3.1})
@@ -89,6 +91,7 @@ def test_the_commands_agree(lab: Lab, capsys: pytest.CaptureFixture[str]) -> Non
 # --------------------------------------------------------------------------------------- all of runs_dir takes part
 
 
+@pytest.mark.slow
 def test_a_better_full_rank_run_of_the_runs_dir_is_used_and_named(lab: Lab) -> None:
     own, (arm,) = full(lab, "2e-3", {0: 3.2}), relora(lab, {0: 3.0})
     (elsewhere,) = full(lab, "1e-3", {0: 2.5})
@@ -121,6 +124,7 @@ def test_a_full_rank_run_that_is_not_finished_is_no_baseline(lab: Lab, state: st
     assert baselines(lab.study(*own, arm)) == {0: own[0].name}
 
 
+@pytest.mark.slow
 def test_every_config_is_read_once_and_those_of_other_methods_not_at_all(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +250,7 @@ def test_where_every_full_rank_run_diverged_there_is_no_gap_and_that_is_why(lab:
     assert study.full_rank() is None
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverged_is_never_the_best_and_shown_as_diverged(lab: Lab) -> None:
     diverged = lab.run(*RELORA, "method.rank=8", summary=NAN)
     one_seed = [lab.run(*RELORA, "method.rank=16", f"trainer.seed={seed}", loss=2.0) for seed in (0, 1)]

@@ -13,6 +13,8 @@ from relora.config.rates import NOT_TUNED
 from relora.config.run import RunConfig
 from relora.studies.publish import publish_report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def lab(tmp_path: Path, empty_store: Path) -> Lab:

@@ -29,6 +29,9 @@ from relora.runs.rundir import RunDir
 from relora.tracking import mirror as tracking
 from relora.training.job import launch
 
+pytestmark = pytest.mark.slow
+
+
 FIRST, LAST = 3, 14
 """The outage begins at this step and holds to the run's end, unless a test ends it before."""
 BOUND_SECONDS = 15.0

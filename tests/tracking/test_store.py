@@ -60,6 +60,7 @@ def runs_in(file: Path) -> int:
         return database.execute("SELECT count(*) FROM runs").fetchone()[0]
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_store_is_created_leaves_none(tmp_path: Path, empty_store: Path) -> None:
     whole = empty_store.stat().st_size
     told = opened_by_children(tmp_path, "kill", *(int(whole * share) for share in (0.0, 0.3, 0.6, 0.95)))
@@ -71,6 +72,7 @@ def test_a_kill_while_a_store_is_created_leaves_none(tmp_path: Path, empty_store
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.lock"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_a_store_is_created_leaves_none(tmp_path: Path, empty_store: Path) -> None:
     whole = empty_store.stat().st_size
     told = opened_by_children(tmp_path, "limit", *(int(whole * share) for share in (0.3, 0.9)))
@@ -78,6 +80,7 @@ def test_a_full_disk_while_a_store_is_created_leaves_none(tmp_path: Path, empty_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.lock"]
 
 
+@pytest.mark.slow
 def test_a_store_that_was_left_half_made_is_set_aside(
     tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +137,7 @@ def test_a_store_that_another_process_holds_for_long_is_told(tmp_path: Path, mon
         open_store(uri, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_deleted_experiment_names_its_remedy(
     tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

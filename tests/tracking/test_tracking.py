@@ -26,6 +26,9 @@ from relora.tracking import mirror as tracking
 from relora.tracking.mirror import Mirror, MirrorThread, mirror_all, parameters
 from relora.tracking.store import experiment_id, open_store
 
+pytestmark = pytest.mark.slow
+
+
 STARTED_MS = 1_700_000_000_000
 CORPUS = {"corpus_digest": "c" * 32, "tokenizer_digest": "d" * 32}
 
@@ -826,7 +829,7 @@ def test_ui_of_an_unknown_study_names_the_known_ones(runs_dir: Path, capsys: pyt
     (runs_dir / "studies" / "ranks" / "study.json").write_text("{}")
     assert cli.main(["ui", f"runs_dir={runs_dir}", "study=rank"]) == 2
     assert "study rank does not exist in" in (shown := capsys.readouterr().err)
-    assert "there are: ranks" in shown
+    assert "the studies there: ranks" in shown
 
 
 @pytest.mark.usefixtures("fast")

@@ -34,6 +34,8 @@ from relora.training.device_memory import peak_memory_bytes
 from relora.training.job import launch
 from relora.training.pretrained import save_pretrained
 
+pytestmark = pytest.mark.slow
+
 
 def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

@@ -25,6 +25,7 @@ def kills() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_an_undisturbed_one() -> None:
     command = [sys.executable, "benchmarks/kills.py", "--kills", str(KILLS), "--jobs", "1"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

@@ -31,6 +31,9 @@ from relora.training.distributed import World
 from relora.training.model import build, summed_cross_entropy
 from relora.training.trainer import Interrupted, TrainingError
 
+pytestmark = pytest.mark.slow
+
+
 # ------------------------------------------------------------------------------------------- independent references
 
 

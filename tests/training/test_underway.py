@@ -13,6 +13,8 @@ from relora.config.compose import compose
 from relora.training.trainer import Trainer
 from relora.training.underway import UnderWay
 
+pytestmark = pytest.mark.slow
+
 HOST_SECONDS = 0.005
 """What the host takes to make an update."""
 DEVICE_SECONDS = 0.05

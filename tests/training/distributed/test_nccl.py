@@ -13,7 +13,10 @@ from processes import Ranks, at_step, trained
 from relora.runs.metrics import read_rows
 from relora.runs.rundir import RunDir
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
 
 TOLERANCE = 1e-4
 """Absolute, of losses. A GPU adds up a matrix product in an order that depends on the product's shape."""

@@ -16,6 +16,9 @@ from relora.runs.checkpoint import latest_step
 from relora.runs.metrics import read_rows
 from relora.runs.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
+
 LONG = ["trainer.total_steps=2003", "method.reset_interval_steps=1000", "trainer.validation_interval_steps=1000"]
 
 

@@ -8,6 +8,8 @@ from relora.data.sequences import TokenSequences
 from relora.training.distributed import World, digest, gradient_buffer, raise_unless
 from relora.training.processes import choose_device, identity
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_process_without_torchruns_variables_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -42,7 +44,7 @@ def test_memory_that_ran_out_is_an_error_alone_too() -> None:
 
 def test_ranks_that_cannot_share_a_batch_are_refused_with_a_remedy() -> None:
     assert World(rank=1, size=4).share(12) == 3
-    with pytest.raises(RunError, match=r"sequences_per_step=12 is no multiple of the 5 ranks .*one of \[1, 2, 3, 4, 6"):
+    with pytest.raises(RunError, match=r"WORLD_SIZE=5 does not divide .*_per_step=12; use one of \[1, 2, 3, 4, 6"):
         World(rank=1, size=5).share(12)
 
 
