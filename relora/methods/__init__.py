@@ -1,4 +1,4 @@
-"""What a method is: one file each, which answers all questions about its settings, its cost and its training.
+"""The training methods, one file each. The file holds the settings, the cost and the training of its method.
 
-Imports `core`, `budget`, `common` and `optimizers`. torch and what needs it are imported inside hooks.
+Imports `core`, `budget`, `common` and `optimizers`. torch, and modules that need torch, are imported inside hooks.
 """

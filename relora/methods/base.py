@@ -1,8 +1,8 @@
-"""What a method is: its settings, and the questions that configs, plans, the trainer and reports ask it.
+"""The base classes of methods: their settings, and the hooks that configs, plans, the trainer and reports call.
 
-A method is one subclass of `Method` in one file. Its dataclass fields are the keys under `method:`. Its hooks have
-defaults that train the whole model at full rank. The file imports torch inside the hooks that need it, so that a config
-is composed and checked without torch.
+A method is one subclass of `Method` in one file. Its dataclass fields are the keys under `method:`. The default hooks
+train the whole model at full rank. The file imports torch inside the hooks that need it, so that a config is composed
+and checked without torch.
 """
 
 from collections.abc import Sequence
@@ -22,61 +22,65 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """What one restart did."""
+    """The measurements of one restart, for the log."""
 
     relative_update: float
     """|dW| / |W| of the merge."""
     rounding_loss: float
-    """Share of the merged update that the storage type could not hold."""
+    """Share of the merged update that the storage type could not represent."""
     reset_fraction: float
-    """Share of the factors' optimizer state that was zeroed."""
+    """Share of the factors' optimizer state that was set to zero."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Method:
     """The settings that every method has, and the defaults of all hooks.
 
-    A method with a rank has the field `rank`; a method that restarts has the field `reset_interval_steps` (None: it
-    never does). Hooks get the whole run's config as `run`.
+    A method with a rank has the field `rank`. A method that restarts has the field `reset_interval_steps` (None: no
+    restarts). Hooks get the config of the whole run as `run`.
     """
 
     is_full_rank: ClassVar[bool] = False
-    """Whether it trains the whole model at full rank and other methods are measured against it."""
+    """Whether the method trains the whole model at full rank and is the baseline of other methods."""
 
     name: str
     warm_start_steps: int = 0
-    """Updates at full rank before the method begins; part of the budget."""
+    """Steps at full rank before the method begins. They are part of the budget."""
     warm_start_learning_rate: float | None = None
-    """None: that of the optimizer."""
+    """None: the learning rate of the optimizer."""
 
     def __post_init__(self) -> None:
         at_least("method.warm_start_steps", self.warm_start_steps, 0)
-        at_most("method.warm_start_steps", self.warm_start_steps, MOST_STEPS, "no run has as many updates")
+        at_most("method.warm_start_steps", self.warm_start_steps, MOST_STEPS, "no run has that many steps")
         positive("method.warm_start_learning_rate", self.warm_start_learning_rate)
 
-    # --------------------------------------------------------------- asked when a run is composed, without torch
+    # ---------------------------------------------------------------- used when a run is composed, without torch
 
     def check(self, run: "RunConfig") -> None:
         """Raise ConfigError for settings that do not fit the rest of the run."""
 
     def canonical(self, fields: dict[str, Any], run: "RunConfig") -> dict[str, Any]:
-        """The run's hashed fields, by dotted name, with equal meanings written in one way.
+        """Return the fields for the hash of the run. Runs with equal results should get equal fields.
 
-        Fields without effect are left out. Runs with equal results are to get equal fields.
+        Write values that mean the same in the same way, and leave out fields that have no effect.
+
+        Args:
+            fields: All fields of the run, by dotted name.
+            run: The config of the whole run.
         """
         return fields
 
     @property
     def written_out(self) -> dict[str, Any]:
-        """Fields, by dotted name, whose None stands for a value: that value."""
+        """The values that None means, by the dotted name of the field."""
         return {}
 
     def trained_shape(self, shape: LlamaShape, run: "RunConfig") -> LlamaShape:
-        """The sizes of the model that is trained, where `shape` is configured. Raises ConfigError."""
+        """Return the sizes of the trained model if `shape` is the configured one. Raises ConfigError."""
         return shape
 
     def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:
-        """What an update of a model with the sizes `shape` takes, after the warm start."""
+        """Return the cost of training a model with the sizes `shape`, after the warm start."""
         return cost(
             shape,
             sequence_length_tokens=run.data.sequence_length_tokens,
@@ -85,67 +89,80 @@ class Method:
         )
 
     def break_even_rank(self, shape: LlamaShape, run: "RunConfig", *, micro_steps: int) -> int | None:
-        """The highest rank at which an update takes fewer FLOPs than at full rank; None where that has no meaning.
+        """Return the highest rank at which a step takes fewer FLOPs than at full rank, or None without a rank.
 
-        micro_steps: of one update, in all processes.
+        Args:
+            shape: The sizes of the model.
+            run: The config of the whole run.
+            micro_steps: The number of micro-steps in one optimizer step, summed over all processes.
         """
         return None
 
     @property
     def may_be_baseline(self) -> bool:
-        """Whether a run may serve as the full-rank baseline of others."""
+        """Whether a run of this method may be the full-rank baseline of other runs."""
         return self.is_full_rank and not self.warm_start_steps
 
     @property
     def merged_weight_in_use(self) -> str:
-        """Whether matrix products use a merged weight: resident, rebuilt or never (relora.core.exact_ways.refresh)."""
+        """How matrix products use a merged weight: resident, rebuilt or never (relora.core.exact_ways.refresh)."""
         return "never"
 
     @property
     def switches(self) -> dict[str, Any]:
-        """The settings, by dotted name, that change speed or memory and not the results."""
+        """The settings that change only speed or memory and not the results, by dotted name."""
         return {}
 
     @property
     def memory_options(self) -> Sequence[str]:
-        """Overrides that save memory and are not taken yet."""
+        """Overrides that save memory and are not used yet."""
         return ()
 
-    # ----------------------------------------------------------------------------------- asked by the trainer
+    # ------------------------------------------------------------------------------------ used by the trainer
 
     def begin(self, model: "nn.Module", run: "RunConfig") -> None:
-        """Change the model when the warm start ends; at the start of the run where there is no warm start."""
+        """Change the model when the warm start ends. Without a warm start, this is the start of the run."""
 
     def build_optimizer(self, model: "nn.Module", run: "RunConfig") -> "torch.optim.Optimizer":
-        """The optimizer of the method's own phase; each group has a `base_learning_rate`, which the schedule scales."""
+        """Build the optimizer of the method's own phase, after the warm start.
+
+        Each group has a `base_learning_rate`, which the schedule scales.
+        """
         return run.optimizer.build(self.parameter_groups(model, run))
 
     def parameter_groups(self, model: "nn.Module", run: "RunConfig") -> list[dict[str, Any]]:
-        """What the optimizer is built from: groups of trained parameters with equal settings."""
+        """Return the groups from which the optimizer is built: trained parameters with equal settings."""
         return parameter_groups(model, run, run.optimizer.learning_rate)
 
     def refresh(self, model: "nn.Module", run: "RunConfig", *, sequences_per_micro_step: int, micro_steps: int) -> None:
-        """Prepare the forward pass after the weights or the micro-batch changed. Called after `begin`."""
+        """Prepare the forward pass after the weights or the micro-step size changed. Called after `begin`.
+
+        Args:
+            model: The model in training.
+            run: The config of the whole run.
+            sequences_per_micro_step: The number of sequences in one micro-step of this process.
+            micro_steps: The number of micro-steps in one optimizer step of this process.
+        """
 
     def before_update(self, model: "nn.Module", run: "RunConfig", step: int) -> None:
-        """Read or change the gradients of the update of `step`, before they are clipped.
+        """Read or change the gradients of `step` before they are clipped.
 
-        Not called with trainer.update_in_backward, where the gradients are never there all at once.
+        Not called with trainer.update_in_backward, where the gradients are never in memory together.
         """
 
     def after_update(self, model: "nn.Module", run: "RunConfig", step: int) -> None:
-        """Read or change the weights after the update of `step`."""
+        """Read or change the weights after the optimizer step `step`."""
 
     def restart(self, model: "nn.Module", optimizer: "torch.optim.Optimizer", run: "RunConfig", number: int) -> Restart:
-        """Make restart `number` (from 1). Called every `reset_interval_steps` updates."""
-        raise NotImplementedError(f"method={self.name} has the field reset_interval_steps and no restart()")
+        """Do restart `number` (counted from 1). Called every `reset_interval_steps` steps."""
+        raise NotImplementedError(f"method={self.name} has the field reset_interval_steps, but no restart(); define it")
 
     def finish(self, model: "nn.Module", run: "RunConfig") -> None:
-        """Turn the model into a plain one, which is exported. Called once, after the last update."""
+        """Turn the model into a plain model for the export. Called once, after the last step."""
 
 
 def role_of(name: str, parameter: "nn.Parameter") -> str:
-    """The role of the parameter `name` of a model."""
+    """Return the role of the parameter `name` of a model (relora.budget.cost)."""
     if name.endswith((".lora_A", ".lora_B")):
         return FACTORS
     if name.endswith(".scaling"):
@@ -154,7 +171,7 @@ def role_of(name: str, parameter: "nn.Parameter") -> str:
 
 
 def trained_parameters(model: "nn.Module") -> list[tuple[str, str, "nn.Parameter"]]:
-    """(name, role, parameter) of everything that is trained, in the model's order."""
+    """Return (name, role, parameter) of every trained parameter, in the order of the model."""
     return [
         (name, role_of(name, parameter), parameter)
         for name, parameter in model.named_parameters()
@@ -165,12 +182,21 @@ def trained_parameters(model: "nn.Module") -> list[tuple[str, str, "nn.Parameter
 def parameter_groups(
     model: "nn.Module", run: "RunConfig", learning_rate: float, *, b_rate_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups of the trained parameters, each with `params`, `role`, `base_learning_rate` and `weight_decay`.
+    """Return groups of the trained parameters with `params`, `role`, `base_learning_rate` and `weight_decay`.
 
-    The first holds matrices and factors, with weight decay. The second holds embeddings, head, norms and biases, at
-    `optimizer.embedding_learning_rate` where that is set, without decay. Trained scales follow, at the factors'
-    learning rate, without decay. Where `b_rate_ratio` is not 1, the factors B are a last group, at that multiple of the
-    learning rate, with weight decay.
+    The groups are, in this order:
+
+    - Matrices and factors, with weight decay.
+    - Embeddings, head, norms and biases, without weight decay. Their learning rate is
+      `optimizer.embedding_learning_rate`, if that is set.
+    - Trained scales, without weight decay, if there are any.
+    - The factors B, with weight decay, if `b_rate_ratio` is not 1. They are then not in the first group.
+
+    Args:
+        model: The model in training.
+        run: The config of the whole run.
+        learning_rate: The base learning rate of all groups without another one.
+        b_rate_ratio: The learning rate of B divided by `learning_rate`.
     """
     held: dict[str, list[Any]] = {MATRICES: [], REST: [], SCALES: [], FACTORS: []}
     for name, role, parameter in trained_parameters(model):
@@ -191,7 +217,7 @@ def parameter_groups(
 
 
 def warm_start_optimizer(model: "nn.Module", run: "RunConfig") -> "torch.optim.Optimizer":
-    """That of the full-rank updates before a method begins."""
+    """Build the optimizer of the warm start."""
     return run.optimizer.build(parameter_groups(model, run, run.warm_start_learning_rate))
 
 
@@ -199,13 +225,13 @@ def warm_start_optimizer(model: "nn.Module", run: "RunConfig") -> "torch.optim.O
 
 
 def all_targets() -> list[str]:
-    """Every kind of matrix of the decoder."""
+    """Return the name endings of all matrices of the decoder."""
     return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(kw_only=True, slots=True)
 class Targeted(Method):
-    """A method with a rank, for a choice of the decoder's matrices."""
+    """The base class of methods with a rank, which apply to chosen matrices of the decoder."""
 
     rank: int
     target_modules: list[str] = field(default_factory=all_targets)
@@ -215,7 +241,7 @@ class Targeted(Method):
         at_least("method.rank", self.rank, 1)
 
     def check(self, run: "RunConfig") -> None:
-        """Every target is a matrix of the model, and the rank fits each."""
+        """Raise ConfigError if a target is not a matrix of the model, or if the rank is too high for one."""
         Method.check(self, run)
         linears = run.model.shape(vocab_size=1).linears()
         endings = sorted({name.rpartition(".")[2] for name in linears})
@@ -236,7 +262,10 @@ class Targeted(Method):
                 )
 
     def canonical(self, fields: dict[str, Any], run: "RunConfig") -> dict[str, Any]:
-        """Targets in the model's order, each matrix once: by its ending, or whole where not all layers are targeted."""
+        """Return `fields` with the targets in the order of the model, each matrix once.
+
+        A kind of matrix that is targeted in all layers is written as its ending. Otherwise the full names are written.
+        """
         chosen = set(self.target_modules)
         by_ending: dict[str, list[str]] = {}
         for name in run.model.shape(vocab_size=1).linears():
@@ -249,6 +278,6 @@ class Targeted(Method):
 
 
 def _endings(name: str) -> list[str]:
-    """What a name in `target_modules` may be to match the module `name` (relora.budget.cost.module_matches)."""
+    """Return all names in `target_modules` that match the module `name` (relora.budget.cost.module_matches)."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Control(Targeted):
-    """A smaller model with as many trainable parameters as low-rank factors of `rank` would leave."""
+    """A smaller model, with as many trainable parameters as the configured model would have with factors of `rank`."""
 
     def trained_shape(self, shape: LlamaShape, run: "RunConfig") -> LlamaShape:
-        """The smaller model's sizes. Raises ConfigError where there is no such model."""
+        """Return the sizes of the smaller model. Raises ConfigError if there is no such model."""
         matched = cost(
             shape,
             sequence_length_tokens=run.data.sequence_length_tokens,

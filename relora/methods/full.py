@@ -8,6 +8,6 @@ from relora.methods.base import Method
 
 @dataclass(kw_only=True, slots=True)
 class Full(Method):
-    """All weights are trained from first to last."""
+    """Trains all weights in all steps."""
 
     is_full_rank: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""GaLore (arXiv 2403.03507): full-rank weights, Adam in a low-rank subspace of each matrix's gradient."""
+"""GaLore (arXiv 2403.03507): full-rank weights, with Adam in a low-rank subspace of the gradient of each matrix."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class GaLore(Targeted):
-    """The subspace of `rank` is taken anew every `update_interval_steps`; an update is scaled by `scale`."""
+    """Computes the subspace of dimension `rank` again every `update_interval_steps`, and scales updates by `scale`."""
 
     update_interval_steps: int = 200
     scale: float = 0.25
@@ -27,28 +27,29 @@ class GaLore(Targeted):
         Targeted.__post_init__(self)
         at_least("method.update_interval_steps", self.update_interval_steps, 1)
         positive("method.scale", self.scale)
-        at_most("method.scale", self.scale, 1e6, "the update would be nothing but the scale")
+        at_most("method.scale", self.scale, 1e6, "a larger scale would dominate the update")
 
     def check(self, run: "RunConfig") -> None:
-        """It is an optimizer by itself."""
+        """Raise ConfigError for any optimizer but AdamW, because GaLore includes its own optimizer."""
         Targeted.check(self, run)
         if type(run.optimizer) is not AdamW:
             raise ConfigError(
-                f"method=galore is Adam in a subspace, and cannot be optimizer={run.optimizer.name} too; take "
+                f"method=galore is Adam in a subspace and does not work with optimizer={run.optimizer.name}; use "
                 "optimizer=adamw"
             )
 
     def canonical(self, fields: dict[str, Any], run: "RunConfig") -> dict[str, Any]:
-        """An interval beyond the end of the run is the run's length."""
+        """Replace an interval that is longer than the phase after the warm start by the length of this phase."""
         found, steps = Targeted.canonical(self, fields, run), run.total_steps - self.warm_start_steps
         return found if self.update_interval_steps <= steps else {**found, "method.update_interval_steps": steps}
 
     def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:
-        """Full rank's, but for the state of the targeted matrices and the work of projections.
+        """Return the cost of full rank, with another state of the targeted matrices and the FLOPs of projections.
 
-        The state: two moments of r x max(i, o) and a projector of r x min(i, o). The work of an update: to the subspace
-        and back, and its share of the decompositions. A singular value decomposition of m x n, m >= n, takes
-        6mn^2 + 20n^3 FLOPs (Golub and Van Loan, Matrix Computations, R-SVD).
+        The state of a targeted i x o matrix is two moments of r x max(i, o) and a projector of r x min(i, o). A step
+        projects its gradient to the subspace and the result back. It also has its share of the decompositions. A
+        singular value decomposition of m x n, m >= n, takes 6mn^2 + 20n^3 FLOPs (Golub and Van Loan, Matrix
+        Computations, R-SVD).
         """
         whole = cost(shape, sequence_length_tokens=run.data.sequence_length_tokens, precision=run.trainer.precision)
         linears, element_bytes = shape.linears(), STORAGE_BYTES[run.trainer.precision]
@@ -67,7 +68,7 @@ class GaLore(Targeted):
         )
 
     def build_optimizer(self, model: "nn.Module", run: "RunConfig") -> "torch.optim.Optimizer":
-        """Matrices that are not targeted have the settings of those that are, and no projection."""
+        """Build GaLore. Matrices that are not targeted have the same settings as targeted ones, but no projection."""
         from relora.optimizers.galore import GaLoreAdamW
 
         settings = run.optimizer

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class LoRA(Targeted):
-    """Factors in the targeted matrices, everything else at full rank. `alpha=None` means 0.25 * rank.
+    """Trains factors in the targeted matrices, and all other weights at full rank. `alpha=None` means 0.25 * rank.
 
-    `b_rate_ratio` is B's learning rate over A's (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
-    `merged_weight` chooses among exact ways to compute, faster or smaller (relora.core.exact_ways.refresh).
+    `b_rate_ratio` is the learning rate of B divided by that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+    `merged_weight` chooses between faster exact ways to compute and ways that need less memory
+    (relora.core.exact_ways.refresh).
     """
 
     alpha: float | None = None
@@ -34,21 +35,21 @@ class LoRA(Targeted):
     def __post_init__(self) -> None:
         Targeted.__post_init__(self)
         positive("method.alpha", self.alpha)
-        at_most("method.alpha", self.alpha, 1e6, "alpha / rank scales what the factors add to the weights")
+        at_most("method.alpha", self.alpha, 1e6, "alpha / rank scales the update that the factors add to the weights")
         one_of("method.reinit", self.reinit, REINITS)
         positive("method.b_rate_ratio", self.b_rate_ratio)
-        at_most("method.b_rate_ratio", self.b_rate_ratio, 1e6, "B would move alone")
+        at_most("method.b_rate_ratio", self.b_rate_ratio, 1e6, "only B would change")
         one_of("method.merged_weight", self.merged_weight, MERGED_WEIGHTS)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"method.dropout={shown(self.dropout)} must be at least 0 and below 1")
 
     @property
     def written_out(self) -> dict[str, Any]:
-        """The scale."""
+        """The value of alpha that None means, or the alpha that was set."""
         return {"method.alpha": float(self.alpha or SCALING * self.rank)}
 
     def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:
-        """That of a model with factors."""
+        """Return the cost of training a model with factors."""
         return cost(
             shape,
             sequence_length_tokens=run.data.sequence_length_tokens,
@@ -61,7 +62,7 @@ class LoRA(Targeted):
         )
 
     def break_even_rank(self, shape: LlamaShape, run: "RunConfig", *, micro_steps: int) -> int | None:
-        """The highest rank at which an update takes fewer FLOPs than at full rank."""
+        """Return the highest rank at which a step takes fewer FLOPs than at full rank."""
         return break_even_rank(
             shape,
             sequence_length_tokens=run.data.sequence_length_tokens,
@@ -73,17 +74,17 @@ class LoRA(Targeted):
 
     @property
     def merged_weight_in_use(self) -> str:
-        """`merged_weight`; "never" with dropout, which applies to the factors' input alone."""
+        """`merged_weight`, or "never" with dropout, because dropout applies only to the input of the factors."""
         return "never" if self.dropout > 0 else self.merged_weight
 
     @property
     def switches(self) -> dict[str, Any]:
-        """The exact way to compute."""
+        """The choice between the exact ways to compute."""
         return {"method.merged_weight": self.merged_weight_in_use}
 
     @property
     def memory_options(self) -> Sequence[str]:
-        """A merged weight that is not kept."""
+        """The override that does not keep merged weights, if they are kept now."""
         return ("method.merged_weight=rebuilt",) if self.merged_weight_in_use == "resident" else ()
 
     def begin(self, model: "nn.Module", run: "RunConfig") -> None:
@@ -101,11 +102,11 @@ class LoRA(Targeted):
         wrap(model, factors, seed=run.trainer.seed)
 
     def parameter_groups(self, model: "nn.Module", run: "RunConfig") -> list[dict[str, Any]]:
-        """B has a learning rate of its own where `b_rate_ratio` is not 1."""
+        """Return the groups. B has a separate learning rate if `b_rate_ratio` is not 1."""
         return parameter_groups(model, run, run.optimizer.learning_rate, b_rate_ratio=self.b_rate_ratio)
 
     def refresh(self, model: "nn.Module", run: "RunConfig", *, sequences_per_micro_step: int, micro_steps: int) -> None:
-        """Compute by the cheapest exact way for so many tokens at a time."""
+        """Choose the cheapest exact way for the number of tokens in a micro-step."""
         import torch
 
         from relora.core.exact_ways import refresh

@@ -1,4 +1,4 @@
-"""Which methods there are: relora's own, and those of installed packages (docs/your-own-method.md)."""
+"""The registry of methods: those of relora, and those of installed packages (docs/your-own-method.md)."""
 
 from relora.common.plugins import Registry
 from relora.methods.base import Method
@@ -9,7 +9,7 @@ from relora.methods.lora import LoRA
 from relora.methods.relora import ReLoRA
 
 BASELINE = "full"
-"""The method that others are measured against."""
+"""The method with which all other methods are compared."""
 
 METHODS: Registry[Method] = Registry(
     "method", Method, {BASELINE: Full, "lora": LoRA, "relora": ReLoRA, "control": Control, "galore": GaLore}

@@ -1,4 +1,7 @@
-"""ReLoRA (Lialin et al. 2023, arXiv 2307.05695): low-rank factors that are merged, drawn anew and reset."""
+"""ReLoRA (Lialin et al. 2023, arXiv 2307.05695): low-rank factors with restarts.
+
+A restart merges the factors, initialises them again and resets their optimizer state.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,7 +37,10 @@ class OptimizerReset:
 
     @property
     def effective(self) -> "OptimizerReset":
-        """The same reset, fields without effect at their defaults: a ratio of 1 is mode "zero", of 0 prunes nothing."""
+        """The same reset, with the default values in fields that have no effect.
+
+        A pruning ratio of 1 is written as mode "zero". A ratio of 0 prunes nothing.
+        """
         mode, ratio = self.mode, self.pruning_ratio
         if mode == "none" or (mode != "zero" and ratio == 0 and not self.reset_step):
             return OptimizerReset(mode="none")
@@ -47,7 +53,7 @@ class OptimizerReset:
 
 @dataclass(kw_only=True, slots=True)
 class ReLoRA(LoRA):
-    """Restarts every `reset_interval_steps` updates after the warm start (None: never)."""
+    """LoRA that restarts every `reset_interval_steps` steps after the warm start (None: no restarts)."""
 
     reset_interval_steps: int | None
     optimizer_reset: OptimizerReset = field(default_factory=OptimizerReset)
@@ -55,21 +61,21 @@ class ReLoRA(LoRA):
     def __post_init__(self) -> None:
         LoRA.__post_init__(self)
         at_least("method.reset_interval_steps", self.reset_interval_steps, 1, " (null: no restarts)")
-        at_most("method.reset_interval_steps", self.reset_interval_steps, MOST_STEPS, "no run has as many updates")
+        at_most("method.reset_interval_steps", self.reset_interval_steps, MOST_STEPS, "no run has that many steps")
 
     def check(self, run: "RunConfig") -> None:
-        """A reset that prunes needs values."""
+        """Raise ConfigError for a reset that prunes by value if the optimizer's state holds codes."""
         LoRA.check(self, run)
         reset = self.optimizer_reset.effective
         prunes = reset.mode not in ("none", "zero") or (reset.mode == "zero" and not reset.reset_step)
         if self.reset_interval_steps is not None and run.optimizer.keeps_codes and prunes:
             raise ConfigError(
-                f"{RESET}mode={reset.mode} prunes values, and optimizer={run.optimizer.name} keeps codes; take "
+                f"{RESET}mode={reset.mode} prunes values, but optimizer={run.optimizer.name} keeps codes; use "
                 f"{RESET}mode=zero {RESET}reset_step=true, or {RESET}mode=none"
             )
 
     def canonical(self, fields: dict[str, Any], run: "RunConfig") -> dict[str, Any]:
-        """An interval that is never reached is none, and a reset that does nothing is mode "none"."""
+        """Write an interval that is never reached as None, and a reset that does nothing as mode "none"."""
         found = LoRA.canonical(self, fields, run)
         found = {name: value for name, value in found.items() if not name.startswith(RESET)}
         interval, steps = self.reset_interval_steps, run.total_steps - self.warm_start_steps
@@ -78,7 +84,7 @@ class ReLoRA(LoRA):
         return found | {f"{RESET}{name}": value for name, value in asdict(self.optimizer_reset.effective).items()}
 
     def restart(self, model: "nn.Module", optimizer: "torch.optim.Optimizer", run: "RunConfig", number: int) -> Restart:
-        """Lialin et al. 2023, Algorithm 1, the lines under "if t mod q = 0"."""
+        """Merge, initialise again and reset: Lialin et al. 2023, Algorithm 1, the lines under "if t mod q = 0"."""
         from relora.core.lowrank import merge_and_reinit
         from relora.core.reset import reset_optimizer
 

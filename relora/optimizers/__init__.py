@@ -1,4 +1,4 @@
-"""What an optimizer is: one file each, with its settings, its state's bytes and how it is built.
+"""The optimizers, one file each. The file holds the settings, the size of the state and the build of its optimizer.
 
-Imports `budget` and `common`. torch is imported when one is built.
+Imports `budget` and `common`. torch is imported when an optimizer is built.
 """

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), torch's fused one."""
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in torch's fused implementation."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class AdamW(WithAdam):
-    """For all parameters."""
+    """AdamW for all parameters."""
 
     def build(self, groups: list[dict[str, Any]]) -> "torch.optim.Optimizer":
-        """See the module."""
+        """Build torch's fused AdamW over `groups`."""
         return self.build_adamw(groups)

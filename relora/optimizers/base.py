@@ -1,4 +1,4 @@
-"""What an optimizer is: its settings, what its state takes, and how it is built from groups of parameters.
+"""The base classes of optimizers: settings, size of the state, and build from groups of parameters.
 
 An optimizer is one subclass of `Optimizer` in one file. Its dataclass fields are the keys under `optimizer:`. The file
 imports torch inside `build`, so that a config is composed and checked without torch.
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class Optimizer:
     """The settings that every optimizer has.
 
-    `embedding_learning_rate` is for what no method wraps: embeddings, head, norms (None: `learning_rate`).
+    `embedding_learning_rate` applies to parameters that no method wraps: embeddings, head, norms (None:
+    `learning_rate`).
     """
 
     keeps_codes: ClassVar[bool] = False
-    """Whether its state holds codes, which a restart cannot prune as values."""
+    """Whether the state holds integer codes, which a restart cannot prune by value."""
 
     name: str = "adamw"
     learning_rate: float
@@ -39,36 +40,36 @@ class Optimizer:
         if not self.weight_decay * self.learning_rate <= 1:
             raise ConfigError(
                 f"optimizer.weight_decay={self.weight_decay} times optimizer.learning_rate={self.learning_rate} must "
-                "be at most 1: an update would take more from the weights than they are"
+                "be at most 1, or a step subtracts more than the whole weight; lower one of them"
             )
 
     def check_here(self) -> None:
-        """Raise ConfigError where this machine lacks what the optimizer needs. Asked by a launch, not of old runs."""
+        """Raise ConfigError if this machine lacks a package that the optimizer needs. Only a launch calls this."""
 
     def build(self, groups: list[dict[str, Any]]) -> "torch.optim.Optimizer":
-        """The torch optimizer over `groups`.
+        """Build the torch optimizer over `groups`.
 
-        Each group has `params`, `role` (relora.budget.cost), `base_learning_rate` and `weight_decay`. Before every
-        update the trainer sets each group's `lr`.
+        Each group has `params`, `role` (relora.budget.cost), `base_learning_rate` and `weight_decay`. The trainer sets
+        `lr` of each group before every step.
         """
         raise NotImplementedError(f"optimizer={self.name} has no build()")
 
     def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """What the state of `trained` takes, where a stored element takes `element_bytes`."""
+        """Return the bytes of the state of all tensors in `trained`. One stored element has `element_bytes`."""
         raise NotImplementedError(f"optimizer={self.name} has no state_bytes()")
 
     def step_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """The most that a step holds for itself at a time."""
+        """Return the peak bytes of temporary memory in an optimizer step."""
         return 0
 
     def step_flops(self, trained: Sequence[Trained]) -> int:
-        """FLOPs of the matrix products in a step."""
+        """Return the FLOPs of the matrix products in an optimizer step."""
         return 0
 
 
 @dataclass(kw_only=True, slots=True)
 class WithAdam(Optimizer):
-    """An optimizer that uses Adam's rule for all parameters, or for some."""
+    """The base class of optimizers that use Adam's rule for all parameters or for some of them."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -80,14 +81,19 @@ class WithAdam(Optimizer):
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"optimizer.{name}={shown(getattr(self, name))} must be at least 0 and below 1")
-        at_most("optimizer.epsilon", self.epsilon, 1, "a larger one outweighs every gradient, and nothing is learned")
+        at_most(
+            "optimizer.epsilon",
+            self.epsilon,
+            1,
+            "a larger value outweighs every gradient, so nothing is learned",
+        )
 
     def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """Two moments and a step count."""
+        """Return the bytes of two moments and a step count for each tensor."""
         return AdamWCost().state_bytes(trained, element_bytes)
 
     def build_adamw(self, groups: list[dict[str, Any]]) -> "torch.optim.AdamW":
-        """Torch's fused AdamW."""
+        """Build torch's fused AdamW over `groups`."""
         import torch
 
         betas = (self.beta1, self.beta2)

@@ -1,6 +1,6 @@
 """GaLore, a baseline: Adam on gradients projected to a low-rank subspace (arXiv 2403.03507). Needs torch only.
 
-All state is tensors, so checkpoints load with weights_only=True.
+The whole state consists of tensors, so checkpoints load with weights_only=True.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,19 @@ from torch import Tensor
 
 
 def projector(gradient_OxI: Tensor, rank: int, previous: Tensor | None = None) -> Tensor:
-    """Orthonormal basis of the gradient's leading singular subspace on its shorter side.
+    """Compute an orthonormal basis of the leading singular subspace of the gradient, on its shorter side.
 
-    r x I (right singular vectors) for O >= I, O x r (left ones) otherwise; computed in fp32 or wider (section 4.1).
-    Square matrices are projected from the right, as in the authors' code (galore_torch, proj_type "std").
+    It is computed in fp32 or wider (section 4.1). Square matrices are projected from the right, as in the authors'
+    code (galore_torch, proj_type "std").
 
-    With a `previous` basis the side stays that of it, because the moments have the shape of that side.
+    Args:
+        gradient_OxI: The gradient of one matrix.
+        rank: The dimension r of the subspace.
+        previous: The basis until now. The new basis is on the same side, because the shape of the moments depends on
+            the side.
+
+    Returns:
+        r x I (right singular vectors) for O >= I, otherwise O x r (left singular vectors), in the gradient's dtype.
     """
     rows, columns = gradient_OxI.shape
     from_left = rows < columns if previous is None else _is_left(previous, gradient_OxI.shape)
@@ -27,13 +34,24 @@ def projector(gradient_OxI: Tensor, rank: int, previous: Tensor | None = None) -
 
 
 class GaLoreAdamW(torch.optim.Optimizer):
-    """Algorithm 2 of the paper with decoupled weight decay; groups without a `rank` are plain AdamW.
+    """Algorithm 2 of the paper with decoupled weight decay. Groups without a `rank` use plain AdamW.
 
-    A group with `rank` holds matrices. Every `update_interval_steps` updates the projector P is taken anew from the
-    gradient G; between, R = P^T G (or G P^T on the longer side) feeds Adam's moments, which are kept when P changes,
-    and W moves by lr * scale * P N with N Adam's normalised direction.
+    A group with `rank` holds matrices. The projector P is computed from the gradient G again every
+    `update_interval_steps` steps. In every step, Adam's moments get R = P^T G (or G P^T, on the other side). They are
+    kept when P changes. W changes by lr * scale * P N, where N is Adam's normalised direction.
 
-    Raises ValueError for a rank above min(shape) of one of the group's parameters, or one that is no matrix.
+    Args:
+        params: Parameters or groups, as for other torch optimizers. A group can have its own value of each argument.
+        lr: Learning rate.
+        betas: Adam's decay rates of the first and the second moment.
+        eps: Adam's epsilon.
+        weight_decay: Decoupled weight decay.
+        rank: Dimension of the subspace. None means plain AdamW.
+        update_interval_steps: Steps between two computations of the projector.
+        scale: Factor of the update of projected matrices.
+
+    Raises:
+        ValueError: The rank exceeds min(shape) of a parameter in its group, or this parameter is not a matrix.
     """
 
     def __init__(
@@ -63,12 +81,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 if parameter.ndim != 2 or group["rank"] > min(parameter.shape):
                     raise ValueError(
                         f"rank={group['rank']} does not fit a parameter of shape {tuple(parameter.shape)}; "
-                        "GaLore projects matrices to at most min(shape)"
+                        "GaLore projects only matrices, with a rank of at most min(shape); lower the rank"
                     )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient. Return the loss of `closure`, or None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -104,7 +122,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def _is_left(basis: Tensor, shape_OxI: torch.Size) -> bool:
-    """Whether `basis` is O x r and not r x I. An r x I basis of a square matrix at full rank counts as right."""
+    """Whether `basis` is O x r and not r x I. A square basis at full rank counts as r x I."""
     return basis.shape[1] != shape_OxI[1]
 
 

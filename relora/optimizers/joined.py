@@ -7,10 +7,10 @@ import torch
 
 
 class Joined(torch.optim.Optimizer):
-    """Steps each group by the one of `parts` that it was made for; groups and state are in one place.
+    """Steps each group with the optimizer in `parts` that it belongs to. Groups and state are in one place.
 
-    The parts' own groups and states are those of this optimizer, so that its state_dict is the whole state. A group
-    says in `part` to which it belongs.
+    The parts use the groups and the state of this optimizer, so that its state_dict is the whole state. The key `part`
+    of a group is the index of its optimizer in `parts`.
     """
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
@@ -22,7 +22,7 @@ class Joined(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient. Return the loss of `closure`, or None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -43,7 +43,15 @@ def muon_and_adamw(
     momentum: float,
     newton_schulz_steps: int,
 ) -> torch.optim.Optimizer:
-    """Torch's Muon over `groups`, which hold matrices, joined with `adamw` over the rest."""
+    """Join torch's Muon over `groups` with `adamw` over all other parameters.
+
+    Args:
+        groups: Groups that hold only matrices.
+        adamw: The optimizer of all other parameters.
+        learning_rate: Muon's learning rate.
+        momentum: Muon's momentum.
+        newton_schulz_steps: Iterations of the orthogonalisation.
+    """
     muon = torch.optim.Muon(
         groups,
         lr=learning_rate,

@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024) for matrices and factors, torch's own; AdamW for all other parameters.
+"""Torch's Muon (Jordan et al. 2024) for matrices and factors, and AdamW for all other parameters.
 
-Muon moves a matrix along the orthogonalised momentum of its gradient. Its learning rate is scaled by
-0.2 sqrt(max(rows, columns)), so that an update is as large as AdamW's and AdamW's rates serve (Liu et al. 2025, arXiv
-2502.16982, section 2.2).
+Muon changes a matrix along the orthogonalised momentum of its gradient. Its learning rate is scaled by
+0.2 sqrt(max(rows, columns)). Its updates are then as large as AdamW's, and AdamW's learning rates can be used (Liu et
+al. 2025, arXiv 2502.16982, section 2.2).
 """
 
 import re
@@ -24,7 +24,7 @@ ORTHOGONALISED = (FACTORS, MATRICES)
 
 @dataclass(kw_only=True, slots=True)
 class Muon(WithAdam):
-    """`momentum` and `newton_schulz_steps` are Muon's; `beta1`, `beta2` and `epsilon` are AdamW's."""
+    """Muon uses `momentum` and `newton_schulz_steps`. AdamW uses `beta1`, `beta2` and `epsilon`."""
 
     momentum: float = 0.95
     newton_schulz_steps: int = 5
@@ -34,16 +34,16 @@ class Muon(WithAdam):
         if not 0.0 <= self.momentum < 1.0:
             raise ConfigError(f"optimizer.momentum={shown(self.momentum)} must be at least 0 and below 1")
         at_least("optimizer.newton_schulz_steps", self.newton_schulz_steps, 1)
-        at_most("optimizer.newton_schulz_steps", self.newton_schulz_steps, 99, "torch takes fewer than 100")
+        at_most("optimizer.newton_schulz_steps", self.newton_schulz_steps, 99, "torch allows fewer than 100")
 
     def check_here(self) -> None:
-        """Raise ConfigError where torch has no Muon yet."""
+        """Raise ConfigError if torch is too old to have Muon."""
         numbers = [int(part) for part in re.findall(r"\d+", version("torch"))[:2]]
         if numbers < [2, 9]:
-            raise ConfigError(f"optimizer=muon needs torch 2.9 or newer, this is {version('torch')}; upgrade torch")
+            raise ConfigError(f"optimizer=muon needs torch 2.9 or newer, and this is {version('torch')}; upgrade torch")
 
     def build(self, groups: list[dict[str, Any]]) -> "torch.optim.Optimizer":
-        """Both optimizers as one."""
+        """Build Muon and AdamW, joined into one optimizer."""
         from relora.optimizers.joined import muon_and_adamw
 
         return muon_and_adamw(
@@ -55,19 +55,25 @@ class Muon(WithAdam):
         )
 
     def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """One momentum of matrices and factors, AdamW's state of the rest."""
+        """Return the bytes of one momentum for matrices and factors, and of AdamW's state for the rest."""
         momenta = element_bytes * sum(each.numel for each in trained if each.role in ORTHOGONALISED)
         return momenta + AdamWCost().state_bytes(
             [each for each in trained if each.role not in ORTHOGONALISED], element_bytes
         )
 
     def step_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """The update, two copies of it in bf16, and three bf16 squares of its shorter side (torch 2.13)."""
+        """Return the peak bytes of temporary memory in an optimizer step.
+
+        It holds the update, two copies of it in bf16, and three bf16 squares of its shorter side (torch 2.13).
+        """
         sizes = [sorted((each.rows, each.columns)) for each in trained if each.role in ORTHOGONALISED]
         return max((short * long * (element_bytes + 4) + 6 * short * short for short, long in sizes), default=0)
 
     def step_flops(self, trained: Sequence[Trained]) -> int:
-        """An iteration on m x n, m <= n, multiplies m x n by n x m, m x m by m x m and m x m by m x n."""
+        """Return the FLOPs of the matrix products in an optimizer step.
+
+        One iteration on m x n, m <= n, multiplies m x n by n x m, m x m by m x m and m x m by m x n.
+        """
         flops = 0
         for each in trained:
             if each.role in ORTHOGONALISED:

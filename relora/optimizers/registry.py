@@ -1,4 +1,4 @@
-"""Which optimizers there are: relora's own, and those of installed packages."""
+"""The registry of optimizers: those of relora, and those of installed packages."""
 
 from relora.common.plugins import Registry
 from relora.optimizers.adamw import AdamW

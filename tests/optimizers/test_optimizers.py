@@ -199,14 +199,14 @@ def test_codes_that_are_reset_to_zero_begin_anew() -> None:
 
 @pytest.mark.parametrize("mode", ["magnitude", "random"])
 def test_a_reset_that_prunes_is_refused_with_codes_when_a_run_is_composed(mode: str) -> None:
-    with pytest.raises(ConfigError, match=r"optimizer=adamw_8bit keeps codes; take method.optimizer_reset.mode=zero"):
+    with pytest.raises(ConfigError, match=r"optimizer=adamw_8bit keeps codes; use method.optimizer_reset.mode=zero"):
         compose(["optimizer=adamw_8bit", f"method.optimizer_reset.mode={mode}"])
     assert compose(["optimizer=adamw_8bit", "method.optimizer_reset.mode=zero"]).optimizer.name == "adamw_8bit"
     assert compose(["optimizer=adamw_8bit", "method=lora"]).optimizer.name == "adamw_8bit"
 
 
 def test_galore_is_an_optimizer_by_itself() -> None:
-    with pytest.raises(ConfigError, match="take optimizer=adamw"):
+    with pytest.raises(ConfigError, match="use optimizer=adamw"):
         compose(["method=galore", "optimizer=muon"])
 
 
