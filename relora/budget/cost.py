@@ -1,7 +1,7 @@
-"""What a model and a method cost: parameters, FLOPs and bytes as plain arithmetic, without torch.
+"""The cost of a model and a method: parameters, FLOPs and bytes as plain arithmetic, without torch.
 
-Everything that must know a size before anything is built asks here: config checks, the summary of a run, plans. Tests
-hold these numbers equal to the real model, optimizer and FLOP counter.
+Config checks, the summary of a run and plans get sizes here before a model is built. Tests check that these numbers
+equal those of the real model, optimizer and FLOP counter.
 """
 
 import math
@@ -16,19 +16,19 @@ STORAGE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 """Bytes of one stored weight, gradient or optimizer-state element, by `trainer.precision`."""
 
 COMPUTE_BYTES = {"fp32": 4, "bf16_autocast": 2, "bf16": 2}
-"""Bytes of one element of what matrix products take."""
+"""Bytes of one element of the operands of matrix products, by `trainer.precision`."""
 
 ADAM_MOMENTS = 2
 ADAM_STEP_BYTES = 4
 """AdamW keeps two moments of the parameter's shape and one fp32 step count per parameter tensor."""
 
 FACTORS, MATRICES, SCALES, REST = "factors", "matrices", "scales", "rest"
-"""Roles of parameters: low-rank factors, the decoder's matrices, trained scales; embeddings, head, norms and biases."""
+"""Roles of parameters: low-rank factors, decoder matrices, trained scales; embeddings, head, norms and biases."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A parameter tensor that is trained."""
+    """The role and the size of a trained parameter tensor."""
 
     role: str
     rows: int
@@ -36,39 +36,39 @@ class Trained:
 
     @property
     def numel(self) -> int:
-        """Its elements."""
+        """The number of elements."""
         return self.rows * self.columns
 
 
 class OptimizerCost(Protocol):
-    """What an optimizer takes beyond weights and gradients. `element_bytes`: of a stored element."""
+    """The cost of an optimizer beyond weights and gradients. `element_bytes` is the size of one stored element."""
 
     def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """Of its state."""
+        """Return the bytes of the optimizer's state."""
         ...
 
     def step_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """The most that a step holds for itself at a time."""
+        """Return the peak bytes of temporary memory in an optimizer step."""
         ...
 
     def step_flops(self, trained: Sequence[Trained]) -> int:
-        """Of the matrix products in a step."""
+        """Return the FLOPs of the matrix products in an optimizer step."""
         ...
 
 
 class AdamWCost:
-    """Two moments and a step count of each tensor; torch's fused step holds nothing for itself."""
+    """The cost of AdamW: two moments and a step count per tensor. Torch's fused step needs no temporary memory."""
 
     def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """Of moments and counts."""
+        """Return the bytes of moments and step counts."""
         return ADAM_MOMENTS * element_bytes * sum(each.numel for each in trained) + ADAM_STEP_BYTES * len(trained)
 
     def step_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
-        """Nothing."""
+        """Return 0: the step needs no temporary memory."""
         return 0
 
     def step_flops(self, trained: Sequence[Trained]) -> int:
-        """Nothing."""
+        """Return 0: the step has no matrix products."""
         return 0
 
 
@@ -83,7 +83,7 @@ class LlamaShape:
     vocab_size: int
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The decoder's linear layers, by module name: (in_features, out_features)."""
+        """Return (in_features, out_features) of the decoder's linear layers, by module name."""
         hidden, inter = self.hidden_size, self.intermediate_size
         block = {
             "self_attn.q_proj": (hidden, hidden),
@@ -97,7 +97,7 @@ class LlamaShape:
         return {f"model.layers.{layer}.{name}": shape for layer in range(self.layers) for name, shape in block.items()}
 
     def full_rank_parameters(self) -> dict[str, int]:
-        """Parameters that every method trains at full rank, by name: embeddings, head and norms."""
+        """Return the sizes of the modules that every method trains at full rank: embeddings, head and norms."""
         norms = {
             f"model.layers.{layer}.{name}": self.hidden_size
             for layer in range(self.layers)
@@ -108,25 +108,32 @@ class LlamaShape:
 
     @property
     def parameters(self) -> int:
-        """All of them: two tables, a norm at the end and two a layer, four square matrices a layer and three others."""
+        """The number of all parameters: two tables, a final norm, and per layer two norms and seven matrices."""
         hidden, inter = self.hidden_size, self.intermediate_size
         layer = 4 * hidden * hidden + 3 * hidden * inter + 2 * hidden
         return 2 * self.vocab_size * hidden + hidden + self.layers * layer
 
 
 PLAIN, FACTORED, PROJECTED = "plain", "factored", "projected"
-"""The exact ways to compute a low-rank linear: without the merged weight W + sBA; on it, with the factors' gradients
-through x A^T and g B; on it, with their gradients projected from that of the whole matrix."""
+"""The exact ways to compute a low-rank linear layer.
+
+- plain: without the merged weight W + sBA.
+- factored: on the merged weight, with the factors' gradients through x A^T and g B.
+- projected: on the merged weight, with the factors' gradients projected from the gradient of the whole matrix.
+"""
 MERGED_WEIGHTS = ("resident", "rebuilt", "never")
 
 
 def way_multiply_adds(
     in_features: int, out_features: int, rank: int, *, merged_weight: str, tokens_per_micro_step: int, micro_steps: int
 ) -> dict[str, int]:
-    """Multiply-adds of one update of one low-rank linear, forward and backward, by each way that is to be had.
+    """Count the multiply-adds of one low-rank linear layer in one optimizer step, forward and backward.
 
-    Forming W + sBA takes rio: once an update where it is resident, in each pass of each micro-step where it is rebuilt.
-    Projecting the gradient of the whole matrix takes 2rio a micro-step.
+    With in = i, out = o and rank = r, forming W + sBA takes rio. A resident W + sBA is formed once per optimizer step.
+    A rebuilt one is formed in each pass of each micro-step. Projecting the gradient of the whole matrix takes 2rio per
+    micro-step.
+
+    The keys of the result are the ways. With merged_weight="never", only the plain way is possible.
     """
     whole, skinny = in_features * out_features, rank * (in_features + out_features)
     tokens = tokens_per_micro_step * micro_steps
@@ -151,9 +158,10 @@ def cheapest_way(
     tokens_per_micro_step: int | None = None,
     micro_steps: int = 1,
 ) -> str:
-    """The way with the fewest multiply-adds; of equals the factored one, else the projected one.
+    """Return the way with the fewest multiply-adds. Of equal ways, prefer factored, then projected, then plain.
 
-    Benchmarks saw the plain way take the most beyond its arithmetic (docs/performance.md).
+    In benchmarks, the plain way took the most time at equal multiply-adds (docs/performance.md).
+    `tokens_per_micro_step` None means `MANY_TOKENS`.
     """
     ways = way_multiply_adds(
         in_features,
@@ -171,15 +179,15 @@ CONTROL_COUNT_TOLERANCE = 0.01
 
 
 def control_shape(shape: LlamaShape, trainable_parameters: int) -> LlamaShape:
-    """A smaller full-rank model that trains `trainable_parameters`: the paper's "control" baseline.
+    """Return a smaller full-rank model with `trainable_parameters` parameters: the paper's "control" baseline.
 
-    Its aspect (hidden size over layers) stays within 8% of `shape`'s, the intermediate size takes up the slack, and of
-    the shapes that meet the count within 1% the one whose intermediate size is nearest to `shape`'s proportion is
-    taken. Raises ValueError with the reason where there is none.
+    Its aspect (hidden size divided by layers) is within 8% of the aspect of `shape`. The intermediate size is chosen so
+    that the number of parameters is right within 1%. Of all such models, the result is the one whose ratio of
+    intermediate to hidden size is nearest to that of `shape`. Raises ValueError if there is no such model.
     """
     if trainable_parameters >= shape.parameters:
         raise ValueError(
-            f"the method trains {trainable_parameters:,} parameters, full rank {shape.parameters:,}: "
+            f"the method trains {trainable_parameters:,} parameters, and full rank trains {shape.parameters:,}, so "
             "there is no smaller model to compare with; lower method.rank"
         )
     aspect, proportion = shape.hidden_size / shape.layers, shape.intermediate_size / shape.hidden_size
@@ -208,23 +216,24 @@ def control_shape(shape: LlamaShape, trainable_parameters: int) -> LlamaShape:
                 )
     if best is None:
         raise ValueError(
-            f"no full-rank model of {trainable_parameters:,} parameters has the aspect of {shape} within "
-            f"{CONTROL_ASPECT_TOLERANCE:.0%}"
+            f"no full-rank model with {trainable_parameters:,} parameters has the hidden size per layer of {shape} "
+            f"within {CONTROL_ASPECT_TOLERANCE:.0%}"
         )
     return best[1]
 
 
 def _heads(hidden_size: int, head_size: int) -> int | None:
-    """How many heads make theirs nearest to `head_size`, within a factor of 2 and even; the fewest of equals."""
+    """Return the fewest heads with an even size nearest to `head_size`, within a factor of 2, or None if impossible."""
     low, high = max(2, math.ceil(head_size / 2)), min(hidden_size, 2 * head_size)
     sizes = [size for size in range(high, low - 1, -1) if size % 2 == 0 and hidden_size % size == 0]
     return hidden_size // min(sizes, key=lambda size: abs(size - head_size)) if sizes else None
 
 
 def module_matches(name: str, target_modules: str | Sequence[str]) -> bool:
-    """Whether the module `name` is targeted: a regular expression matches it whole, or a listed name is its ending.
+    """Whether `target_modules` targets the module `name`.
 
-    An ending is whole components: "proj" does not match "q_proj", "self_attn.q_proj" matches in every layer.
+    A regular expression must match the whole name. A name in a list must be the ending of `name` and consist of whole
+    components: "proj" does not match "q_proj", and "self_attn.q_proj" matches in every layer.
     """
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, name) is not None
@@ -233,38 +242,38 @@ def module_matches(name: str, target_modules: str | Sequence[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one model x method takes. FLOPs count a multiply-add as two and attention as a full (non-causal) square."""
+    """The cost of a model with a method. A multiply-add is two FLOPs. Attention counts as a full, non-causal square."""
 
     parameters: int
-    """Of the model that leaves the run: factors are merged into it and not counted."""
+    """Parameters of the exported model. Factors are merged into it and do not count."""
     trainable_parameters: int
     wrapped: tuple[tuple[int, int], ...]
     """(in_features, out_features) of every matrix that has factors."""
     rank: int
-    """Of the factors; 0 where there are none."""
+    """Rank of the factors, or 0 without factors."""
     mergeable: bool
-    """Whether a pass may be on W + sBA: not with dropout."""
+    """Whether a pass may use W + sBA. With dropout it may not."""
     unwrapped_flops_per_token: int
-    """Forward and backward of one token through everything but the wrapped matrices; no optimizer."""
+    """FLOPs of one token, forward and backward, without the wrapped matrices and the optimizer."""
     merge_flops: int
-    """One merge of every wrapped matrix."""
+    """FLOPs of one merge of all wrapped matrices."""
     optimizer_flops: int
-    """Of an update's matrix products in the optimizer; 0 for AdamW, which has none."""
+    """FLOPs of the matrix products in one step of the optimizer. 0 for AdamW, which has none."""
     weight_bytes: int
-    """Factors included."""
+    """Bytes of all weights, factors included."""
     trainable_scaling: bool
     computed_bytes: int
-    """Of one element of what matrix products take, W + sBA among them."""
+    """Bytes of one element of the operands of matrix products, such as W + sBA."""
     gradient_bytes: int
     largest_gradient_bytes: int
-    """Of one parameter."""
+    """Bytes of the gradient of the largest parameter."""
     optimizer_bytes: int
-    """The optimizer's state."""
+    """Bytes of the optimizer's state."""
     optimizer_step_bytes: int
-    """What its step holds for itself at a time: fused AdamW nothing."""
+    """Peak bytes of temporary memory in the optimizer's step. 0 for fused AdamW."""
 
     def ways(self, merged_weight: str, *, tokens_per_micro_step: int, micro_steps: int) -> tuple[str, ...]:
-        """How each wrapped matrix is computed (`cheapest_way`)."""
+        """Return the way to compute each wrapped matrix. `cheapest_way` has the arguments."""
         return tuple(
             cheapest_way(
                 *shape,
@@ -277,15 +286,16 @@ class Cost:
         )
 
     def merged_weight_bytes(self, *, tokens_per_micro_step: int, micro_steps: int) -> int:
-        """Of W + sBA of every matrix that is computed on it, where they are resident."""
+        """Return the bytes of all resident W + sBA, which are those of matrices that are not computed the plain way."""
         ways = self.ways("resident", tokens_per_micro_step=tokens_per_micro_step, micro_steps=micro_steps)
         merged = (i * o for (i, o), way in zip(self.wrapped, ways, strict=True) if way != PLAIN)
         return self.computed_bytes * sum(merged)
 
     def flops_per_update(self, tokens: int, *, merged_weight: str = "resident", micro_steps: int = 1) -> int:
-        """Training FLOPs of one update on `tokens` tokens, every wrapped matrix computed by its cheapest way.
+        """Return the training FLOPs of one optimizer step, with every wrapped matrix computed by its cheapest way.
 
-        By default what the method takes at least, exactly: with W + sBA formed once, where it may be formed.
+        `tokens` and `micro_steps` are the numbers in one step. The defaults give the exact minimum of the method: W +
+        sBA is formed once, if it may be formed.
         """
         if not self.mergeable:
             merged_weight = "never"
@@ -314,12 +324,18 @@ def cost(
     mergeable: bool = True,
     optimizer: OptimizerCost | None = None,
 ) -> Cost:
-    """The cost of training `shape` at full rank (`rank=None`) or with factors of `rank` in `target_modules`.
+    """Return the cost of training a model at full rank, or with low-rank factors.
 
-    `optimizer` None stands for AdamW.
+    Per token, a trained linear layer of i x o takes 2io FLOPs forward and 4io backward. `way_multiply_adds` counts a
+    wrapped one. Attention takes 4 * sequence * hidden per layer forward (scores and mixture) and twice that backward.
 
-    Per token, a trained linear of i x o takes 2io forward and 4io backward, a wrapped one what `way_multiply_adds`
-    says. Attention takes 4 * sequence * hidden per layer forward (scores and mixture) and twice that backward.
+    Args:
+        precision: A key of `STORAGE_BYTES`.
+        rank: The rank of the factors. None means full rank.
+        target_modules: The matrices that get factors (`module_matches`).
+        trainable_scaling: Whether each wrapped matrix has a trained scale.
+        mergeable: Whether a pass may use W + sBA.
+        optimizer: The cost of the optimizer. None means AdamW.
     """
     linears = shape.linears()
     wrapped = {name for name in linears if rank is not None and module_matches(name, target_modules)}
@@ -370,7 +386,10 @@ def break_even_rank(
     merged_weight: str = "resident",
     micro_steps: int = 1,
 ) -> int:
-    """The highest rank at which an update takes fewer FLOPs than at full rank; 0 where none does."""
+    """Return the highest rank at which an optimizer step takes fewer FLOPs than at full rank, or 0 if there is none.
+
+    `tokens_per_update` and `micro_steps` are the numbers in one step. The other arguments are those of `cost`.
+    """
 
     def flops(rank: int | None) -> int:
         made = cost(shape, sequence_length_tokens=sequence_length_tokens, rank=rank, target_modules=target_modules)

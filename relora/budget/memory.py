@@ -1,27 +1,29 @@
-"""The most memory that an update takes, as plain arithmetic without torch: activations, the loss, gradients.
+"""The peak memory of an optimizer step, as plain arithmetic without torch: activations, the loss, gradients.
 
-Tests hold it within 5% of what torch allocates.
-
-For the decoder of relora.training.model as Hugging Face computes it, with torch's fused attention (which keeps no
-square of the sequence) and the loss of relora.core.loss. What an allocator rounds up and kernels take for themselves
-comes on top.
+The numbers are for the decoder of relora.training.model as Hugging Face computes it, with torch's fused attention
+(which keeps no square of the sequence) and the loss of relora.core.loss. They do not include the rounding of an
+allocator and the memory that kernels need. Tests check that they are within 5% of torch's allocations.
 """
 
 from relora.budget.cost import COMPUTE_BYTES, PLAIN, STORAGE_BYTES, Cost, LlamaShape
 
 LOGITS_NUMEL = 2**24
-"""Logits that are held at a time, in fp32: 64 MiB."""
+"""Number of logits in memory at a time: 64 MiB in fp32."""
 
 WIDE_BYTES = 4
-"""Of fp32, which norms and the loss are computed in at least."""
+"""Bytes of one fp32 element. Norms and the loss are computed in fp32 or wider."""
 
 
 def layer_bytes_per_token(
     shape: LlamaShape, own: Cost, *, precision: str, plain_wrapped: tuple[tuple[int, int], ...]
 ) -> int:
-    """What one decoder layer keeps of a token for the backward pass.
+    """Return the bytes per token that one decoder layer keeps for the backward pass.
 
-    `plain_wrapped`: (in, out) of its matrices whose low-rank part is computed on its own.
+    Args:
+        shape: The sizes of the model.
+        own: The cost of the model with its method.
+        precision: The value of `trainer.precision`.
+        plain_wrapped: (in, out) of the layer's matrices that are computed the plain way, without the merged weight.
     """
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
@@ -48,11 +50,30 @@ def peak_bytes(
     update_in_backward: bool,
     world_size: int,
 ) -> int:
-    """The most that one update holds at a time: with weights, optimizer state, and what stays between updates.
+    """Return the peak bytes of one optimizer step, with weights, optimizer state and all else kept between steps.
 
-    Beyond those, either at the loss, when all activations are there, or at the beginning of the backward pass, or at
-    its end, when all gradients are (with those of the micro-steps before it, from the second on). An update in backward
-    has one gradient at a time.
+    The peak beyond the kept memory is the highest of these points:
+
+    - At the loss, when all activations are in memory.
+    - At the beginning of the backward pass.
+    - At the end of the backward pass, when all gradients are in memory. From the second micro-step on, the summed
+      gradients of the earlier micro-steps are in memory too.
+    - When summed fp32 gradients are rounded to the stored dtype.
+    - In the step of the optimizer.
+
+    With an update in backward, only one gradient is in memory at a time.
+
+    Args:
+        shape: The sizes of the model.
+        own: The cost of the model with its method.
+        sequences_per_micro_step: The number of sequences in one micro-step of one process.
+        sequence_length_tokens: The length of one sequence.
+        micro_steps: The number of micro-steps in one optimizer step of one process.
+        precision: The value of `trainer.precision`.
+        merged_weight: "resident", "rebuilt" or "never".
+        activation_checkpointing: Whether activations are computed again in the backward pass.
+        update_in_backward: Whether the optimizer steps each parameter during the backward pass.
+        world_size: The number of processes. Several processes need a buffer to sum their gradients.
     """
     tokens = sequences_per_micro_step * sequence_length_tokens
     stored, computed = STORAGE_BYTES[precision], COMPUTE_BYTES[precision]
@@ -62,7 +83,7 @@ def peak_bytes(
     merged = (each for each, way in zip(own.wrapped, ways, strict=True) if way != PLAIN)
     of_a_layer = plain[: len(plain) // shape.layers]
     layer = tokens * layer_bytes_per_token(shape, own, precision=precision, plain_wrapped=of_a_layer)
-    # Autocast's copies of the weights; those of frozen ones live as long as their layer's activations.
+    # Autocast copies the weights. Copies of frozen weights stay as long as the activations of their layer.
     trained_copies = frozen_copies = 0
     if stored != computed:
         wrapped_numel = sum(i * o for i, o in own.wrapped)
@@ -94,7 +115,7 @@ def peak_bytes(
     kept_bytes = own.weight_bytes + own.optimizer_bytes
     if merged_weight == "resident":
         kept_bytes += own.merged_weight_bytes(tokens_per_micro_step=tokens, micro_steps=micro_steps)
-    if world_size > 1:  # the fp32 buffer in which they add their gradients up
+    if world_size > 1:  # the fp32 buffer in which the processes sum their gradients
         kept_bytes += WIDE_BYTES * own.trainable_parameters
     if update_in_backward:
         one = own.largest_gradient_bytes
@@ -106,7 +127,7 @@ def peak_bytes(
     summed_bytes = summed_gradient_bytes(own, precision=precision, micro_steps=micro_steps)
     is_wide = summed_bytes > own.gradient_bytes
     if micro_steps > 1:
-        # A gradient that is added to a wider sum is copied first; the head's and the embeddings' are the largest.
+        # A gradient is copied before it is added to a wider sum. The largest are those of the head and the embeddings.
         copied = WIDE_BYTES * head_numel if is_wide else 0
         at_the_loss += summed_bytes
         at_the_beginning += summed_bytes + max(0, copied - in_layer)
@@ -117,7 +138,7 @@ def peak_bytes(
 
 
 def summed_gradient_bytes(own: Cost, *, precision: str, micro_steps: int) -> int:
-    """What the gradients take while they are added up: in fp32 at least where there are several micro-steps."""
+    """Return the bytes of the summed gradients. With several micro-steps, they are summed in fp32 or wider."""
     if micro_steps > 1 and STORAGE_BYTES[precision] < WIDE_BYTES:
         return WIDE_BYTES * own.trainable_parameters
     return own.gradient_bytes

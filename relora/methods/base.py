@@ -76,7 +76,7 @@ class Method:
         return {}
 
     def trained_shape(self, shape: LlamaShape, run: "RunConfig") -> LlamaShape:
-        """Return the sizes of the trained model if `shape` is the configured one. Raises ConfigError."""
+        """Return the sizes of the trained model. `shape` has the configured sizes. Raises ConfigError if none fit."""
         return shape
 
     def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:

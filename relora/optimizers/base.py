@@ -44,7 +44,7 @@ class Optimizer:
             )
 
     def check_here(self) -> None:
-        """Raise ConfigError if this machine lacks a package that the optimizer needs. Only a launch calls this."""
+        """Raise ConfigError if this machine lacks software that the optimizer needs. Only a launch calls this."""
 
     def build(self, groups: list[dict[str, Any]]) -> "torch.optim.Optimizer":
         """Build the torch optimizer over `groups`.
@@ -81,12 +81,7 @@ class WithAdam(Optimizer):
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"optimizer.{name}={shown(getattr(self, name))} must be at least 0 and below 1")
-        at_most(
-            "optimizer.epsilon",
-            self.epsilon,
-            1,
-            "a larger value outweighs every gradient, so nothing is learned",
-        )
+        at_most("optimizer.epsilon", self.epsilon, 1, "a larger value outweighs every gradient, so nothing is learned")
 
     def state_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
         """Return the bytes of two moments and a step count for each tensor."""

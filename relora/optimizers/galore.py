@@ -37,7 +37,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     """Algorithm 2 of the paper with decoupled weight decay. Groups without a `rank` use plain AdamW.
 
     A group with `rank` holds matrices. The projector P is computed from the gradient G again every
-    `update_interval_steps` steps. In every step, Adam's moments get R = P^T G (or G P^T, on the other side). They are
+    `update_interval_steps` steps. In every step, Adam's moments get R = P^T G (or G P^T, if P is r x I). They are
     kept when P changes. W changes by lr * scale * P N, where N is Adam's normalised direction.
 
     Args:
