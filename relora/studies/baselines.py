@@ -1,4 +1,4 @@
-"""The full-rank runs that a sweep's other runs are measured against, where the sweep has none of its own."""
+"""The full-rank runs that are added as baselines of a sweep that has none of its own."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,20 +15,20 @@ from relora.optimizers.base import Optimizer
 from relora.studies.sweeps import Sweep
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-"""Of full rank's learning rate, where it is not tuned for the setting."""
+"""Multiples of full rank's learning rate, which are tried if that rate was not tuned for the setting."""
 NOT_ITS_OWN = ("method", "sweeps", "study", "runs_dir")
-"""Keys without a dot that choose nothing of full rank's values."""
+"""Keys without a dot that choose no value of full rank."""
 OF_FULL_RANK = ("optimizer", "schedule")
-"""Groups that come from full rank's own config, whatever the other runs sweep of them."""
+"""Groups that come from full rank's own config, also if the other runs sweep their values."""
 OF_RESTARTS = "schedule.restart_warmup_steps"
-"""What full rank has no use for."""
+"""A key that full rank does not use."""
 
 
 class Baselines:
-    """Full rank in the setting of other runs, with the optimizer and the schedule of its own config.
+    """Makes full-rank runs in the setting of other runs, with the optimizer and the schedule of full rank's own config.
 
-    What the command line fixes for all runs of the sweep holds for full rank too. What is swept, or set by one grid of
-    a file, does not: the order of the values would decide.
+    A value that the command line fixes for all runs of the sweep holds for full rank too. A value that is swept, or set
+    by one grid of a file, does not. Otherwise the order of the values would decide.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -37,7 +37,7 @@ class Baselines:
         self._own: dict[tuple[str, ...], tuple[Optimizer, ScheduleConfig]] = {}
 
     def of(self, config: RunConfig) -> RunConfig:
-        """The full-rank run for `config`, one of the sweep. Raises ConfigError where full rank's values do not fit."""
+        """Return the full-rank run for one run of the sweep. Raises ConfigError if full rank's values do not fit."""
         overrides = self._overrides(config)
         try:
             if overrides not in self._own:
@@ -57,9 +57,9 @@ class Baselines:
         return self._presets.noted(made, [*overrides, f"method={BASELINE}"])
 
     def ladder(self, base: RunConfig) -> list[RunConfig]:
-        """The full-rank run `base` at multiples of its learning rate, so that a bad rate is never the reference.
+        """Return the full-rank run `base` at multiples of its learning rate, so that a bad rate is never the reference.
 
-        Rates that were tuned for the setting had their ladder when they were tuned: they stand alone.
+        A rate that was tuned for the setting is used alone: other rates were tried when it was tuned.
         """
         factors = self.sweep.baseline_rates
         if factors is None:
@@ -67,7 +67,7 @@ class Baselines:
         return [base if factor == 1 else _at(base, factor) for factor in factors]
 
     def _overrides(self, config: RunConfig) -> tuple[str, ...]:
-        """What decides full rank's optimizer and schedule, in the order of the command line."""
+        """Return the overrides that decide full rank's optimizer and schedule, in the order of the command line."""
         fixed = set(self.sweep.fixed)
         chosen: list[str] = []
         for key, texts in parsed(self.sweep.arguments.get(config.config_hash, self.sweep.fixed)):
@@ -81,7 +81,7 @@ class Baselines:
 
 
 def in_words(baseline: RunConfig) -> str:
-    """At which rates and by which schedule a baseline is trained, and where they come from; the same for every seed."""
+    """Describe the rates and the schedule of a baseline and their source. The text is the same for every seed."""
     optimizer, schedule, rates = baseline.optimizer, baseline.schedule, baseline.rates
     embeddings = optimizer.embedding_learning_rate
     parts = [f"learning rate {optimizer.learning_rate:g}"]
@@ -92,10 +92,10 @@ def in_words(baseline: RunConfig) -> str:
 
 
 def _at(base: RunConfig, factor: float) -> RunConfig:
-    """`base` with its learning rate times `factor`, in six digits so that the same rate is the same run.
+    """Return `base` with its learning rate times `factor`, in six digits so that the same rate is the same run.
 
-    A rate of their own for embeddings, head and norms stays: lowered with the other one it is soon too low, and the
-    lower steps would then look worse than they are.
+    A separate rate for embeddings, head and norms does not change. If it were lowered too, it would soon be too low,
+    and the lower rates would look worse than they are.
     """
     rate = float(f"{factor * base.optimizer.learning_rate:.6g}")
     optimizer = replace(base.optimizer, learning_rate=rate)
@@ -103,7 +103,12 @@ def _at(base: RunConfig, factor: float) -> RunConfig:
 
 
 def launch_notes(baselines: Sequence[RunConfig], everything: Sequence[RunConfig]) -> list[str]:
-    """What a launch says of the baselines that come by themselves; `everything`: all runs of the study."""
+    """Return the notes of a launch about the baselines that were added.
+
+    Args:
+        baselines: The added full-rank runs.
+        everything: All runs of the study.
+    """
     notes = list(dict.fromkeys(in_words(run) for run in baselines if run.rates.basis != "ladder"))
     ladder = [run for run in baselines if run.rates.basis == "ladder"]
     if ladder:

@@ -1,4 +1,4 @@
-"""What makes a reader doubt a study's answer: rates that were not tuned, and figures that are not plausible."""
+"""Reasons to doubt the answer of a study: rates that were not tuned, and figures that are not plausible."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ from relora.studies.compare import Arm, Estimate, Study
 from relora.studies.gaps import Baseline
 
 FAR_AHEAD = -0.02
-"""A gap below this is doubted: a method that trains a part of what full rank trains is not expected in front of it, and
-2% is about what another seed changes at laptop/small (docs/results.md)."""
+"""A gap below this is doubted. A method that trains a part of full rank's parameters is not expected to be better, and
+2% is about the effect of another seed at laptop/small (docs/results.md)."""
 TRAINING_RISE = 0.1
-"""Nats by which the training loss, in the mean over a tenth of the run, may stand above an earlier tenth."""
+"""Nats by which the mean training loss of a tenth of the run may exceed that of an earlier tenth."""
 VALIDATION_RISE = 0.02
-"""Nats by which the last validation loss may stand above the lowest one after the warm-up."""
+"""Nats by which the last validation loss may exceed the lowest one after the warm-up."""
 TENTHS = 10
 
 
 def rates_of(study: Study, arm: Arm) -> str:
-    """How the learning rates of an arm were chosen, for a table; empty where they were tuned, or nothing is known."""
+    """Return how the learning rates of an arm were chosen, for a table. Empty if they were tuned, or if unknown."""
     if arm.config is None:
         return ""
     tried = _tried(study, arm)
@@ -30,7 +30,7 @@ def rates_of(study: Study, arm: Arm) -> str:
 
 
 def untuned(study: Study) -> list[Arm]:
-    """The arms whose rates were neither tuned for the setting nor chosen among several; the baseline comes first."""
+    """Return the arms with rates that were neither tuned for the setting nor chosen among several, baseline first."""
     full = study.full_rank()
     rest = [arm for arm in study.arms if full is None or arm.variant != full.variant]
     candidates = [*([full] if full is not None else []), *(arm for arm in rest if not arm.is_full_rank)]
@@ -38,7 +38,7 @@ def untuned(study: Study) -> list[Arm]:
 
 
 def untuned_words(study: Study) -> list[str]:
-    """The sentence of a headline that names those arms and what differs."""
+    """Return the sentence of the headline that names these arms and what differs from their presets."""
     found = untuned(study)
     if not found:
         return []
@@ -54,7 +54,13 @@ def untuned_words(study: Study) -> list[str]:
 
 
 def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
-    """Sentences on what is not plausible in a study of one setting."""
+    """Return sentences about what is not plausible in a study of one setting.
+
+    Args:
+        study: The study.
+        best: Its best arm that is not full rank.
+        full: Its full-rank arm.
+    """
     sentences: list[str] = []
     choice = study.baseline()
     if full is not None and choice is not None:
@@ -76,7 +82,7 @@ def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
 
 
 def _within_seeds(label: str, gap: Estimate | None) -> list[str]:
-    """An interval that holds zero is told elsewhere."""
+    """Return a sentence for a gap within the spread of seeds. Another place reports an interval that contains zero."""
     if gap is None or gap.deviation is None or gap.low is not None or abs(gap.relative) > gap.deviation:
         return []
     return [
@@ -86,7 +92,7 @@ def _within_seeds(label: str, gap: Estimate | None) -> list[str]:
 
 
 def _tried(study: Study, arm: Arm) -> list[float]:
-    """The learning rates of the arms that differ from `arm` in their rates alone; of full rank, in all of runs_dir."""
+    """Return the learning rates of the arms that differ from `arm` only in rates. Full rank: of the whole runs_dir."""
     configs = [other.config for other in study.arms if other.finished]
     choice = study.baseline()
     if arm.is_full_rank and choice is not None:
@@ -101,7 +107,7 @@ def _but_for_rates(config: RunConfig) -> dict[str, object]:
 
 
 def _is_best(study: Study, arm: Arm) -> bool:
-    """Whether an arm is the best on validation of those that differ from it in their rates alone."""
+    """Return whether an arm is the best on validation among the arms that differ from it only in rates."""
     if arm.is_full_rank:
         full = study.full_rank()
         return full is not None and full.variant == arm.variant
@@ -116,7 +122,7 @@ def _validation(arm: Arm) -> float:
 
 
 def _at_the_edge(name: str, config: RunConfig | None, tried: Sequence[float]) -> list[str]:
-    """That the best rate is the lowest or the highest that was tried."""
+    """Return a sentence if the best rate is the lowest or the highest that was tried."""
     if config is None or len(tried) < 2 or config.optimizer.learning_rate not in (tried[0], tried[-1]):
         return []
     rate = config.optimizer.learning_rate
@@ -128,7 +134,7 @@ def _at_the_edge(name: str, config: RunConfig | None, tried: Sequence[float]) ->
 
 
 def _rising(full: Arm, choice: Baseline) -> list[str]:
-    """That the baseline's loss rises after its warm-up, by its first seed that does."""
+    """Return a sentence if the baseline's loss rises after its warm-up, for the first seed for which it does."""
     for _, run in sorted(choice.runs.items()):
         found = rise(run)
         if found is not None:
@@ -141,7 +147,7 @@ def _rising(full: Arm, choice: Baseline) -> list[str]:
 
 
 def rise(run: Run) -> tuple[str, float, float] | None:
-    """Which loss of a run rises after its warm-up, from where and to where; None where none does."""
+    """Return which loss of a run rises after its warm-up, from which value and to which; None if none rises."""
     assert run.config is not None
     warm = run.config.schedule.warmup_steps
     evaluated = [row["eval/loss"] for row in run.rows if "eval/loss" in row and row["step"] > warm]

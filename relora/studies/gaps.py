@@ -1,7 +1,7 @@
-"""What a run loses against full rank at equal tokens, FLOPs and wall-clock, and which full-rank run that is.
+"""Gaps of a run to full rank at equal tokens, FLOPs and wall-clock, and the choice of the full-rank run.
 
-Baselines are chosen on `validation`, results are read on `test`. `FullRank` holds the rule for baselines, and whatever
-shows a gap asks it.
+Baselines are chosen on the validation split. Results are read on the test split. `FullRank` is the only rule for
+baselines: status, report and MLflow all use it.
 """
 
 import bisect
@@ -23,62 +23,62 @@ from relora.runs.spent import differences
 
 OTHER_RATE = "baseline, other rate"
 FEWEST_EVALUATIONS = 4
-"""After the start: a run with fewer cannot tell when it reached a loss."""
+"""A run with fewer evaluations after the start cannot show when it reached a loss."""
 SAME_BUDGET = 0.01
 """Budgets within this share of each other count as equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """Loss difference to full rank, in nats; a relative difference of perplexities is exp(it) - 1."""
+    """The loss difference to full rank, in nats. The relative difference of perplexities is exp(loss) - 1."""
 
     loss: float | None
     note: str
-    """How it was read, or why there is none."""
+    """How the gap was measured, or why there is none."""
     kind: str = "measured"
-    """"measured" on runs that end there, "interpolated" between them, or read off a "curve"."""
+    """"measured" on runs that end at that budget, "interpolated" between runs, or read from a validation "curve"."""
 
     @property
     def relative(self) -> float | None:
-        """Perplexity over the baseline's, less 1."""
+        """The perplexity divided by the baseline's, minus 1."""
         return None if self.loss is None else relative(self.loss)
 
 
 def relative(loss_difference: float) -> float:
-    """Perplexity over another, less 1, of a difference of losses; infinite where that overflows."""
+    """Return the ratio of perplexities minus 1 for a difference of losses in nats; infinite if it overflows."""
     return math.expm1(loss_difference) if loss_difference < 700 else math.inf
 
 
 @dataclass(kw_only=True)
 class Compared:
-    """A run of the study with its gaps."""
+    """A run of the study and its gaps."""
 
     run: Run
     label: str
     choice: "Baseline | None" = None
-    """The full-rank variant that serves its setting and budget."""
+    """The full-rank variant for its setting and budget."""
     baseline: Run | None = None
-    """Of that variant, the run of its seed."""
+    """The run of that variant with the same seed."""
     tokens: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     flops: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     seconds: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     speed_note: str = ""
-    """Why its tokens/s cannot be compared with the baseline's; empty where they can, or there is no baseline."""
+    """Why its tokens/s cannot be compared with the baseline's. Empty if they can, or if there is no baseline."""
     memory_note: str = ""
-    """The same of its peak memory."""
+    """The same for its peak memory."""
     tokens_to_baseline: int | None = None
-    """Tokens at the first evaluation that reached the baseline's last validation loss; None: never, or not known."""
+    """Tokens at the first evaluation that reached the baseline's last validation loss. None: never, or unknown."""
     evaluated_too_rarely: bool = False
-    """Whether it reached that loss and its evaluations are too few to tell when."""
+    """Whether it reached that loss, but has too few evaluations to show when."""
 
     @property
     def role(self) -> str:
-        """ "arm" or "baseline"; "baseline, other rate" for a full-rank run that came by itself and was not chosen."""
+        """ "arm" or "baseline". "baseline, other rate" is a full-rank run that was added and not chosen."""
         return role_beside(self.run.role, self.run, self.baseline)
 
 
 def role_beside(role: str, run: Run, baseline: Run | None) -> str:
-    """The role of a run that is measured against `baseline`, for people."""
+    """Return the displayed role of a run that is measured against `baseline`."""
     return OTHER_RATE if role == "baseline" and baseline is not None and baseline.name != run.name else role
 
 
@@ -89,9 +89,11 @@ def _gap_at_equal_tokens(run: Run, baseline: Run | None, missing: str) -> Gap:
 
 
 def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run], missing: str) -> Gap:
-    """Against the full-rank runs `ended` whose schedules end at that budget, or else between, or else on a curve.
+    """Return the gap at an equal budget of FLOPs or seconds.
 
-    A curve that is read before its learning rate has decayed flatters the other arm, and the note says so.
+    The reference is a run of `ended` whose schedule ends at that budget. Without one, the loss is interpolated between
+    two such runs. Otherwise it is read from the baseline's validation curve. There the learning rate has not decayed
+    yet, which flatters the other arm, and the note says so.
     """
     budget, unit = run.budget(axis), {"flops": "FLOPs", "seconds": "seconds"}[axis]
     if axis == "seconds":
@@ -125,13 +127,13 @@ def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], x: float) -> float:
-    """Linear in log x."""
+    """Interpolate linearly in log x."""
     share = math.log(x / low[0]) / math.log(high[0] / low[0])
     return low[1] + share * (high[1] - low[1])
 
 
 def _tokens_to_reach(run: Run, baseline: Run) -> tuple[int | None, bool]:
-    """Tokens at the first evaluation that reached the baseline's loss; and whether it did with too few to tell."""
+    """Return the tokens at the first evaluation that reached the baseline's loss, and whether there are too few."""
     goal, curve = baseline.summary["eval_loss"], run.curve("tokens")
     reached = next((int(tokens) for tokens, loss in curve if loss <= goal), None)
     too_few = reached is not None and sum(tokens > 0 for tokens, _ in curve) < FEWEST_EVALUATIONS
@@ -143,29 +145,31 @@ def _tokens_to_reach(run: Run, baseline: Run) -> tuple[int | None, bool]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Baseline:
-    """The full-rank variant that all runs of one setting and budget are measured against."""
+    """The full-rank variant that is the reference of all runs of one setting and budget."""
 
     runs: dict[int, Run]
     """By seed."""
     rivals: dict[str, dict[int, Run]]
-    """All variants that it was chosen among, itself included, by variant and seed."""
+    """All candidates, including the chosen one, by variant and seed."""
     needed: frozenset[int]
-    """The seeds that it was chosen for; empty where the study asks for none."""
+    """The seeds for which it was chosen. Empty if the study needs none."""
 
     @property
     def variant(self) -> str:
-        """What its runs share."""
+        """The variant that its runs share."""
         return _variant(next(iter(self.runs.values())))
 
     @property
     def is_of_the_study(self) -> bool:
-        """Whether the study has it as an arm or a baseline."""
+        """Whether one of its runs is an arm or a baseline of the study."""
         return any(run.role != "other" for run in self.runs.values())
 
     def compared_with(self, variant: str) -> tuple[list[int], float, float] | None:
-        """The seeds that a rival shares with it, and the mean validation losses over them: the rival's and its own.
+        """Compare it with another candidate over the seeds that both have.
 
-        None where they share no seed, or the rival diverged on one.
+        Returns:
+            The shared seeds, the candidate's mean validation loss over them, and its own. None if there is no shared
+            seed, or if the candidate diverged for one of them.
         """
         runs = self.rivals[variant]
         seeds = sorted(seed for seed in runs.keys() & self.runs.keys() if seed in self.needed or not self.needed)
@@ -176,15 +180,21 @@ class Baseline:
 
 
 class FullRank:
-    """The finished full-rank runs of a runs_dir that have no warm start, and which of them serve as baselines.
+    """The finished full-rank runs of a runs_dir without a warm start, and the choice of baselines among them.
 
-    All of them are asked, those of other studies too. One variant (one set of rates) serves all runs of a setting and
-    budget: the one with the lowest mean validation loss over the seeds that the study's other arms have. Variants that
-    have more of those seeds stand before better ones that have fewer. A variant that diverged is never taken.
+    All such runs are candidates, also those of other studies. One variant (one set of rates) is the baseline of all
+    runs of a setting and budget: the variant with the lowest mean validation loss over the seeds of the study's other
+    arms. A variant that has more of those seeds is preferred to a better one that has fewer. A variant that diverged is
+    never chosen.
     """
 
     def __init__(self, runs_dir: Path, own: Sequence[Run]) -> None:
-        """`own`: the runs of the study, however they stand."""
+        """Read the candidates.
+
+        Args:
+            runs_dir: The folder of all runs.
+            own: The runs of the study, in any state.
+        """
         names = {run.name for run in own}
         others = [run for run in finished_full_rank(runs_dir) if run.name not in names]
         self._found: dict[tuple[Any, ...], dict[int, dict[str, dict[int, Run]]]] = {}
@@ -199,11 +209,11 @@ class FullRank:
         self._chosen: dict[tuple[tuple[Any, ...], int], Baseline | None] = {}
 
     def baseline(self, setting: tuple[Any, ...], total_steps: int) -> Baseline | None:
-        """The variant that serves a setting (Run.setting) and budget; None where none is finished, or all diverged."""
+        """Return the baseline of a setting (Run.setting) and budget. None if no run is finished, or all diverged."""
         key = (setting, total_steps)
         if key not in self._chosen:
             rivals = {variant: dict(runs) for variant, runs in self._rivals(setting, total_steps).items()}
-            # A budget that the study has not is asked for the seeds of the setting.
+            # For a budget that the study does not have, the seeds of the setting count.
             needed = self._needed.get((setting[0], total_steps)) or self._needed.get((setting[0], None)) or set()
             losses = {
                 variant: {seed: run.validation_loss for seed, run in runs.items()} for variant, runs in rivals.items()
@@ -217,17 +227,17 @@ class FullRank:
         return self._chosen[key]
 
     def configs_for(self, run: Run) -> list[RunConfig]:
-        """One config of each variant that the baseline of a finished run was chosen among."""
+        """Return one config of each candidate for the baseline of a finished run."""
         rivals = self._rivals(run.setting, _steps(run)).values()
         return [config for runs in rivals if (config := next(iter(runs.values())).config) is not None]
 
     def of_any_length(self, setting: tuple[Any, ...], seed: int) -> list[Run]:
-        """The run of `seed` of each budget's baseline."""
+        """Return the runs with `seed` of the baselines of all budgets."""
         chosen = (self.baseline(setting, steps) for steps in self._found.get(setting, {}))
         return [baseline.runs[seed] for baseline in chosen if baseline is not None and seed in baseline.runs]
 
     def why_none(self, run: Run) -> str:
-        """Why a finished run has no baseline."""
+        """Return the reason why a finished run has no baseline."""
         chosen = self.baseline(run.setting, _steps(run))
         if chosen is not None:
             seeds = ", ".join(map(str, sorted(chosen.runs)))
@@ -241,9 +251,9 @@ class FullRank:
 
 
 def finished_full_rank(runs_dir: Path) -> list[Run]:
-    """The finished full-rank runs of a runs_dir that have no warm start; what cannot be read is left out."""
+    """Return the finished full-rank runs of a runs_dir without a warm start. Unreadable runs are left out."""
     found: list[Run] = []
-    # A run's folder is named after its method (RunConfig.name): of many runs, few have to be read.
+    # The name of a run's folder contains its method (RunConfig.name), so few of many runs have to be read.
     for file in sorted(runs_dir.glob(f"*-{BASELINE}-*/status.json")):
         try:
             about = file.stat()
@@ -257,7 +267,7 @@ def finished_full_rank(runs_dir: Path) -> list[Run]:
 
 @lru_cache(maxsize=10_000)
 def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run | None:
-    """The run in `path` if it is one; kept for as long as its status stays, for status is asked every few seconds."""
+    """Return the run in `path` if it is such a run. Cached until its status file changes: `--watch` asks often."""
     folder = RunDir(path)
     try:
         status = folder.status
@@ -271,7 +281,7 @@ def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run |
 
 
 def is_full_rank(config: RunConfig | None) -> bool:
-    """Whether a run of `config` may serve as a baseline: full rank throughout, without a warm start."""
+    """Return whether a run of `config` may be a baseline: full rank from the first step, without a warm start."""
     return config is not None and config.method.may_be_baseline
 
 
@@ -289,7 +299,7 @@ def _variant(run: Run) -> str:
 
 
 def gap_at_equal_tokens(run: Run, full: FullRank) -> tuple[Gap, Run | None]:
-    """A finished run's gap to the full-rank run of its seed, and that run."""
+    """Return the gap of a finished run to the full-rank run of its seed, and that full-rank run."""
     if run.diverged:
         return Gap(loss=None, note=_diverged(run)), None
     chosen = full.baseline(run.setting, _steps(run))
@@ -302,7 +312,13 @@ def _diverged(run: Run) -> str:
 
 
 def compared(run: Run, label: str, full: FullRank) -> Compared:
-    """Measure a run against what `full` has for it."""
+    """Return all gaps of a run.
+
+    Args:
+        run: The run, in any state.
+        label: Its short name in tables.
+        full: The full-rank runs.
+    """
     found = Compared(run=run, label=label)
     if not run.finished:
         found.tokens = found.flops = found.seconds = Gap(loss=None, note=f"{run.state}: {run.message}")

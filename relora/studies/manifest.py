@@ -12,18 +12,18 @@ CANCELLATIONS = "cancelled.json"
 
 
 def study_dir(runs_dir: Path, study: str) -> Path:
-    """The folder of a study. Raises ConfigError for what is no name: a path would lead out of `runs_dir`."""
+    """Return the folder of a study. Raises ConfigError for an invalid name: a path could lead out of `runs_dir`."""
     check_name("study", study)
     return runs_dir / "studies" / study
 
 
 def studies(runs_dir: Path) -> list[str]:
-    """The studies of a runs_dir, by name."""
+    """Return the names of the studies of a runs_dir."""
     return sorted(path.parent.name for path in runs_dir.glob("studies/*/study.json"))
 
 
 def unknown_study(runs_dir: Path, study: str) -> ConfigError:
-    """The error for a study that is not in `runs_dir`; it lists those that are."""
+    """Return the error for a study that is not in `runs_dir`. It lists the studies that are."""
     known = ", ".join(studies(runs_dir)) or "none"
     return ConfigError(
         f"study {study} does not exist in {runs_dir}; the studies there: {known}. Check the name and runs_dir=..."
@@ -31,7 +31,7 @@ def unknown_study(runs_dir: Path, study: str) -> ConfigError:
 
 
 def manifest_of(runs_dir: Path, study: str) -> dict[str, Any]:
-    """A study's study.json. Raises ConfigError for a study that was never launched here, DamagedFile."""
+    """Return the content of study.json. Raises ConfigError if the study was never launched here, DamagedFile."""
     file = study_dir(runs_dir, study) / "study.json"
     manifest = read_json(file)
     if not manifest and not file.exists():
@@ -48,10 +48,10 @@ def manifest_of(runs_dir: Path, study: str) -> dict[str, Any]:
 
 
 def note_cancellation(runs_dir: Path, study: str) -> None:
-    """Let launchers of the study know that it was cancelled: what they have not started yet stays so."""
+    """Record that the study was cancelled, so that its launchers start no more runs."""
     write_json(study_dir(runs_dir, study) / CANCELLATIONS, {"times": cancellations(runs_dir, study) + 1})
 
 
 def cancellations(runs_dir: Path, study: str) -> int:
-    """How often the study was cancelled."""
+    """Return how often the study was cancelled."""
     return read_json(study_dir(runs_dir, study) / CANCELLATIONS).get("times", 0)

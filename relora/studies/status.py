@@ -1,4 +1,4 @@
-"""A study as a table: how each run stands, how far it is, and what is wrong with it."""
+"""The status table of a study: the state, the progress and the problem of each run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ NOTE_CHARACTERS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class StatusRow:
-    """One row: what is not known yet is None."""
+    """One row of the table. A value that is not known yet is None."""
 
     run: str
     role: str
@@ -30,22 +30,22 @@ class StatusRow:
     validation_perplexity: float | None = None
     test_perplexity: float | None = None
     gap_to_full: float | None = None
-    """At equal tokens: test perplexity over the baseline's, less 1."""
+    """At equal tokens: the test perplexity divided by the baseline's, minus 1."""
     baseline: str | None = None
-    """The full-rank run that it is measured against."""
+    """The full-rank run that it is compared with."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     rates: str = ""
-    """How its learning rates were chosen, where there is something to say."""
+    """How its learning rates were chosen. Empty if they were tuned, or if unknown."""
 
     def as_json(self) -> dict[str, Any]:
-        """Flat, for `relora status --json`."""
+        """Return a flat object, for `relora status --json`."""
         state = {"state": self.state.name, "message": self.state.message, "requeues": self.state.requeues}
         return {**vars(self), **state}
 
 
 def status_rows(planned: Sequence[Planned]) -> list[StatusRow]:
-    """How each run stands."""
+    """Return one row for each run."""
     states = observe([item.run for item in planned])
     runs = [Run.read(item.run.path, item.role, item.config, state) for item, state in zip(planned, states, strict=True)]
     full = FullRank(Path(planned[0].config.runs_dir), runs) if planned else None
@@ -62,7 +62,7 @@ def _with_problem(state: ObservedState, run: Run) -> ObservedState:
 
 
 def unreadable(runs_dir: Path, study: str) -> list[StatusRow]:
-    """The study's runs whose frozen config is damaged: all that is known of them is which file it is."""
+    """Return rows of the runs whose frozen config is damaged. Only the name of the file is known of them."""
     return [
         StatusRow(run=name, role=role, state=ObservedState(name="unreadable", message=why), step=0, total_steps=0)
         for name, (role, why) in damaged_of(runs_dir, study).items()
@@ -91,7 +91,7 @@ def _finished(run: Run, state: ObservedState, full: FullRank) -> StatusRow:
 
 
 def _rates(run: Run, baseline: Run | None, full: FullRank) -> str:
-    """How the rates of a finished run were chosen: those of a baseline perhaps among several."""
+    """Return how the rates of a finished run were chosen. A baseline may be the best of several."""
     assert run.config is not None
     if baseline is not None and baseline.name == run.name:
         tried = {config.optimizer.learning_rate for config in full.configs_for(run)}
@@ -148,14 +148,14 @@ def _cells(row: StatusRow) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[StatusRow]) -> tuple[list[str], list[list[str]]]:
-    """The headings and the rows, as text; columns with nothing in them are left out."""
+    """Return the headings and the rows as text. Empty columns are left out."""
     cells = [_cells(row) for row in rows]
     used = [number for number in range(len(COLUMNS)) if any(row[number] for row in cells)]
     return [COLUMNS[number] for number in used], [[row[number] for number in used] for row in cells]
 
 
 def render_plain(rows: Sequence[StatusRow]) -> str:
-    """The table as aligned text, and the names of the baselines that its gaps are measured against."""
+    """Return the table as aligned text, followed by the names of the baselines of its gaps."""
     headings, cells = table(rows)
     texts = [aligned([headings, *cells])]
     baselines = list(dict.fromkeys(row.baseline for row in rows if row.baseline is not None))
@@ -165,9 +165,10 @@ def render_plain(rows: Sequence[StatusRow]) -> str:
 
 
 def show_progress(planned: Sequence[Planned]) -> Callable[[bool], list[ObservedState]]:
-    """What is called again and again (and last with True) while runs are trained, and tells how they stand.
+    """Return a function that shows the progress of the runs and returns their states.
 
-    It shows a live table on a terminal, elsewhere a line for each change.
+    The caller calls it repeatedly, the last time with True. On a terminal it shows a live table. Elsewhere it prints a
+    line for each change.
     """
     if is_terminal():
         live = LiveTable()

@@ -1,4 +1,4 @@
-"""A study's runs before they are trained: which there are, what baselines they need, and the manifest of them."""
+"""The runs of a study before training: the arms, the baselines that they need, and the manifest."""
 
 import contextlib
 from collections.abc import Sequence
@@ -23,27 +23,30 @@ from relora.studies.sweeps import Sweep
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A run of a study: an arm that was asked for, or a baseline that came by itself."""
+    """A run of a study: an arm that the user asked for, or a baseline that was added."""
 
     config: RunConfig
     role: str
 
     @property
     def run(self) -> RunDir:
-        """Its folder."""
+        """The folder of the run."""
         return RunDir(self.config.run_dir)
 
     @property
     def state(self) -> str:
-        """How it stands now. Ask `observe` where there are many: each question costs SLURM one."""
+        """The state of the run now. For many runs call `observe` instead: each call asks SLURM once."""
         return observe([self.run])[0].name
 
 
 def planned_runs(sweep: Sweep) -> list[Planned]:
-    """The sweep's runs, and before them the full-rank runs that their comparison keys and seeds lack.
+    """Return the runs of a sweep, after the full-rank runs that they need as baselines.
 
-    Full-rank runs of the sweep serve where their rates are tuned for the setting or were given. Else full rank is tried
-    at several rates. Raises ConfigError where a full-rank run that is needed cannot be made.
+    Each comparison key and seed needs a full-rank run. A full-rank run of the sweep is enough if its rates were tuned
+    for the setting or given by the user. Otherwise full rank is added at several rates.
+
+    Raises:
+        ConfigError: A full-rank run that is needed cannot be made.
     """
     own = [run for run in sweep.runs if is_full_rank(run)]
     arms = {run.config_hash for run in sweep.runs}
@@ -61,14 +64,16 @@ def planned_runs(sweep: Sweep) -> list[Planned]:
 
 
 def _pairing(config: RunConfig) -> tuple[str, int]:
-    """What a run and its baseline share."""
+    """Return what a run and its baseline must share."""
     return (config.comparison_key, config.trainer.seed)
 
 
 def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
-    """Freeze each config into its run's folder, unless another launcher has begun it meanwhile.
+    """Write each config into the folder of its run, unless another launcher has started the run.
 
-    `command`: what stood behind run.py, and resumes the run.
+    Args:
+        pending: The runs that are to be launched.
+        command: The arguments of run.py, which resume the run.
     """
     for item in pending:
         item.run.path.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
 
 
 def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], overrides: Sequence[str]) -> None:
-    """Add the runs to study.json; a study that is launched again with more arms grows."""
+    """Add the runs to study.json. A study that is launched again with more arms grows."""
     folder = study_dir(runs_dir, sweep.study)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
@@ -97,14 +102,14 @@ def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], ove
         launches = [credentials.without_passwords(launch) for launch in [*manifest.get("launches", []), overrides]]
         unique = [launch for number, launch in enumerate(launches) if launch not in launches[:number]]
         question = sweep.question or manifest.get("question", "")
-        # A study may be launched again elsewhere: where it was last is what `relora retry` goes by.
+        # A study may be launched again on another cluster. `relora retry` uses the last one.
         cluster = asdict(planned[0].config.cluster)
         values = {"study": sweep.study, "question": question, "launches": unique, "cluster": cluster, "runs": runs}
         write_json(folder / "study.json", values)
 
 
 def _earlier_manifest(runs_dir: Path, study: str) -> dict[str, Any]:
-    """What earlier launches wrote; a damaged file is kept aside, and this launch begins a new one."""
+    """Return the manifest of earlier launches. A damaged file is renamed, and this launch starts a new one."""
     file = study_dir(runs_dir, study) / "study.json"
     try:
         return manifest_of(runs_dir, study) if file.exists() else {}
@@ -115,7 +120,7 @@ def _earlier_manifest(runs_dir: Path, study: str) -> dict[str, Any]:
 
 
 def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
-    """The runs of a study that was launched, as they were frozen. Raises ConfigError for one that was not."""
+    """Return the runs of a launched study, from their frozen configs. Raises ConfigError if there is no such study."""
     damaged = damaged_of(runs_dir, study)
     return [
         Planned(config=read_frozen(runs_dir / name / "config.yaml"), role=entry["role"])
@@ -125,7 +130,7 @@ def of_manifest(runs_dir: Path, study: str) -> list[Planned]:
 
 
 def damaged_of(runs_dir: Path, study: str) -> dict[str, tuple[str, str]]:
-    """The runs of a study whose frozen config cannot be read: name -> (role, why)."""
+    """Return the runs of a study whose frozen config cannot be read: name -> (role, reason)."""
     found: dict[str, tuple[str, str]] = {}
     for name, entry in manifest_of(runs_dir, study)["runs"].items():
         file = runs_dir / name / "config.yaml"
