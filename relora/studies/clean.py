@@ -1,4 +1,4 @@
-"""The deletion of what nothing needs any more on disk, and what a person reads of it."""
+"""Delete files that no run needs any more, and format the list for the user."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, size_bytes,
 
 
 def delete(disk: Disk) -> None:
-    """Delete what `disk` lists as deletable and what still is; what goes wrong is added to `failures`."""
+    """Delete what `disk` lists as deletable, if it still is. Errors are added to `failures`."""
     for cost in disk.runs:
         if cost.deletable:
             _delete_of_run(cost, disk.failures)
@@ -31,7 +31,7 @@ def delete(disk: Disk) -> None:
 
 
 def _delete_of_run(cost: RunCost, failures: list[str]) -> None:
-    """Under the run's lock, as it is now: a run that was started since it was listed keeps everything."""
+    """Delete under the run's lock, by its present state: a run that was started meanwhile keeps everything."""
     try:
         with cost.run.locked():
             still, cost.why = judge(cost.run, state_of_idle(cost.run))
@@ -58,7 +58,7 @@ def _delete_of_warm_start(cost: WarmStartCost, paths: Sequence[Path], failures: 
 
 
 def _deleted_bytes(path: Path, failures: list[str]) -> int:
-    """Delete a file or a folder; how much of it is gone."""
+    """Delete a file or a folder, and return the deleted bytes."""
     before = size_bytes(path)
     try:
         if path.is_dir() and not path.is_symlink():
@@ -74,7 +74,7 @@ def _deleted_bytes(path: Path, failures: list[str]) -> int:
 
 
 def as_json(disk: Disk) -> dict[str, Any]:
-    """All of it, as JSON has it."""
+    """Return everything as a JSON object."""
     return {
         "runs_dir": str(disk.runs_dir),
         "studies": disk.studies,
@@ -105,7 +105,12 @@ def as_json(disk: Disk) -> dict[str, Any]:
 
 
 def text(disk: Disk, *, deleted: bool) -> str:
-    """A table of what is there, and the sums; `deleted` after the deletion, else the list of what it would be."""
+    """Return a table of the files and the sums.
+
+    Args:
+        disk: The list.
+        deleted: Whether the deletion was done. Otherwise the table shows what can be deleted.
+    """
     column = "deleted" if deleted else "deletable"
     runs = [["run", "state", "checkpoints", "model", column, "why"]]
     for cost in disk.runs:

@@ -1,7 +1,7 @@
-"""A study's runs beside the full-rank runs they are measured against: gaps, means over seeds, intervals.
+"""Compare the runs of a study with their full-rank runs: gaps, means over seeds, intervals.
 
-Nothing is dropped: a run that failed or has no baseline is a row that says so. Baselines are chosen on `validation`,
-results are read on `test`.
+No run is dropped: a run that failed or has no baseline has a row that says so. Baselines are chosen on the validation
+split. Results are read on the test split.
 """
 
 import math
@@ -26,11 +26,11 @@ SEEDS_FOR_AN_INTERVAL = 3
 
 @dataclass(kw_only=True)
 class Estimate:
-    """Mean over seeds of a gap, and its interval where there are seeds enough. Relative differences of perplexity."""
+    """The mean of a gap over seeds, and its interval if there are enough seeds. Relative differences of perplexity."""
 
     relative: float
     deviation: float | None
-    """Over seeds; None for one."""
+    """The standard deviation over seeds. None for one seed."""
     low: float | None
     high: float | None
     seeds: int
@@ -38,7 +38,7 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Arm:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     label: str
     variant: str
@@ -46,27 +46,27 @@ class Arm:
 
     @property
     def finished(self) -> list[Compared]:
-        """Those with results."""
+        """The runs with results."""
         return [member for member in self.members if member.run.finished]
 
     @property
     def config(self) -> RunConfig | None:
-        """That of its first run that has one."""
+        """The config of its first run that has one."""
         return next((member.run.config for member in self.members if member.run.config), None)
 
     @property
     def is_full_rank(self) -> bool:
-        """Whether its method is the one that others are measured against."""
+        """Whether its method is the reference of other methods."""
         return self.config is not None and self.config.method.is_full_rank
 
     def values(self, name: str) -> list[float]:
-        """A figure of every finished run."""
+        """Return one value of the summary of every finished run."""
         return [float(member.run.summary[name]) for member in self.finished]
 
     def gap(self, axis: str) -> Estimate | None:
-        """Mean paired difference to full rank, with a t interval from three seeds on.
+        """Return the mean paired difference to full rank, with a t interval from three seeds on.
 
-        Of several ways to read a gap, that of the most seeds is taken: they are not mixed in one mean.
+        If the gaps of seeds were measured in different ways, the way of most seeds is used. One mean never mixes ways.
         """
         found: list[Gap] = [getattr(member, axis) for member in self.finished]
         by_kind: dict[str, list[float]] = defaultdict(list)
@@ -86,24 +86,24 @@ class Arm:
         return Estimate(relative=relative(mean(losses)), deviation=spread, low=low, high=high, seeds=len(losses))
 
     def notes(self, axis: str) -> list[str]:
-        """How its gaps were read, each once."""
+        """Return how its gaps were measured, each way once."""
         return list(dict.fromkeys(getattr(member, axis).note for member in self.finished))
 
 
 @dataclass(kw_only=True)
 class Study:
-    """A question, its runs and what they are measured against."""
+    """A question, its runs and their baselines."""
 
     name: str
     question: str
     launches: list[list[str]]
     arms: list[Arm]
     labels: dict[str, str]
-    """Of every variant of the study, and of the full-rank variants that its baselines were chosen among."""
+    """The short names of all variants: those of the study, and the candidates for its baselines."""
 
     @property
     def members(self) -> list[Compared]:
-        """Every run, arm by arm."""
+        """All runs, arm by arm."""
         return [member for arm in self.arms for member in arm.members]
 
     @property
@@ -112,14 +112,14 @@ class Study:
         return [member for member in self.members if not member.run.finished]
 
     def settings(self) -> list["Study"]:
-        """The study cut into parts whose runs can be compared: one for each comparison_key."""
+        """Return the parts of the study whose runs can be compared: one part for each comparison_key."""
         known = [arm.config.comparison_key for arm in self.arms if arm.config] or [""]
         keys = {arm.variant: arm.config.comparison_key if arm.config else known[0] for arm in self.arms}
         parts = [[arm for arm in self.arms if keys[arm.variant] == key] for key in dict.fromkeys(keys.values())]
         return [replace(self, arms=arms) for arms in parts]
 
     def best(self) -> Arm | None:
-        """The arm that is not full rank with the lowest mean validation loss, as best_on_validation has it."""
+        """Return the best arm that is not full rank, by the mean validation loss (best_on_validation)."""
         arms = {arm.variant: arm for arm in self.arms if not arm.is_full_rank and arm.finished}
         best = best_on_validation(
             {variant: {m.run.seed: m.run.validation_loss for m in arm.finished} for variant, arm in arms.items()}
@@ -127,7 +127,7 @@ class Study:
         return None if best is None else arms[best]
 
     def full_rank(self) -> Arm | None:
-        """The full-rank arm that most runs are measured against; it need not be one of the study's."""
+        """Return the full-rank arm that is the baseline of most runs. It may belong to another study."""
         choice = self.baseline()
         if choice is None:
             return None
@@ -143,14 +143,14 @@ class Study:
         return Arm(label=label, variant=choice.variant, members=members)
 
     def baseline(self) -> Baseline | None:
-        """The choice of a baseline that serves most runs."""
+        """Return the baseline of most runs."""
         choices = [
             member.choice for member in self.members if member.choice is not None and member.baseline is not None
         ]
         return max(choices, key=choices.count, default=None)
 
     def baseline_remarks(self) -> list[str]:
-        """Sentences that name the baseline where the reader could expect another one."""
+        """Return sentences that name the baseline, if the reader could expect another one."""
         choice, sentences = self.baseline(), list[str]()
         if choice is None:
             return sentences
@@ -177,7 +177,7 @@ class Study:
 
 
 def load_study(runs_dir: Path, name: str) -> Study:
-    """Read a study's runs and measure each. Raises ConfigError for a study that was never launched here."""
+    """Read the runs of a study and measure each. Raises ConfigError if the study was never launched here."""
     manifest = manifest_of(runs_dir, name)
     roles = {runs_dir / run: entry["role"] for run, entry in manifest["runs"].items()}
     states = observe([RunDir(path) for path in roles])
@@ -186,20 +186,20 @@ def load_study(runs_dir: Path, name: str) -> Study:
     rivals = [config for run in own if run.finished for config in full.configs_for(run)]
     labels = labels_of([*(run.config for run in own if run.config is not None), *rivals])
     by_variant: dict[str, list[Compared]] = defaultdict(list)
-    # A manifest may be of an earlier scheme of hashes. A run that cannot be read has its variant from there alone.
+    # A manifest may have hashes of an earlier scheme. The variant of an unreadable run is known only from there.
     noted: dict[str, str] = {run.name: manifest["runs"][run.name]["variant"] for run in own}
     known = {noted[run.name]: run.config.variant for run in own if run.config is not None}
     for run in own:
         variant: str = run.config.variant if run.config is not None else known.get(noted[run.name], noted[run.name])
         by_variant[variant].append(compared(run, labels.get(variant) or variant, full))
     arms = [Arm(label=members[0].label, variant=variant, members=members) for variant, members in by_variant.items()]
-    # As they were written before passwords were taken out.
+    # Earlier versions did not remove passwords.
     launches = [credentials.without_passwords(launch) for launch in manifest["launches"]]
     return Study(name=name, question=manifest.get("question", ""), launches=launches, arms=arms, labels=labels)
 
 
 def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """A short name for each variant: its method, and what tells it from others of its method."""
+    """Return a short name for each variant: its method, and the values that differ among runs of the method."""
     labels: dict[str, str] = {}
     for method in dict.fromkeys(config.method.name for config in configs):
         own = [config for config in configs if config.method.name == method]
@@ -209,7 +209,7 @@ def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
             for name in {name for values in fields for name in values}
             if len({str(values.get(name)) for values in fields}) > 1
         )
-        # A value that was left open follows from others, as alpha from the rank.
+        # A value that was not set follows from other values, for example alpha from the rank.
         given = [every_field(config) for config in own]
         varied = [name for name in varied if not all(values.get(name, name) is None for values in given)]
         models = {(config.model.name, str(config.model)) for config in own}
@@ -245,7 +245,7 @@ def _brief(name: str, value: Any) -> str:
 
 
 def as_row(member: Compared) -> dict[str, Any]:
-    """A run as a flat record, for results.csv and JSON; what is not known is None."""
+    """Return a run as a flat record, for results.csv and JSON. A value that is not known is None."""
     run = member.run
     row: dict[str, Any] = {
         "run": run.name,

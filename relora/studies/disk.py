@@ -1,4 +1,4 @@
-"""What checkpoints, models and warm starts cost on disk, and what of it nothing needs any more."""
+"""The disk space of checkpoints, models and warm starts, and which files no run needs any more."""
 
 import os
 import re
@@ -19,13 +19,13 @@ from relora.studies.manifest import manifest_of, unknown_study
 
 CHECKPOINT = re.compile(r"step-\d+\.pt")
 NO_RUNS = ("studies", "corpora", "warm_starts")
-"""What else stands beside the runs."""
+"""Other folders beside the runs."""
 WARM_START = re.compile(r"([0-9a-f]{8})(\.tmp)?")
 
 
 @dataclass(kw_only=True)
 class RunCost:
-    """What a run costs, before anything of it is deleted; `why` says why its checkpoints may go or stay."""
+    """The disk space of a run before the deletion. `why` says why its checkpoints are deletable or kept."""
 
     run: RunDir
     state: str
@@ -39,7 +39,7 @@ class RunCost:
 
 @dataclass(kw_only=True)
 class WarmStartCost:
-    """What a warm start costs, before anything of it is deleted; `runs` fork from it, `why` says why it may go."""
+    """The disk space of a warm start before the deletion. `runs` fork from it. `why` says why it may go."""
 
     folder: Path
     runs: list[str]
@@ -51,25 +51,25 @@ class WarmStartCost:
 
     @property
     def lock_file(self) -> Path:
-        """Held by the run that trains or forks it."""
+        """The lock, held by the run that trains or forks it."""
         return self.folder.with_name(self.folder.name + ".lock")
 
     @property
     def leftover(self) -> Path:
-        """Where it stands while it is written or deleted: there nobody takes it for a whole one."""
+        """Its temporary name while it is written or deleted: nobody uses it under that name."""
         return self.folder.with_name(self.folder.name + ".tmp")
 
 
 @dataclass(kw_only=True)
 class Disk:
-    """What the runs of some studies, or all of a folder, cost on disk."""
+    """The disk space of the runs of some studies, or of all runs of a folder."""
 
     runs_dir: Path
     studies: list[str]
     runs: list[RunCost]
     warm_starts: list[WarmStartCost]
     failures: list[str] = field(default_factory=list)
-    """Deletions that went wrong."""
+    """Deletions that failed."""
 
     @property
     def totals(self) -> dict[str, int]:
@@ -86,7 +86,7 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """A run folder as it was read; `problem` is what could not be."""
+    """A run folder. `problem` says what could not be read."""
 
     run: RunDir
     state: str
@@ -99,7 +99,7 @@ class _Run:
 
 
 def survey(runs_dir: Path, studies: Sequence[str] = ()) -> Disk:
-    """What stands in `runs_dir`, of all runs or of those of `studies`. Raises ConfigError for an unknown study."""
+    """List the disk space of all runs, or of the runs of `studies`. Raises ConfigError for an unknown study."""
     if not runs_dir.is_dir():
         raise ConfigError(
             f"runs_dir={runs_dir} does not exist: no run was made there; give the runs_dir=... of the runs"
@@ -119,7 +119,7 @@ def survey(runs_dir: Path, studies: Sequence[str] = ()) -> Disk:
 
 
 def _manifests(runs_dir: Path) -> dict[str, list[str]]:
-    """The runs of every study."""
+    """Return the runs of every study."""
     found: dict[str, list[str]] = {}
     for file in sorted(runs_dir.glob("studies/*/study.json")):
         try:
@@ -136,7 +136,7 @@ def _is_run(path: Path) -> bool:
     try:
         files = ("config.yaml", "status.json", "checkpoints")
         return path.name not in NO_RUNS and any((path / name).exists() for name in files)
-    except PermissionError:  # nobody can tell, so it is listed as one that cannot be read
+    except PermissionError:  # listed as a run that cannot be read
         return True
 
 
@@ -144,11 +144,11 @@ def _read(run: RunDir) -> _Run:
     config, state, problems = None, "unreadable", []
     try:
         config = frozen.thaw(run.config_file)
-    except Exception as error:  # a file that is no config can break anywhere
+    except Exception as error:  # a file that is not a config can raise anything
         problems.append(f"its config.yaml cannot be read ({first_line(error)})")
     try:
         state = state_of_idle(run)
-        # A lock that does not exist is not asked: that would make it.
+        # Asking a lock that does not exist would create it.
         if (run.path / ".lock").exists() and run.is_locked:
             state = "running"
     except OSError as error:
@@ -159,7 +159,7 @@ def _read(run: RunDir) -> _Run:
 
 
 def state_of_idle(run: RunDir) -> str:
-    """The state of a run that nobody trains."""
+    """Return the state of a run that no process trains."""
     status = run.status
     if status is None:
         return "missing"
@@ -181,7 +181,7 @@ def _run_cost(found: _Run) -> RunCost:
 
 
 def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
-    """The files that nothing needs, and why those and no others."""
+    """Return the files that are not needed, and the reason."""
     for path in (run.path, run.checkpoints):
         if path.is_symlink():
             return [], f"left alone: {path.name} is a link to {path.readlink()}, and nothing is deleted through links"
@@ -209,7 +209,7 @@ def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
 def _warm_starts(
     runs_dir: Path, runs: Sequence[_Run], manifests: dict[str, list[str]], chosen: set[str] | None
 ) -> list[WarmStartCost]:
-    """Those that `chosen` runs fork from, or all."""
+    """Return the warm starts from which the `chosen` runs fork, or all."""
     folder = runs_dir / "warm_starts"
     matches = [WARM_START.fullmatch(path.name) for path in folder.glob("*") if path.is_dir()]
     keys = sorted({match[1] for match in matches if match})
@@ -278,7 +278,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def size_bytes(path: Path) -> int:
-    """Of a file or of all files in a folder, links as such; 0 for what is not there (any more) or is not to be seen."""
+    """Return the bytes of a file or of all files in a folder. Links count as links. 0 if missing or not readable."""
     size = 0
     for file in [Path(base, name) for base, _, names in os.walk(path) for name in names] or [path]:
         with suppress(OSError):

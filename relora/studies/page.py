@@ -10,44 +10,44 @@ from typing import Any
 
 @dataclass
 class Page:
-    """Blocks that are written as Markdown and as HTML alike."""
+    """A list of blocks, which can be written as Markdown and as HTML."""
 
     title: str
     blocks: list[tuple[str, Any]] = field(default_factory=list)
 
     def heading(self, text: str) -> None:
-        """A section begins."""
+        """Begin a section."""
         self.blocks.append(("heading", text))
 
     def paragraph(self, text: str) -> None:
-        """Running text."""
+        """Add a paragraph."""
         self.blocks.append(("paragraph", text))
 
     def listing(self, items: Sequence[str]) -> None:
-        """A bullet each."""
+        """Add a list, one bullet for each text."""
         self.blocks.append(("listing", list(items)))
 
     def code(self, text: str) -> None:
-        """As it is typed."""
+        """Add text as it is typed, like a command."""
         self.blocks.append(("code", text))
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The first column is text, the others are figures."""
+        """Add a table. The first column is text, the others are figures."""
         self.blocks.append(("table", (list(header), [list(row) for row in rows])))
 
     def figure(self, file: str, caption: str) -> None:
-        """A picture beside the page."""
+        """Add a picture, a file beside the page."""
         self.blocks.append(("figure", (file, caption)))
 
     def markdown(self) -> str:
-        """report.md."""
+        """Return the text of report.md."""
         return (
             "\n\n".join([f"# {_no_html(self.title)}", *(_markdown(kind, content) for kind, content in self.blocks)])
             + "\n"
         )
 
     def html(self, folder: Path) -> str:
-        """report.html, whole in one file."""
+        """Return the text of report.html, with everything in one file."""
         body = "\n".join(_html(kind, content, folder) for kind, content in self.blocks)
         title = html.escape(self.title)
         return (
@@ -68,7 +68,7 @@ CSS = (
 
 
 def _no_html(text: str) -> str:
-    """Text for Markdown, in which whatever begins with "<" is HTML and with "&" may be a character's name."""
+    """Escape text for Markdown, where "<" begins HTML and "&" may begin a character's name."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 

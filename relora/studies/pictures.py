@@ -1,4 +1,4 @@
-"""A study in pictures: the one importer of matplotlib."""
+"""The pictures of a study. Only this module imports matplotlib."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMOOTHED_SHARE = 0.02
-"""Of a training curve that each drawn point averages over."""
+"""The share of a training curve over which each drawn point averages."""
 COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c00")
-"""Of Okabe and Ito, told apart with any colour vision; their yellow, too light for a line, is an olive."""
+"""The colours of Okabe and Ito, which people with any colour vision can distinguish. Their yellow is too light for a
+line, and is an olive here."""
 STYLES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP*X"
 
 
 def draw_curves(study: Study) -> "Figure | None":
-    """Training loss and validation perplexity, over tokens and over FLOPs."""
+    """Draw training loss and validation perplexity, over tokens and over FLOPs."""
     drawn = [arm for arm in study.arms if any(len(member.run.rows) > 1 for member in arm.members)]
     if not drawn:
         return None
@@ -53,7 +54,7 @@ def draw_curves(study: Study) -> "Figure | None":
 
 
 def draw_schedule(study: Study) -> "Figure | None":
-    """Learning rate over the updates, one run for each shape of schedule; restarts as marks."""
+    """Draw the learning rate over the steps, one run for each shape of schedule. Marks are restarts."""
     shapes: dict[tuple[Any, ...], tuple[str, Run]] = {}
     for arm in study.arms:
         for member in arm.members[:1]:
@@ -78,7 +79,7 @@ def draw_schedule(study: Study) -> "Figure | None":
 
 
 def draw_gaps(study: Study) -> "Figure | None":
-    """The gap of every arm, its seeds and its interval."""
+    """Draw the gap of every arm, its seeds and its interval."""
     found = [(arm, arm.gap("tokens")) for arm in study.arms if not arm.is_full_rank]
     rows = [(arm, gap) for arm, gap in found if gap is not None and math.isfinite(gap.relative)]
     if not rows:
@@ -101,7 +102,7 @@ def draw_gaps(study: Study) -> "Figure | None":
 
 
 def draw_heat_map(study: Study) -> "Figure | None":
-    """Gap (or, without a baseline, test perplexity) by rank and reset interval, where both or one are swept."""
+    """Draw the gap (without a baseline the test perplexity) by rank and reset interval, if at least one is swept."""
     cells = heat_map(study)
     if cells is None:
         return None
@@ -131,7 +132,7 @@ def draw_heat_map(study: Study) -> "Figure | None":
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """What is drawn by rank and interval."""
+    """The values that are drawn by rank and interval."""
 
     values: dict[tuple[int, int | None], float]
     caption: str
@@ -139,7 +140,7 @@ class HeatMap:
 
 
 def heat_map(study: Study) -> HeatMap | None:
-    """The arms of a method with rank and restarts; None where neither is swept, or another setting is, too."""
+    """Return the arms of a method with rank and restarts. None if neither is swept, or another setting is too."""
     arms = [arm for arm in study.arms if arm.finished and arm.config is not None and restarts(arm.config)]
     places = [(arm.config.rank, arm.config.reset_interval_steps) for arm in arms if arm.config is not None]
     if len(set(places)) < max(len(arms), 2):
@@ -153,7 +154,7 @@ def heat_map(study: Study) -> HeatMap | None:
 
 
 def restarts(config: RunConfig) -> bool:
-    """Whether a run's method has a rank and may restart."""
+    """Return whether a run's method has a rank and may restart."""
     return config.rank is not None and hasattr(config.method, "reset_interval_steps")
 
 
@@ -169,7 +170,7 @@ def _shape(run: Run) -> tuple[Any, ...]:
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
-    """A colour each, and a new kind of line whenever the colours are used up."""
+    """Return a style for each line: one colour each, and another line style after all colours are used."""
     rounds = [divmod(number, len(COLOURS)) for number in range(count)]
     return [{"color": COLOURS[colour], "ls": STYLES[turn % len(STYLES)]} for turn, colour in rounds]
 

@@ -1,4 +1,4 @@
-"""A study's results for others to see: its report, and its runs in MLflow."""
+"""Publish the results of a study: its report, and its runs in MLflow."""
 
 import sys
 from collections.abc import Sequence
@@ -10,9 +10,12 @@ from relora.studies.study import Planned
 
 
 def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study:
-    """Write the study's report, mirror what MLflow lacks of it, and tell where it is and what came out.
+    """Write the report of a study, send MLflow what it lacks, and print the answer and the paths.
 
-    `on_node`: this is a cluster's node, which opens no MLflow store that is a file.
+    Args:
+        runs_dir: The folder of all runs.
+        study: The study's name.
+        on_node: This is a node of a cluster, which must not open an MLflow store that is a file.
     """
     from relora.studies.report import answer, write_report
 
@@ -46,7 +49,7 @@ def _is_mirrored(config: RunConfig | None, on_node: bool) -> bool:
 
 
 def mirror_runs(planned: Sequence[Planned]) -> None:
-    """Send MLflow what it lacks of runs that cannot, or could not, do so themselves."""
+    """Send MLflow what it lacks of runs that could not send it themselves."""
     mirrored = [(item.run, item.config) for item in planned if item.config.tracker.name == "mlflow"]
     if mirrored:
         from relora.tracking.mirror import mirror_all
@@ -59,7 +62,7 @@ def _warn(message: str) -> None:
 
 
 def join_study(planned: Sequence[Planned], study: str) -> None:
-    """Tag the runs that an earlier launch, or another study, has recorded in MLflow already."""
+    """Tag the runs that an earlier launch or another study has already recorded in MLflow."""
     recorded = [item for item in planned if item.run.mirror_file.exists()]
     if not recorded:
         return

@@ -1,4 +1,4 @@
-"""A study as a page: what came out, tables, pictures."""
+"""The report of a study: its answer, tables and pictures."""
 
 import csv
 import json
@@ -29,13 +29,13 @@ GIB, MIB = 2**30, 2**20
 
 
 class Notes:
-    """Remarks on figures, each told once and referred to by a letter."""
+    """Remarks on figures. Each is printed once, and figures refer to it by a letter."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def mark(self, text: str) -> str:
-        """The letter of a remark."""
+        """Return the letter of a remark."""
         if text not in self.texts:
             self.texts.append(text)
         number = self.texts.index(text)
@@ -67,7 +67,7 @@ def _figure(values: Sequence[float], text: Callable[[float], str]) -> str:
 
 
 def answer(study: Study) -> list[str]:
-    """What came out, in sentences; the first thing that a reader wants. Each setting of several is told by itself."""
+    """Return the answer of the study in sentences. If there are several settings, each has its own sentences."""
     parts = study.settings()
     if len(parts) == 1:
         return _answer(study)
@@ -112,13 +112,13 @@ def _answer(study: Study) -> list[str]:
 
 
 def _command(study: Study, key: str, values: str) -> str:
-    """The study's last launch, with other values of a key."""
+    """Return the command of the study's last launch, with other values of a key."""
     kept = [text for text in study.launches[-1] if not text.startswith(f"{key}=")]
     return shlex.join(["python", "run.py", "-m", *kept, f"{key}={values}"])
 
 
 def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
-    """Chosen on validation, read on test."""
+    """Return sentences on the best arm. It is chosen on validation, and its result is read on test."""
     text = f"Best on validation of the others: {best.label}, test perplexity {_spread(best.values('test_perplexity'))}"
     gap = best.gap("tokens")
     if gap is not None:
@@ -140,7 +140,7 @@ def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
 
 
 def _line(text: str) -> str:
-    """On one line, so that no message becomes a heading."""
+    """Return the text on one line, so that no message becomes a heading."""
     return " ".join(text.split())
 
 
@@ -192,7 +192,7 @@ TOO_FEW = f"the loss was reached, but fewer than {FEWEST_EVALUATIONS} evaluation
 
 
 def _rates_cell(study: Study, arm: Arm) -> str:
-    """How an arm's rates were chosen, after what a baseline is to the study."""
+    """Return the role of a baseline and how an arm's rates were chosen."""
     roles = {member.role for member in arm.members} - {"arm"}
     return "; ".join(filter(None, [*sorted(roles), rates_of(study, arm)])) or "-"
 
@@ -231,7 +231,7 @@ def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
 
 
 def _marks(texts: Sequence[str], notes: Notes) -> str:
-    """The letters of the remarks among `texts`, each once."""
+    """Return the letters of the remarks in `texts`, each once."""
     marks = [notes.mark(text) for text in dict.fromkeys(filter(None, texts))]
     return f" ({', '.join(marks)})" if marks else ""
 
@@ -247,7 +247,7 @@ OF_THE_ARMS = (
 
 
 def _missing_budgets(study: Study) -> str | None:
-    """What trains the full-rank runs that the arms of one setting lack for a comparison at equal FLOPs."""
+    """Return the command for the full-rank runs that are missing for a comparison at equal FLOPs."""
     steps: set[int] = set()
     for member in study.members:
         at_equal_flops, baseline = member.flops, member.baseline
@@ -267,7 +267,7 @@ def _missing_budgets(study: Study) -> str | None:
 
 
 def _run_gap(member: Compared, axis: str, notes: Notes) -> str:
-    """A run's gap, and how it was read where that is not plain."""
+    """Return a run's gap, and how it was measured if it was not measured on a run."""
     gap: Gap = getattr(member, axis)
     mark = f" ({notes.mark(gap.note)})" if axis != "tokens" and member.run.finished else ""
     return ("-" if gap.relative is None else f"{gap.relative:+.1%}") + mark
@@ -301,9 +301,9 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
 
 
 def write_report(study: Study, runs_dir: Path) -> Path:
-    """Write report.md, report.html, results.csv and the pictures; returns their folder, always whole.
+    """Write report.md, report.html, results.csv and the pictures, and return their folder.
 
-    Raises OSError that names the folder.
+    The folder is replaced as a whole, so it is complete at any time. Raises OSError that names the folder.
     """
     target = study_dir(runs_dir, study.name) / "report"
     with FileLock(target.with_name(".lock")), publishing(target) as folder:
@@ -364,7 +364,7 @@ def _write(study: Study, folder: Path) -> None:
 
 
 def as_json(study: Study) -> str:
-    """The study as one JSON object."""
+    """Return the study as one JSON object."""
     arms = [
         {
             "arm": arm.label,
@@ -378,7 +378,7 @@ def as_json(study: Study) -> str:
 
 
 def _finite(values: Any) -> Any:
-    """JSON knows no infinity: null instead."""
+    """Replace infinity, which JSON does not have, by null."""
     if isinstance(values, dict):
         return {key: _finite(value) for key, value in values.items()}
     if isinstance(values, list):

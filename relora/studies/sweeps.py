@@ -1,4 +1,4 @@
-"""Sweeps: which runs a question on the command line, or in a file of sweeps/, stands for."""
+"""Sweeps: the runs that a command line or a file of sweeps/ describes."""
 
 import itertools
 import math
@@ -19,35 +19,37 @@ if TYPE_CHECKING:
 
 
 MOST_RUNS = 10_000
-"""Of a sweep: each is composed and checked before the first starts."""
+"""The most runs of a sweep. Each run is composed and checked before the first one starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A study's arms, in the order of its file and of the command line, each once."""
+    """The arms of a study, in the order of its file and of the command line, each once."""
 
     study: str
     question: str
-    """What the file says that it asks, empty for a sweep of the command line."""
+    """The question in the file. Empty for a sweep of the command line."""
     runs: list[RunConfig]
     arguments: dict[str, list[str]] = field(default_factory=dict)
     """Config hash -> the overrides that the run was composed from."""
     fixed: list[str] = field(default_factory=list)
-    """The overrides of the command line with one value: they hold for every run."""
+    """The overrides of the command line with one value. They hold for every run."""
     file: str | None = None
     """The NAME of sweeps=NAME."""
     baseline_rates: list[float] | None = None
-    """What full rank's rates are multiplied by for the baselines; None leaves it to whether they are tuned."""
+    """The factors of full rank's learning rate for the baselines. None: they depend on whether that rate was tuned."""
     remarks: list[str] = field(default_factory=list)
-    """What may surprise whoever launches it."""
+    """Notes for the user who launches the sweep."""
 
 
 def expand(overrides: Sequence[str]) -> Sweep:
-    """Every run that `overrides` name: `key=a,b` on the command line times the grids of sweeps=NAME.
+    """Return all runs of the overrides: `key=a,b` on the command line times the grids of sweeps=NAME.
 
-    A sweeps/ file has one grid under hydra.sweeper.params or a union of grids under `grids`; what else it sets holds
-    for every run. The command line wins over both. Each run is checked. Raises ConfigError, naming the run, for the
-    first that is wrong.
+    A sweeps/ file has one grid under hydra.sweeper.params, or a union of grids under `grids`. Its other values hold for
+    every run. The command line has priority over both. Each run is checked.
+
+    Raises:
+        ConfigError: A run is invalid. The message names the first such run.
     """
     given = parsed(overrides)
     plain = [text for key, texts in given if len(texts) == 1 for text in texts]
@@ -105,7 +107,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
 
 
 def _baseline_rates(given: Any) -> list[float] | None:
-    """The value of baseline_rates. Raises ConfigError."""
+    """Return the value of baseline_rates. Raises ConfigError."""
     if given is None:
         return None
     values = given if isinstance(given, list) else [given]
@@ -119,7 +121,7 @@ def _baseline_rates(given: Any) -> list[float] | None:
 
 
 def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], error: ConfigError) -> str:
-    """How to ask the question of a sweeps/ file where its choices do not fit."""
+    """Return how to use a sweeps/ file whose choices do not fit."""
     swept = [key for key, texts in rows if len(texts) > 1 and key != "method"]
     at_fault = [key for key in swept if key in str(error)] or swept
     if not at_fault:
@@ -129,7 +131,7 @@ def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], erro
 
 
 def without_preset(overrides: Sequence[str], config: RunConfig) -> list[str]:
-    """The remark that the experiment of `overrides` has no preset for the run's method, where it has none."""
+    """Return a remark if the experiment of `overrides` has no preset for the run's method."""
     experiment, method = given_values(overrides).get("experiments"), config.method.name
     if experiment is None or preset_file(experiment, method) is not None:
         return []
@@ -140,7 +142,7 @@ def without_preset(overrides: Sequence[str], config: RunConfig) -> list[str]:
 
 
 def _sweep_name(given: Sequence[tuple[str, list[str]]]) -> str | None:
-    """The NAME of sweeps=NAME. Raises ConfigError for several."""
+    """Return the NAME of sweeps=NAME. Raises ConfigError for several."""
     names = [text.partition("=")[2] for key, texts in given if key == "sweeps" for text in texts]
     if len(names) > 1:
         raise ConfigError(f"sweeps={','.join(names)}: a launch asks one question; launch them one after the other")
@@ -148,7 +150,7 @@ def _sweep_name(given: Sequence[tuple[str, list[str]]]) -> str | None:
 
 
 def _grids(file: "DictConfig", name: str) -> list[dict[str, Any]]:
-    """The grids of a composed sweeps/ file. Raises ConfigError."""
+    """Return the grids of a composed sweeps/ file. Raises ConfigError."""
     grids = as_values(file.hydra.sweeper.params if "grids" not in file else file.grids)
     grids = [grids or {}] if "grids" not in file else grids
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
@@ -158,7 +160,7 @@ def _grids(file: "DictConfig", name: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What a sweeps/ file with a `tune` key asks for."""
+    """A search for learning rates, from a sweeps/ file with the key `tune`."""
 
     study: str
     question: str
@@ -166,14 +168,14 @@ class Search:
     experiment: str | None
     trials: int
     ranges: dict[str, tuple[float, float]]
-    """Dotted key -> lowest and highest value, searched on a log scale."""
+    """Dotted key -> lowest and highest value. The search uses a log scale."""
     seeds: list[int]
     overrides: list[str]
-    """Of every trial's runs."""
+    """The overrides of every trial."""
 
 
 def search(overrides: Sequence[str]) -> Search | None:
-    """The search that sweeps=NAME describes, None where it is none. Seeds may be swept, nothing else.
+    """Return the search that sweeps=NAME describes, or None. Only seeds may be swept.
 
     Raises ConfigError.
     """
@@ -222,7 +224,7 @@ def search(overrides: Sequence[str]) -> Search | None:
 
 
 def _question(name: str | None) -> str:
-    """The comment at the head of a sweeps/ file."""
+    """Return the comment at the head of a sweeps/ file."""
     file = conf_dir().parent / "sweeps" / f"{name}.yaml"
     lines = file.read_text().splitlines() if file.is_file() else []
     comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
@@ -230,5 +232,5 @@ def _question(name: str | None) -> str:
 
 
 def _written(value: Any) -> str:
-    """A grid's value as it would stand on the command line."""
+    """Return a value of a grid as text of the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""A study in MLflow: its runs' gaps, its report, and the view of it that the UI opens."""
+"""A study in MLflow: the gaps of its runs, its report, and a prepared view for the UI."""
 
 import hashlib
 import json
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 def gap_metric(study: str) -> str:
-    """The name of a run's gap to full rank in a study.
+    """Return the name of the metric for a run's gap to full rank in a study.
 
-    A baseline is chosen over the seeds that a study needs, so a run that belongs to several studies has a gap in each.
+    A baseline is chosen over the seeds that a study needs. So a run of several studies has one gap for each study.
     """
     return f"summary/gap_to_full_percent.{study}"
 
 
 def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence[Compared], headline: str) -> None:
-    """Make each run of the store a member of the study with its gap, and keep the report with a run of its own.
+    """Tag each run of the store as a member of the study, record its gap, and store the report in a separate run.
 
-    Raises what MLflow raises, and RunError for a store that was moved with the runs, after all but the files.
+    Raises the errors of MLflow. Raises RunError for a store that was moved with the runs; then only files are missing.
     """
     client, deleted = open_store(config.mlflow_uri, Path(config.runs_dir)), []
     for member in members:
@@ -69,24 +69,24 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
 
 
 def _check_place(config: RunConfig, artifact_uri: str) -> None:
-    """Raise RunError where the artifacts of a runs_dir's own store belong elsewhere: both were moved or copied."""
+    """Raise RunError if the artifact folder of a runs_dir's own store is elsewhere: both were moved or copied."""
     path = Path(url2pathname(urlsplit(artifact_uri).path))
     if config.tracker.uri is None and not path.resolve().is_relative_to(Path(config.runs_dir).resolve()):
         raise RunError(f"{config.runs_dir} was moved or copied, and its store keeps artifacts in {path} still")
 
 
 def view_key(study: str) -> str:
-    """Names a study's prepared view in the UI's address."""
+    """Return the key of a study's prepared view in the UI's address."""
     return hashlib.sha256(f"relora view {study}".encode()).hexdigest()
 
 
 def write_view(client: "MlflowClient", experiment: str, study: str) -> None:
-    """Prepare the UI's table and charts for a study; where MLflow no longer takes it, the UI just shows all runs."""
+    """Prepare the UI's table and charts for a study. If a later MLflow ignores this, the UI shows all runs."""
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key(study)}", json.dumps(view(study)))
 
 
 def _table_columns(study: str) -> dict[str, int]:
-    """The columns and their widths in pixels; what answers a study's question is in view without scrolling."""
+    """Return the columns and their widths in pixels. The columns with the answer are visible without scrolling."""
     return {
         "params.`method.name`": 120,
         "params.`method.rank`": 110,
@@ -102,7 +102,7 @@ def _table_columns(study: str) -> dict[str, int]:
 
 
 def view(study: str) -> dict[str, Any]:
-    """The UI's own state as it would share it: measured with MLflow 3.17."""
+    """Return the state of the UI in the format of its share links (seen in MLflow 3.17)."""
     sections = {"perplexity": 2, "results": 2, "what matters": 1}
     as_they_are = {"display": True, "isReordered": False, "deleted": False, "isGenerated": False}
     chart: dict[str, Any] = {
