@@ -78,8 +78,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def summed_linear_cross_entropy(hidden_NxD: Tensor, weight_VxD: Tensor, targets_N: Tensor) -> Tensor:
     """Return the sum over N of -log softmax(hidden weight^T)[target], in fp32 or wider.
 
-    Under autocast, the matrix products are in the autocast dtype. About `LOGITS_NUMEL` logits at most are in memory at
-    a time.
+    Autocast decides the dtype of the matrix products. At most `LOGITS_NUMEL` logits are in memory at a time.
     """
     device, dtype = hidden_NxD.device.type, hidden_NxD.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:

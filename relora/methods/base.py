@@ -22,14 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """The measurements of one restart, for the log."""
+    """What the trainer logs of one restart."""
 
-    relative_update: float
-    """|dW| / |W| of the merge."""
-    rounding_loss: float
-    """Share of the merged update that the storage type could not represent."""
-    reset_fraction: float
-    """Share of the factors' optimizer state that was set to zero."""
+    metrics: dict[str, float]
+    """Values, which are logged as restart/NAME."""
+    message: str
+    """One clause for the user, without a full stop."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +40,12 @@ class Method:
 
     is_full_rank: ClassVar[bool] = False
     """Whether the method trains the whole model at full rank and is the baseline of other methods."""
+
+    short_names: ClassVar[dict[str, str]] = {
+        "method.warm_start_steps": "warm_start",
+        "method.warm_start_learning_rate": "warm_start_lr",
+    }
+    """Setting, by dotted name -> its name in the labels of a comparison. Other settings have their last word."""
 
     name: str
     warm_start_steps: int = 0

@@ -4,7 +4,7 @@ A restart merges the factors, initialises them again and resets their optimizer 
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from relora.common.checks import MOST_STEPS, at_least, at_most, fraction, one_of
 from relora.common.errors import ConfigError
@@ -55,6 +55,13 @@ class OptimizerReset:
 class ReLoRA(LoRA):
     """LoRA that restarts every `reset_interval_steps` steps after the warm start (None: no restarts)."""
 
+    short_names: ClassVar[dict[str, str]] = {
+        **LoRA.short_names,
+        "method.reset_interval_steps": "interval",
+        f"{RESET}mode": "reset",
+        f"{RESET}pruning_ratio": "ratio",
+    }
+
     reset_interval_steps: int | None
     optimizer_reset: OptimizerReset = field(default_factory=OptimizerReset)
 
@@ -101,5 +108,13 @@ class ReLoRA(LoRA):
             restart=number,
         )
         return Restart(
-            relative_update=merged.relative_update, rounding_loss=merged.rounding_loss, reset_fraction=fraction_reset
+            metrics={
+                "relative_update": merged.relative_update,
+                "rounding_loss": merged.rounding_loss,
+                "reset_fraction": fraction_reset,
+            },
+            message=(
+                f"merged |dW|/|W| = {merged.relative_update:.2%} (rounding lost {100 * merged.rounding_loss:.2g}% of "
+                f"it), reset {fraction_reset:.1%} of the factors' optimizer state"
+            ),
         )

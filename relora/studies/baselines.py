@@ -1,4 +1,4 @@
-"""The full-rank runs that are added as baselines of a sweep that has none of its own."""
+"""Add full-rank runs as baselines to a sweep that lacks them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,20 +15,21 @@ from relora.optimizers.base import Optimizer
 from relora.studies.sweeps import Sweep
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
-"""Multiples of full rank's learning rate, which are tried if that rate was not tuned for the setting."""
+"""If full rank's learning rate was not tuned for the setting, these multiples of it are tried."""
 NOT_ITS_OWN = ("method", "sweeps", "study", "runs_dir")
-"""Keys without a dot that choose no value of full rank."""
+"""Keys without a dot that set no optimizer or schedule value of full rank."""
 OF_FULL_RANK = ("optimizer", "schedule")
-"""Groups that come from full rank's own config, also if the other runs sweep their values."""
+"""Config groups that come from full rank's own config, even if the sweep varies their values for the other runs."""
 OF_RESTARTS = "schedule.restart_warmup_steps"
 """A key that full rank does not use."""
 
 
 class Baselines:
-    """Makes full-rank runs in the setting of other runs, with the optimizer and the schedule of full rank's own config.
+    """Makes the full-rank baselines of the runs of a sweep.
 
-    A value that the command line fixes for all runs of the sweep holds for full rank too. A value that is swept, or set
-    by one grid of a file, does not. Otherwise the order of the values would decide.
+    A baseline has the setting of its run. Its optimizer and schedule come from full rank's own config. If the command
+    line gives one value for all runs of the sweep, full rank uses that value too. Full rank does not use a value that
+    is swept or that comes from one grid of a file: the order of the values would decide which one it gets.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -52,14 +53,16 @@ class Baselines:
         except ConfigError as error:
             raise ConfigError(
                 f"the full-rank baseline of {config.name} cannot be made: {error}; give the key "
-                "one value, which then holds for full rank too, or name full-rank runs of your own: method=full,..."
+                "one value, which full rank then uses too, or add full-rank runs to the sweep: method=full,..."
             ) from error
         return self._presets.noted(made, [*overrides, f"method={BASELINE}"])
 
     def ladder(self, base: RunConfig) -> list[RunConfig]:
-        """Return the full-rank run `base` at multiples of its learning rate, so that a bad rate is never the reference.
+        """Return the full-rank run `base` at several multiples of its learning rate.
 
-        A rate that was tuned for the setting is used alone: other rates were tried when it was tuned.
+        With several rates, a single bad rate does not become the reference. If the rate was tuned for the setting, only
+        that rate is used: other rates were tried when it was tuned. The key baseline_rates sets the multiples for both
+        cases.
         """
         factors = self.sweep.baseline_rates
         if factors is None:
@@ -81,21 +84,22 @@ class Baselines:
 
 
 def in_words(baseline: RunConfig) -> str:
-    """Describe the rates and the schedule of a baseline and their source. The text is the same for every seed."""
+    """Describe the rates and the schedule of a baseline, and their source. All seeds give the same text."""
     optimizer, schedule, rates = baseline.optimizer, baseline.schedule, baseline.rates
     embeddings = optimizer.embedding_learning_rate
     parts = [f"learning rate {optimizer.learning_rate:g}"]
     parts += [f"{embeddings:g} for embeddings, head and norms"] if embeddings is not None else []
-    parts += [f"{schedule.warmup_steps} updates of warm-up, then down to {schedule.min_lr_ratio:g} of the rate"]
-    given = f", with {' '.join(rates.given)} as given for all runs" if rates.given else ""
+    parts += [f"{schedule.warmup_steps} steps of warm-up, then down to {schedule.min_lr_ratio:g} of the rate"]
+    given = f", with the values given for all runs: {' '.join(rates.given)}" if rates.given else ""
     return f"full rank as the baseline: {', '.join(parts)}; from {rates.source}{given}"
 
 
 def _at(base: RunConfig, factor: float) -> RunConfig:
-    """Return `base` with its learning rate times `factor`, in six digits so that the same rate is the same run.
+    """Return `base` with its learning rate times `factor`.
 
-    A separate rate for embeddings, head and norms does not change. If it were lowered too, it would soon be too low,
-    and the lower rates would look worse than they are.
+    The rate is rounded to six digits, so that equal rates give the same run. A separate rate for embeddings, head and
+    norms does not change. If it were lowered too, it would soon be too low, and the lower rates would look worse than
+    they are.
     """
     rate = float(f"{factor * base.optimizer.learning_rate:.6g}")
     optimizer = replace(base.optimizer, learning_rate=rate)
@@ -103,7 +107,7 @@ def _at(base: RunConfig, factor: float) -> RunConfig:
 
 
 def launch_notes(baselines: Sequence[RunConfig], everything: Sequence[RunConfig]) -> list[str]:
-    """Return the notes of a launch about the baselines that were added.
+    """Return the notes for the user about the baselines that a launch adds.
 
     Args:
         baselines: The added full-rank runs.
@@ -116,8 +120,8 @@ def launch_notes(baselines: Sequence[RunConfig], everything: Sequence[RunConfig]
         total_flops = sum(cost_of(run).total_flops for run in everything)
         share = sum(cost_of(run).total_flops for run in ladder) / total_flops
         notes.append(
-            f"full rank is tried at other rates too ({', '.join(f'{rate:g}' for rate in rates)}) and the best on "
-            f"validation becomes the baseline: {len(ladder)} of the {len(everything)} runs, {share:.0%} of the study's "
-            "FLOPs; baseline_rates=[1] leaves them out"
+            f"full rank is also trained at other rates ({', '.join(f'{rate:g}' for rate in rates)} in all) and the "
+            f"best on validation becomes the baseline; the other rates are {len(ladder)} of the {len(everything)} runs "
+            f"and {share:.0%} of the study's FLOPs; set baseline_rates=[1] to leave them out"
         )
     return notes

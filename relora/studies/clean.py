@@ -1,4 +1,4 @@
-"""Delete files that no run needs any more, and format the list for the user."""
+"""Delete files that no run needs any more, and format the list of files for the user."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, size_bytes,
 
 
 def delete(disk: Disk) -> None:
-    """Delete what `disk` lists as deletable, if it still is. Errors are added to `failures`."""
+    """Delete the files that `disk` lists as deletable, if they still are. Errors are added to `disk.failures`."""
     for cost in disk.runs:
         if cost.deletable:
             _delete_of_run(cost, disk.failures)
@@ -31,7 +31,7 @@ def delete(disk: Disk) -> None:
 
 
 def _delete_of_run(cost: RunCost, failures: list[str]) -> None:
-    """Delete under the run's lock, by its present state: a run that was started meanwhile keeps everything."""
+    """Delete files under the lock of the run, judged by its current state. A run that was started since keeps all."""
     try:
         with cost.run.locked():
             still, cost.why = judge(cost.run, state_of_idle(cost.run))
@@ -70,11 +70,11 @@ def _deleted_bytes(path: Path, failures: list[str]) -> int:
     return before - size_bytes(path)
 
 
-# --------------------------------------------------------------------------------------------- what a person reads
+# ----------------------------------------------------------------------------------------------- output for the user
 
 
 def as_json(disk: Disk) -> dict[str, Any]:
-    """Return everything as a JSON object."""
+    """Return the list as a JSON object."""
     return {
         "runs_dir": str(disk.runs_dir),
         "studies": disk.studies,
@@ -105,11 +105,11 @@ def as_json(disk: Disk) -> dict[str, Any]:
 
 
 def text(disk: Disk, *, deleted: bool) -> str:
-    """Return a table of the files and the sums.
+    """Return tables of runs and warm starts, and the sums.
 
     Args:
         disk: The list.
-        deleted: Whether the deletion was done. Otherwise the table shows what can be deleted.
+        deleted: Whether the deletion was done. Otherwise the tables show the bytes that can be deleted.
     """
     column = "deleted" if deleted else "deletable"
     runs = [["run", "state", "checkpoints", "model", column, "why"]]

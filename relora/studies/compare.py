@@ -26,7 +26,7 @@ SEEDS_FOR_AN_INTERVAL = 3
 
 @dataclass(kw_only=True)
 class Estimate:
-    """The mean of a gap over seeds, and its interval if there are enough seeds. Relative differences of perplexity."""
+    """The mean gap over seeds as a relative difference of perplexity, and its interval if there are enough seeds."""
 
     relative: float
     deviation: float | None
@@ -51,22 +51,26 @@ class Arm:
 
     @property
     def config(self) -> RunConfig | None:
-        """The config of its first run that has one."""
+        """The config of the first run whose config is known."""
         return next((member.run.config for member in self.members if member.run.config), None)
 
     @property
     def is_full_rank(self) -> bool:
-        """Whether its method is the reference of other methods."""
+        """Whether the method is full rank, the reference of the other methods."""
         return self.config is not None and self.config.method.is_full_rank
 
     def values(self, name: str) -> list[float]:
-        """Return one value of the summary of every finished run."""
+        """Return the value `name` of the summary of every finished run."""
         return [float(member.run.summary[name]) for member in self.finished]
 
     def gap(self, axis: str) -> Estimate | None:
-        """Return the mean paired difference to full rank, with a t interval from three seeds on.
+        """Return the mean paired difference to full rank, with a t interval for three or more seeds.
 
-        If the gaps of seeds were measured in different ways, the way of most seeds is used. One mean never mixes ways.
+        If the gaps of the seeds were measured in different ways (Gap.kind), only the gaps of the most frequent way are
+        used. A mean never mixes two ways.
+
+        Args:
+            axis: "tokens", "flops" or "seconds".
         """
         found: list[Gap] = [getattr(member, axis) for member in self.finished]
         by_kind: dict[str, list[float]] = defaultdict(list)
@@ -86,7 +90,7 @@ class Arm:
         return Estimate(relative=relative(mean(losses)), deviation=spread, low=low, high=high, seeds=len(losses))
 
     def notes(self, axis: str) -> list[str]:
-        """Return how its gaps were measured, each way once."""
+        """Return how the gaps of an axis were measured, each note once."""
         return list(dict.fromkeys(getattr(member, axis).note for member in self.finished))
 
 
@@ -99,7 +103,7 @@ class Study:
     launches: list[list[str]]
     arms: list[Arm]
     labels: dict[str, str]
-    """The short names of all variants: those of the study, and the candidates for its baselines."""
+    """variant -> short name, for the variants of the study and the candidates for its baselines."""
 
     @property
     def members(self) -> list[Compared]:
@@ -127,7 +131,7 @@ class Study:
         return None if best is None else arms[best]
 
     def full_rank(self) -> Arm | None:
-        """Return the full-rank arm that is the baseline of most runs. It may belong to another study."""
+        """Return the full-rank arm that is the baseline of most runs. Its runs may be those of another study."""
         choice = self.baseline()
         if choice is None:
             return None
@@ -150,14 +154,14 @@ class Study:
         return max(choices, key=choices.count, default=None)
 
     def baseline_remarks(self) -> list[str]:
-        """Return sentences that name the baseline, if the reader could expect another one."""
+        """Return sentences that explain the choice of the baseline, if the reader could expect another baseline."""
         choice, sentences = self.baseline(), list[str]()
         if choice is None:
             return sentences
         name = self.labels[choice.variant]
         if not choice.is_of_the_study:
             sentences.append(
-                f"The baseline {name} is no run of this study: another launch trained it in the same runs_dir."
+                f"The baseline {name} is not a run of this study: another launch trained it in the same runs_dir."
             )
         for variant in choice.rivals.keys() - {choice.variant}:
             if (shared := choice.compared_with(variant)) is None:
@@ -169,7 +173,7 @@ class Study:
                 lacking = ", ".join(map(str, sorted(choice.runs.keys() - choice.rivals[variant].keys())))
                 sentences.append(
                     f"{self.labels[variant]} is better on validation than the baseline {name} ({losses}), but it has "
-                    f"no run of seed {lacking}; train it, and it becomes the baseline."
+                    f"no run of seed {lacking}; train the missing runs to make it the baseline."
                 )
             elif not choice.is_of_the_study and any(run.role != "other" for run in choice.rivals[variant].values()):
                 sentences.append(f"{self.labels[variant]} of this study is worse on validation ({losses}).")
@@ -177,7 +181,12 @@ class Study:
 
 
 def load_study(runs_dir: Path, name: str) -> Study:
-    """Read the runs of a study and measure each. Raises ConfigError if the study was never launched here."""
+    """Read the runs of a study and compute their gaps.
+
+    Raises:
+        ConfigError: The study was never launched in `runs_dir`.
+        DamagedFile: Its manifest cannot be read.
+    """
     manifest = manifest_of(runs_dir, name)
     roles = {runs_dir / run: entry["role"] for run, entry in manifest["runs"].items()}
     states = observe([RunDir(path) for path in roles])
@@ -186,20 +195,20 @@ def load_study(runs_dir: Path, name: str) -> Study:
     rivals = [config for run in own if run.finished for config in full.configs_for(run)]
     labels = labels_of([*(run.config for run in own if run.config is not None), *rivals])
     by_variant: dict[str, list[Compared]] = defaultdict(list)
-    # A manifest may have hashes of an earlier scheme. The variant of an unreadable run is known only from there.
+    # A manifest may have hashes of an earlier scheme. The variant of an unreadable run is known only from the manifest.
     noted: dict[str, str] = {run.name: manifest["runs"][run.name]["variant"] for run in own}
     known = {noted[run.name]: run.config.variant for run in own if run.config is not None}
     for run in own:
         variant: str = run.config.variant if run.config is not None else known.get(noted[run.name], noted[run.name])
         by_variant[variant].append(compared(run, labels.get(variant) or variant, full))
     arms = [Arm(label=members[0].label, variant=variant, members=members) for variant, members in by_variant.items()]
-    # Earlier versions did not remove passwords.
+    # Earlier versions did not remove passwords from the manifest.
     launches = [credentials.without_passwords(launch) for launch in manifest["launches"]]
     return Study(name=name, question=manifest.get("question", ""), launches=launches, arms=arms, labels=labels)
 
 
 def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """Return a short name for each variant: its method, and the values that differ among runs of the method."""
+    """Return a short name for each variant: the method, and the values that differ among the runs of the method."""
     labels: dict[str, str] = {}
     for method in dict.fromkeys(config.method.name for config in configs):
         own = [config for config in configs if config.method.name == method]
@@ -216,26 +225,24 @@ def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
         if len(models) == len({name for name, _ in models}):
             varied = [name for name in varied if not name.startswith("model.") or name == "model.name"]
         for config, values in zip(own, fields, strict=True):
-            parts = [f"{_short(name)}={_brief(name, values.get(name))}" for name in varied]
+            parts = [f"{_short(name, config)}={_brief(name, values.get(name))}" for name in varied]
             labels[config.variant] = " ".join([method, *parts])
     return labels
 
 
-def _short(name: str) -> str:
-    known = {
-        "method.reset_interval_steps": "interval",
-        "method.warm_start_steps": "warm_start",
-        "method.optimizer_reset.mode": "reset",
-        "method.optimizer_reset.pruning_ratio": "ratio",
-        "schedule.restart_warmup_steps": "rewarm",
-        "optimizer.name": "optimizer",
-        "optimizer.learning_rate": "lr",
-        "optimizer.embedding_learning_rate": "embedding_lr",
-        "trainer.total_steps": "steps",
-        "model.name": "model",
-        "method.warm_start_learning_rate": "warm_start_lr",
-    }
-    return known.get(name, name.rpartition(".")[2])
+SHORT_NAMES = {
+    "schedule.restart_warmup_steps": "rewarm",
+    "optimizer.name": "optimizer",
+    "optimizer.learning_rate": "lr",
+    "optimizer.embedding_learning_rate": "embedding_lr",
+    "trainer.total_steps": "steps",
+    "model.name": "model",
+}
+"""Short names, in labels, of settings that belong to no method (see Method.short_names)."""
+
+
+def _short(name: str, config: RunConfig) -> str:
+    return {**SHORT_NAMES, **config.method.short_names}.get(name, name.rpartition(".")[2])
 
 
 def _brief(name: str, value: Any) -> str:

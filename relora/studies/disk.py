@@ -19,13 +19,13 @@ from relora.studies.manifest import manifest_of, unknown_study
 
 CHECKPOINT = re.compile(r"step-\d+\.pt")
 NO_RUNS = ("studies", "corpora", "warm_starts")
-"""Other folders beside the runs."""
+"""Folders of a runs_dir that are not runs."""
 WARM_START = re.compile(r"([0-9a-f]{8})(\.tmp)?")
 
 
 @dataclass(kw_only=True)
 class RunCost:
-    """The disk space of a run before the deletion. `why` says why its checkpoints are deletable or kept."""
+    """The disk space of a run before the deletion. `why` is the reason why its checkpoints are deletable or kept."""
 
     run: RunDir
     state: str
@@ -39,7 +39,7 @@ class RunCost:
 
 @dataclass(kw_only=True)
 class WarmStartCost:
-    """The disk space of a warm start before the deletion. `runs` fork from it. `why` says why it may go."""
+    """The disk space of a warm start before the deletion. `runs` fork from it. `why` is why it is deletable or kept."""
 
     folder: Path
     runs: list[str]
@@ -51,12 +51,12 @@ class WarmStartCost:
 
     @property
     def lock_file(self) -> Path:
-        """The lock, held by the run that trains or forks it."""
+        """The lock. A run holds it while it trains the warm start or forks from it."""
         return self.folder.with_name(self.folder.name + ".lock")
 
     @property
     def leftover(self) -> Path:
-        """Its temporary name while it is written or deleted: nobody uses it under that name."""
+        """The temporary name while the warm start is written or deleted. No run uses it under that name."""
         return self.folder.with_name(self.folder.name + ".tmp")
 
 
@@ -73,7 +73,7 @@ class Disk:
 
     @property
     def totals(self) -> dict[str, int]:
-        """The sums."""
+        """The sums over all runs and warm starts."""
         everything = [*self.runs, *self.warm_starts]
         return {
             "checkpoints_bytes": sum(cost.checkpoints_bytes for cost in self.runs),
@@ -86,7 +86,7 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """A run folder. `problem` says what could not be read."""
+    """A run folder. `problem` names the files that could not be read."""
 
     run: RunDir
     state: str
@@ -125,7 +125,7 @@ def _manifests(runs_dir: Path) -> dict[str, list[str]]:
         try:
             found[file.parent.name] = list(manifest_of(runs_dir, file.parent.name)["runs"])
         except DamagedFile as error:
-            raise RunError(f"{error}; what its runs need is not known before that") from error
+            raise RunError(f"{error}; until then it is unknown which files its runs need") from error
     return found
 
 
@@ -136,7 +136,7 @@ def _is_run(path: Path) -> bool:
     try:
         files = ("config.yaml", "status.json", "checkpoints")
         return path.name not in NO_RUNS and any((path / name).exists() for name in files)
-    except PermissionError:  # listed as a run that cannot be read
+    except PermissionError:  # it is listed as a run that cannot be read
         return True
 
 
@@ -148,7 +148,7 @@ def _read(run: RunDir) -> _Run:
         problems.append(f"its config.yaml cannot be read ({first_line(error)})")
     try:
         state = state_of_idle(run)
-        # Asking a lock that does not exist would create it.
+        # `is_locked` would create a lock file that does not exist.
         if (run.path / ".lock").exists() and run.is_locked:
             state = "running"
     except OSError as error:
@@ -181,7 +181,7 @@ def _run_cost(found: _Run) -> RunCost:
 
 
 def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
-    """Return the files that are not needed, and the reason."""
+    """Return the files of a run that are not needed, and the reason."""
     for path in (run.path, run.checkpoints):
         if path.is_symlink():
             return [], f"left alone: {path.name} is a link to {path.readlink()}, and nothing is deleted through links"
@@ -189,17 +189,17 @@ def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
     leftovers = sorted(run.checkpoints.glob("*.tmp"))
     if state == "running":
         return [], "kept: running"
-    torn = "; a write that was cut short left *.tmp" if leftovers else ""
+    torn = "; an interrupted write left *.tmp" if leftovers else ""
     if not checkpoints:
         return leftovers, f"no checkpoint{torn}"
     if state != "finished":
         return leftovers, f"kept: {'no status' if state == 'missing' else state}, resumes from it{torn}"
     if not any(run.model.glob("*.safetensors")):
-        return leftovers, f"kept: finished, but model/ holds no weights: they stand here alone{torn}"
+        return leftovers, f"kept: finished, but model/ has no weights: the checkpoints are the only copy{torn}"
     try:
         check_weights(run.model)
     except DamagedFile as error:
-        return leftovers, f"kept: finished, but {error}: the weights stand here alone{torn}"
+        return leftovers, f"kept: finished, but {error}: the checkpoints are the only copy{torn}"
     return [*checkpoints, *leftovers], f"finished: never resumed, its result is the model{torn}"
 
 
@@ -209,7 +209,7 @@ def judge(run: RunDir, state: str) -> tuple[list[Path], str]:
 def _warm_starts(
     runs_dir: Path, runs: Sequence[_Run], manifests: dict[str, list[str]], chosen: set[str] | None
 ) -> list[WarmStartCost]:
-    """Return the warm starts from which the `chosen` runs fork, or all."""
+    """Return the warm starts from which the `chosen` runs fork, or all warm starts if `chosen` is None."""
     folder = runs_dir / "warm_starts"
     matches = [WARM_START.fullmatch(path.name) for path in folder.glob("*") if path.is_dir()]
     keys = sorted({match[1] for match in matches if match})
@@ -225,7 +225,7 @@ def _warm_starts(
     ]
     begun = {found.name for found in runs}
     unknown += [
-        f"{name} (named by study {study}, not begun)"
+        f"{name} (listed in study {study}, not started)"
         for study, names in manifests.items()
         for name in names
         if name not in begun
@@ -257,7 +257,7 @@ def _warm_start_cost(folder: Path, users: Sequence[_Run], unknown: Sequence[str]
     if unfinished:
         cost.why = f"kept: {_some(unfinished)} forks from it"
     elif unknown:
-        cost.why = f"kept: whether it is forked by {_some(unknown)} is not known"
+        cost.why = f"kept: unknown whether it is forked by {_some(unknown)}"
     else:
         cost.why = "every run that forks from it is finished" if users else "no run forks from it"
         cost.deletable += [folder] if folder.exists() else []

@@ -1,4 +1,4 @@
-"""Reasons to doubt the answer of a study: rates that were not tuned, and figures that are not plausible."""
+"""Reasons to doubt the results of a study: learning rates that were not tuned, and values that are not plausible."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,21 @@ from relora.studies.compare import Arm, Estimate, Study
 from relora.studies.gaps import Baseline
 
 FAR_AHEAD = -0.02
-"""A gap below this is doubted. A method that trains a part of full rank's parameters is not expected to be better, and
-2% is about the effect of another seed at laptop/small (docs/results.md)."""
+"""A relative gap below this value is reported as not plausible. A method that trains fewer parameters than full rank is
+not expected to be better. 2% is about the effect of another seed at laptop/small (docs/results.md)."""
 TRAINING_RISE = 0.1
 """Nats by which the mean training loss of a tenth of the run may exceed that of an earlier tenth."""
 VALIDATION_RISE = 0.02
 """Nats by which the last validation loss may exceed the lowest one after the warm-up."""
 TENTHS = 10
+"""The number of parts whose mean training losses are compared."""
 
 
 def rates_of(study: Study, arm: Arm) -> str:
-    """Return how the learning rates of an arm were chosen, for a table. Empty if they were tuned, or if unknown."""
+    """Return how the learning rates of an arm were chosen, for a table.
+
+    The text is empty if the rates were tuned, or if their source is unknown.
+    """
     if arm.config is None:
         return ""
     tried = _tried(study, arm)
@@ -30,7 +34,10 @@ def rates_of(study: Study, arm: Arm) -> str:
 
 
 def untuned(study: Study) -> list[Arm]:
-    """Return the arms with rates that were neither tuned for the setting nor chosen among several, baseline first."""
+    """Return the arms whose rates were neither tuned for the setting nor chosen among several rates.
+
+    The baseline comes first.
+    """
     full = study.full_rank()
     rest = [arm for arm in study.arms if full is None or arm.variant != full.variant]
     candidates = [*([full] if full is not None else []), *(arm for arm in rest if not arm.is_full_rank)]
@@ -38,7 +45,7 @@ def untuned(study: Study) -> list[Arm]:
 
 
 def untuned_words(study: Study) -> list[str]:
-    """Return the sentence of the headline that names these arms and what differs from their presets."""
+    """Return the headline's sentence about the untuned arms. It names them and the differences from their presets."""
     found = untuned(study)
     if not found:
         return []
@@ -48,18 +55,18 @@ def untuned_words(study: Study) -> list[str]:
     ]
     reasons = dict.fromkeys(reason for arm in found if arm.config for reason in arm.config.rates.differs)
     return [
-        f"Caution, {NOT_TUNED}: {', '.join(names)} ({'; '.join(reasons)}). The gaps tell about the rates as much as "
-        "about the methods; sweeps=tune_learning_rate searches for rates."
+        f"Caution, {NOT_TUNED}: {', '.join(names)} ({'; '.join(reasons)}). The gaps may come from the rates as much "
+        "as from the methods; sweeps=tune_learning_rate searches for rates."
     ]
 
 
 def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
-    """Return sentences about what is not plausible in a study of one setting.
+    """Return sentences about results that are not plausible.
 
     Args:
-        study: The study.
-        best: Its best arm that is not full rank.
-        full: Its full-rank arm.
+        study: A study of one setting.
+        best: The best arm that is not full rank. None if there is no such arm.
+        full: The full-rank arm that is the baseline. None if there is no baseline.
     """
     sentences: list[str] = []
     choice = study.baseline()
@@ -74,15 +81,18 @@ def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
     if ahead:
         sentences.append(
             f"Not plausible: ahead of full rank at equal tokens by more than {-FAR_AHEAD:.0%}: {', '.join(ahead)}. "
-            "That is a sign of a full-rank run at bad rates; try others: method=full optimizer.learning_rate=... "
-            "optimizer.embedding_learning_rate=..."
+            "This suggests that the full-rank run has bad rates; try other rates: method=full "
+            "optimizer.learning_rate=... optimizer.embedding_learning_rate=..."
         )
     sentences += _within_seeds(best.label, best.gap("tokens"))
     return sentences
 
 
 def _within_seeds(label: str, gap: Estimate | None) -> list[str]:
-    """Return a sentence for a gap within the spread of seeds. Another place reports an interval that contains zero."""
+    """Return a sentence if the gap is within the spread of its seeds.
+
+    A gap with an interval is left out: the report itself says whether the interval contains zero.
+    """
     if gap is None or gap.deviation is None or gap.low is not None or abs(gap.relative) > gap.deviation:
         return []
     return [
@@ -92,7 +102,10 @@ def _within_seeds(label: str, gap: Estimate | None) -> list[str]:
 
 
 def _tried(study: Study, arm: Arm) -> list[float]:
-    """Return the learning rates of the arms that differ from `arm` only in rates. Full rank: of the whole runs_dir."""
+    """Return the learning rates of all finished runs that differ from `arm` only in rates and seed.
+
+    For full rank, the runs of other studies in the runs_dir count too.
+    """
     configs = [other.config for other in study.arms if other.finished]
     choice = study.baseline()
     if arm.is_full_rank and choice is not None:
@@ -103,11 +116,12 @@ def _tried(study: Study, arm: Arm) -> list[float]:
 
 
 def _but_for_rates(config: RunConfig) -> dict[str, object]:
+    """Return the values that identify a run, without its rates and its seed."""
     return {name: value for name, value in config.identity.items() if name not in (*RATES, "trainer.seed")}
 
 
 def _is_best(study: Study, arm: Arm) -> bool:
-    """Return whether an arm is the best on validation among the arms that differ from it only in rates."""
+    """Return whether an arm has the lowest validation loss of the arms that differ from it only in rates."""
     if arm.is_full_rank:
         full = study.full_rank()
         return full is not None and full.variant == arm.variant
@@ -118,36 +132,41 @@ def _is_best(study: Study, arm: Arm) -> bool:
 
 
 def _validation(arm: Arm) -> float:
+    """Return the mean validation loss of the finished runs."""
     return mean([member.run.validation_loss for member in arm.finished])
 
 
 def _at_the_edge(name: str, config: RunConfig | None, tried: Sequence[float]) -> list[str]:
-    """Return a sentence if the best rate is the lowest or the highest that was tried."""
+    """Return a sentence if the rate of `config` is the lowest or the highest of the tried rates."""
     if config is None or len(tried) < 2 or config.optimizer.learning_rate not in (tried[0], tried[-1]):
         return []
     rate = config.optimizer.learning_rate
     side, beyond = ("lowest", rate / 2) if rate == tried[0] else ("highest", rate * 2)
     return [
-        f"The rate of {name}, {rate:g}, is the {side} of the {len(tried)} that were tried: a better one may lie "
-        f"beyond; try optimizer.learning_rate={beyond:g}."
+        f"The rate of {name}, {rate:g}, is the {side} of the {len(tried)} that were tried: a better rate may "
+        f"be outside this range; try optimizer.learning_rate={beyond:g}."
     ]
 
 
 def _rising(full: Arm, choice: Baseline) -> list[str]:
-    """Return a sentence if the baseline's loss rises after its warm-up, for the first seed for which it does."""
+    """Return a sentence if the baseline's loss rises after the warm-up. It is about the first seed with such a rise."""
     for _, run in sorted(choice.runs.items()):
         found = rise(run)
         if found is not None:
             kind, low, high = found
             return [
                 f"Not plausible: the {kind} loss of the baseline ({full.label}, {run.name}) rises after its warm-up, "
-                f"from {low:.3f} to {high:.3f}: its rate is too high, or its training unstable."
+                f"from {low:.3f} to {high:.3f}: its rate is too high, or its training is unstable."
             ]
     return []
 
 
 def rise(run: Run) -> tuple[str, float, float] | None:
-    """Return which loss of a run rises after its warm-up, from which value and to which; None if none rises."""
+    """Find a loss that rises after the warm-up of a run.
+
+    Returns:
+        "validation" or "training", the lowest loss, and the later higher loss. None if no loss rises.
+    """
     assert run.config is not None
     warm = run.config.schedule.warmup_steps
     evaluated = [row["eval/loss"] for row in run.rows if "eval/loss" in row and row["step"] > warm]

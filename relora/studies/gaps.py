@@ -8,6 +8,7 @@ import bisect
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from relora.common.errors import ConfigError, DamagedFile
 from relora.config import frozen
 from relora.config.run import RunConfig
-from relora.methods.registry import BASELINE
+from relora.methods.registry import METHODS
 from relora.runs.results import Run, best_on_validation, mean
 from relora.runs.rundir import RunDir
 from relora.runs.spent import differences
@@ -40,12 +41,12 @@ class Gap:
 
     @property
     def relative(self) -> float | None:
-        """The perplexity divided by the baseline's, minus 1."""
+        """The perplexity divided by the perplexity of the baseline, minus 1."""
         return None if self.loss is None else relative(self.loss)
 
 
 def relative(loss_difference: float) -> float:
-    """Return the ratio of perplexities minus 1 for a difference of losses in nats; infinite if it overflows."""
+    """Return the ratio of perplexities minus 1 for a difference of losses in nats. Infinite if it overflows."""
     return math.expm1(loss_difference) if loss_difference < 700 else math.inf
 
 
@@ -56,29 +57,35 @@ class Compared:
     run: Run
     label: str
     choice: "Baseline | None" = None
-    """The full-rank variant for its setting and budget."""
+    """The full-rank variant that is the baseline for the setting and budget of the run."""
     baseline: Run | None = None
     """The run of that variant with the same seed."""
     tokens: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     flops: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     seconds: Gap = field(default_factory=lambda: Gap(loss=None, note="no results"))
     speed_note: str = ""
-    """Why its tokens/s cannot be compared with the baseline's. Empty if they can, or if there is no baseline."""
+    """Why tokens/s cannot be compared with the baseline. Empty if they can, or if there is no baseline."""
     memory_note: str = ""
-    """The same for its peak memory."""
+    """Why the peak memory cannot be compared with the baseline. Empty as above."""
     tokens_to_baseline: int | None = None
     """Tokens at the first evaluation that reached the baseline's last validation loss. None: never, or unknown."""
     evaluated_too_rarely: bool = False
-    """Whether it reached that loss, but has too few evaluations to show when."""
+    """Whether the run reached that loss, but has too few evaluations to show when."""
 
     @property
     def role(self) -> str:
-        """ "arm" or "baseline". "baseline, other rate" is a full-rank run that was added and not chosen."""
+        """The displayed role: "arm", "baseline", or "baseline, other rate" for a baseline that was not chosen."""
         return role_beside(self.run.role, self.run, self.baseline)
 
 
 def role_beside(role: str, run: Run, baseline: Run | None) -> str:
-    """Return the displayed role of a run that is measured against `baseline`."""
+    """Return the displayed role of a run.
+
+    Args:
+        role: Its role in the study.
+        run: The run.
+        baseline: The full-rank run that it is compared with.
+    """
     return OTHER_RATE if role == "baseline" and baseline is not None and baseline.name != run.name else role
 
 
@@ -92,8 +99,8 @@ def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run
     """Return the gap at an equal budget of FLOPs or seconds.
 
     The reference is a run of `ended` whose schedule ends at that budget. Without one, the loss is interpolated between
-    two such runs. Otherwise it is read from the baseline's validation curve. There the learning rate has not decayed
-    yet, which flatters the other arm, and the note says so.
+    two such runs. Otherwise the loss is read from the validation curve of the baseline. There the learning rate has
+    not decayed yet, which favours `run`. The note says so.
     """
     budget, unit = run.budget(axis), {"flops": "FLOPs", "seconds": "seconds"}[axis]
     if axis == "seconds":
@@ -118,11 +125,11 @@ def _gap_at_equal(axis: str, run: Run, baseline: Run | None, ended: Sequence[Run
     curve = [point for point in baseline.curve(axis) if point[0] > 0]
     at = bisect.bisect([point[0] for point in curve], budget)
     if at == 0:
-        return Gap(loss=None, note="the full-rank run was not evaluated as early as that")
+        return Gap(loss=None, note="the first evaluation of the full-rank run is after that budget")
     if at == len(curve):
-        return Gap(loss=None, note=f"no full-rank run of this setting took that many {unit}")
+        return Gap(loss=None, note=f"no full-rank run of this setting used that many {unit}")
     loss = _between(curve[at - 1], curve[at], budget)
-    note = f"read off the validation curve of {baseline.name} before its learning rate has decayed: flatters this arm"
+    note = f"read from the validation curve of {baseline.name} before its learning rate has decayed: favours this arm"
     return Gap(loss=run.summary["eval_loss"] - loss, note=note, kind="curve")
 
 
@@ -133,7 +140,12 @@ def _between(low: tuple[float, float], high: tuple[float, float], x: float) -> f
 
 
 def _tokens_to_reach(run: Run, baseline: Run) -> tuple[int | None, bool]:
-    """Return the tokens at the first evaluation that reached the baseline's loss, and whether there are too few."""
+    """Return the tokens at the first evaluation that reached the last validation loss of the baseline.
+
+    Returns:
+        The tokens, and whether the run has too few evaluations to show when it reached the loss. The tokens are None in
+        that case, and if the loss was not reached.
+    """
     goal, curve = baseline.summary["eval_loss"], run.curve("tokens")
     reached = next((int(tokens) for tokens, loss in curve if loss <= goal), None)
     too_few = reached is not None and sum(tokens > 0 for tokens, _ in curve) < FEWEST_EVALUATIONS
@@ -148,15 +160,15 @@ class Baseline:
     """The full-rank variant that is the reference of all runs of one setting and budget."""
 
     runs: dict[int, Run]
-    """By seed."""
+    """seed -> run. Runs that diverged are left out."""
     rivals: dict[str, dict[int, Run]]
-    """All candidates, including the chosen one, by variant and seed."""
+    """variant -> seed -> run, for all candidates, including the chosen one."""
     needed: frozenset[int]
-    """The seeds for which it was chosen. Empty if the study needs none."""
+    """The seeds for which the variant was chosen. Empty if the study needs no baseline here."""
 
     @property
     def variant(self) -> str:
-        """The variant that its runs share."""
+        """The variant, which all its runs share."""
         return _variant(next(iter(self.runs.values())))
 
     @property
@@ -165,11 +177,11 @@ class Baseline:
         return any(run.role != "other" for run in self.runs.values())
 
     def compared_with(self, variant: str) -> tuple[list[int], float, float] | None:
-        """Compare it with another candidate over the seeds that both have.
+        """Compare the baseline with another candidate over the seeds that both have.
 
         Returns:
-            The shared seeds, the candidate's mean validation loss over them, and its own. None if there is no shared
-            seed, or if the candidate diverged for one of them.
+            The shared seeds, the mean validation loss of the candidate over them, and the mean of the baseline. None if
+            there is no shared seed, or if the candidate diverged for one of them.
         """
         runs = self.rivals[variant]
         seeds = sorted(seed for seed in runs.keys() & self.runs.keys() if seed in self.needed or not self.needed)
@@ -182,10 +194,9 @@ class Baseline:
 class FullRank:
     """The finished full-rank runs of a runs_dir without a warm start, and the choice of baselines among them.
 
-    All such runs are candidates, also those of other studies. One variant (one set of rates) is the baseline of all
-    runs of a setting and budget: the variant with the lowest mean validation loss over the seeds of the study's other
-    arms. A variant that has more of those seeds is preferred to a better one that has fewer. A variant that diverged is
-    never chosen.
+    All such runs are candidates, also runs of other studies. One variant (one set of rates) is the baseline of all runs
+    of a setting and budget. It has the lowest mean validation loss over the seeds of the study's other arms. A variant
+    with more of those seeds is preferred to a better variant with fewer. A variant that diverged is never chosen.
     """
 
     def __init__(self, runs_dir: Path, own: Sequence[Run]) -> None:
@@ -213,7 +224,7 @@ class FullRank:
         key = (setting, total_steps)
         if key not in self._chosen:
             rivals = {variant: dict(runs) for variant, runs in self._rivals(setting, total_steps).items()}
-            # For a budget that the study does not have, the seeds of the setting count.
+            # No run of the study has this budget: use the seeds that it needs in this setting at any budget.
             needed = self._needed.get((setting[0], total_steps)) or self._needed.get((setting[0], None)) or set()
             losses = {
                 variant: {seed: run.validation_loss for seed, run in runs.items()} for variant, runs in rivals.items()
@@ -227,12 +238,12 @@ class FullRank:
         return self._chosen[key]
 
     def configs_for(self, run: Run) -> list[RunConfig]:
-        """Return one config of each candidate for the baseline of a finished run."""
+        """Return one config of each variant that is a candidate for the baseline of a finished run."""
         rivals = self._rivals(run.setting, _steps(run)).values()
         return [config for runs in rivals if (config := next(iter(runs.values())).config) is not None]
 
     def of_any_length(self, setting: tuple[Any, ...], seed: int) -> list[Run]:
-        """Return the runs with `seed` of the baselines of all budgets."""
+        """Return the baseline runs with `seed` at all budgets of a setting (Run.setting)."""
         chosen = (self.baseline(setting, steps) for steps in self._found.get(setting, {}))
         return [baseline.runs[seed] for baseline in chosen if baseline is not None and seed in baseline.runs]
 
@@ -241,7 +252,7 @@ class FullRank:
         chosen = self.baseline(run.setting, _steps(run))
         if chosen is not None:
             seeds = ", ".join(map(str, sorted(chosen.runs)))
-            return f"no finished full-rank run of its seed: the best on validation, {chosen.variant}, has seeds {seeds}"
+            return f"no finished full-rank run of its seed: the baseline, {chosen.variant}, has only seeds {seeds}"
         if self._rivals(run.setting, _steps(run)):
             return "no finished full-rank run of the same setting and budget has a finite loss: all diverged"
         return "no finished full-rank run of the same setting, budget and seed"
@@ -251,10 +262,11 @@ class FullRank:
 
 
 def finished_full_rank(runs_dir: Path) -> list[Run]:
-    """Return the finished full-rank runs of a runs_dir without a warm start. Unreadable runs are left out."""
+    """Return the finished full-rank runs without a warm start of a runs_dir. Unreadable runs are left out."""
     found: list[Run] = []
     # The name of a run's folder contains its method (RunConfig.name), so few of many runs have to be read.
-    for file in sorted(runs_dir.glob(f"*-{BASELINE}-*/status.json")):
+    files = {file for name in _full_rank_methods() for file in runs_dir.glob(f"*-{name}-*/status.json")}
+    for file in sorted(files):
         try:
             about = file.stat()
         except OSError:
@@ -265,9 +277,21 @@ def finished_full_rank(runs_dir: Path) -> list[Run]:
     return found
 
 
+def _full_rank_methods() -> list[str]:
+    """Return the names of the methods that may be baselines. A package that cannot be loaded has none."""
+    found: list[str] = []
+    for name in METHODS.names():
+        with suppress(ConfigError):
+            found += [name] if METHODS.find(name).is_full_rank else []
+    return found
+
+
 @lru_cache(maxsize=10_000)
 def _finished_full_rank(path: Path, _changed_ns: int, _size_bytes: int) -> Run | None:
-    """Return the run in `path` if it is such a run. Cached until its status file changes: `--watch` asks often."""
+    """Return the run in `path` if it belongs in `finished_full_rank`.
+
+    The result is cached until the status file changes, because `--watch` calls this often.
+    """
     folder = RunDir(path)
     try:
         status = folder.status

@@ -8,7 +8,7 @@ from relora.common.errors import ConfigError, DamagedFile
 from relora.common.files import read_json, write_json
 
 CANCELLATIONS = "cancelled.json"
-"""In a study's folder."""
+"""The file in a study's folder that counts its cancellations."""
 
 
 def study_dir(runs_dir: Path, study: str) -> Path:
@@ -23,7 +23,7 @@ def studies(runs_dir: Path) -> list[str]:
 
 
 def unknown_study(runs_dir: Path, study: str) -> ConfigError:
-    """Return the error for a study that is not in `runs_dir`. It lists the studies that are."""
+    """Return the error for a study that is not in `runs_dir`. The message lists the studies that exist there."""
     known = ", ".join(studies(runs_dir)) or "none"
     return ConfigError(
         f"study {study} does not exist in {runs_dir}; the studies there: {known}. Check the name and runs_dir=..."
@@ -31,13 +31,18 @@ def unknown_study(runs_dir: Path, study: str) -> ConfigError:
 
 
 def manifest_of(runs_dir: Path, study: str) -> dict[str, Any]:
-    """Return the content of study.json. Raises ConfigError if the study was never launched here, DamagedFile."""
+    """Return the content of study.json.
+
+    Raises:
+        ConfigError: The name is invalid, or the study was never launched in `runs_dir`.
+        DamagedFile: The file cannot be read, or lacks the runs, the launches or the role of a run.
+    """
     file = study_dir(runs_dir, study) / "study.json"
     manifest = read_json(file)
     if not manifest and not file.exists():
         raise unknown_study(runs_dir, study)
     runs, launches = manifest.get("runs"), manifest.get("launches")
-    remedy = "launch the study again: that writes the file anew"
+    remedy = "launch the study again: that writes a new file"
     if not isinstance(runs, dict) or not isinstance(launches, list):
         raise DamagedFile(file, "it has no runs and launches", remedy)
     for name, entry in runs.items():

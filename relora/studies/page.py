@@ -28,15 +28,15 @@ class Page:
         self.blocks.append(("listing", list(items)))
 
     def code(self, text: str) -> None:
-        """Add text as it is typed, like a command."""
+        """Add preformatted text, for example a command."""
         self.blocks.append(("code", text))
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table. The first column is text, the others are figures."""
+        """Add a table. The first column is text, the other columns are numbers."""
         self.blocks.append(("table", (list(header), [list(row) for row in rows])))
 
     def figure(self, file: str, caption: str) -> None:
-        """Add a picture, a file beside the page."""
+        """Add a picture. `file` lies in the folder of the page."""
         self.blocks.append(("figure", (file, caption)))
 
     def markdown(self) -> str:
@@ -47,7 +47,7 @@ class Page:
         )
 
     def html(self, folder: Path) -> str:
-        """Return the text of report.html, with everything in one file."""
+        """Return the text of report.html, which includes the pictures from `folder`."""
         body = "\n".join(_html(kind, content, folder) for kind, content in self.blocks)
         title = html.escape(self.title)
         return (
@@ -68,7 +68,7 @@ CSS = (
 
 
 def _no_html(text: str) -> str:
-    """Escape text for Markdown, where "<" begins HTML and "&" may begin a character's name."""
+    """Escape text for Markdown, where "<" begins HTML and "&" may begin a character reference."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMOOTHED_SHARE = 0.02
-"""The share of a training curve over which each drawn point averages."""
+"""Each drawn point of a training curve is the mean over this share of the curve."""
 COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c00")
-"""The colours of Okabe and Ito, which people with any colour vision can distinguish. Their yellow is too light for a
-line, and is an olive here."""
+"""The colours of Okabe and Ito, which people with any colour vision can distinguish. Olive replaces their yellow, which
+is too light for a line."""
 STYLES = ("-", "--", ":", "-.")
 MARKERS = "osD^vP*X"
 
@@ -54,7 +54,7 @@ def draw_curves(study: Study) -> "Figure | None":
 
 
 def draw_schedule(study: Study) -> "Figure | None":
-    """Draw the learning rate over the steps, one run for each shape of schedule. Marks are restarts."""
+    """Draw the learning rate over the steps, with one run for each shape of schedule. Marks are restarts."""
     shapes: dict[tuple[Any, ...], tuple[str, Run]] = {}
     for arm in study.arms:
         for member in arm.members[:1]:
@@ -71,7 +71,7 @@ def draw_schedule(study: Study) -> "Figure | None":
         axes.plot(list(rates), list(rates.values()), label=label, lw=1.2, **style)
         restarts = [row["step"] for row in run.rows if "restart/number" in row]
         axes.plot(restarts, [0.0] * len(restarts), "|", color=style["color"], ms=12)
-    axes.set_xlabel("update (marks: restarts)")
+    axes.set_xlabel("step (marks: restarts)")
     axes.set_ylabel("learning rate")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8)
@@ -79,7 +79,7 @@ def draw_schedule(study: Study) -> "Figure | None":
 
 
 def draw_gaps(study: Study) -> "Figure | None":
-    """Draw the gap of every arm, its seeds and its interval."""
+    """Draw the gap of every arm, the gap of each seed, and the interval."""
     found = [(arm, arm.gap("tokens")) for arm in study.arms if not arm.is_full_rank]
     rows = [(arm, gap) for arm, gap in found if gap is not None and math.isfinite(gap.relative)]
     if not rows:
@@ -102,7 +102,7 @@ def draw_gaps(study: Study) -> "Figure | None":
 
 
 def draw_heat_map(study: Study) -> "Figure | None":
-    """Draw the gap (without a baseline the test perplexity) by rank and reset interval, if at least one is swept."""
+    """Draw the gap by rank and reset interval, if at least one is swept. Without a baseline, draw test perplexity."""
     cells = heat_map(study)
     if cells is None:
         return None
@@ -118,7 +118,7 @@ def draw_heat_map(study: Study) -> "Figure | None":
     image = axes.imshow(grid, cmap="viridis_r", aspect="auto")
     axes.set_xticks(range(len(intervals)), ["never" if value is None else str(value) for value in intervals])
     axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
-    axes.set_xlabel("reset interval (updates)")
+    axes.set_xlabel("reset interval (steps)")
     axes.set_ylabel("rank")
     finite = [value for row in grid for value in row if not math.isnan(value)]
     middle = (min(finite) + max(finite)) / 2
@@ -132,7 +132,7 @@ def draw_heat_map(study: Study) -> "Figure | None":
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """The values that are drawn by rank and interval."""
+    """The values of a heat map: (rank, reset interval) -> value, the caption, and the format of a value."""
 
     values: dict[tuple[int, int | None], float]
     caption: str
@@ -140,7 +140,10 @@ class HeatMap:
 
 
 def heat_map(study: Study) -> HeatMap | None:
-    """Return the arms of a method with rank and restarts. None if neither is swept, or another setting is too."""
+    """Return the values of the arms whose method has a rank and restarts.
+
+    None if neither the rank nor the interval is swept, or if another setting is swept too.
+    """
     arms = [arm for arm in study.arms if arm.finished and arm.config is not None and restarts(arm.config)]
     places = [(arm.config.rank, arm.config.reset_interval_steps) for arm in arms if arm.config is not None]
     if len(set(places)) < max(len(arms), 2):
@@ -154,7 +157,7 @@ def heat_map(study: Study) -> HeatMap | None:
 
 
 def restarts(config: RunConfig) -> bool:
-    """Return whether a run's method has a rank and may restart."""
+    """Return whether the method of a run has a rank and a reset interval."""
     return config.rank is not None and hasattr(config.method, "reset_interval_steps")
 
 
@@ -170,7 +173,7 @@ def _shape(run: Run) -> tuple[Any, ...]:
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
-    """Return a style for each line: one colour each, and another line style after all colours are used."""
+    """Return a style for each line. The line style changes after all colours are used."""
     rounds = [divmod(number, len(COLOURS)) for number in range(count)]
     return [{"color": COLOURS[colour], "ls": STYLES[turn % len(STYLES)]} for turn, colour in rounds]
 

@@ -10,12 +10,15 @@ from relora.studies.study import Planned
 
 
 def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study:
-    """Write the report of a study, send MLflow what it lacks, and print the answer and the paths.
+    """Write the report of a study, send missing data to MLflow, and print the answer and the path of the report.
 
     Args:
         runs_dir: The folder of all runs.
-        study: The study's name.
-        on_node: This is a node of a cluster, which must not open an MLflow store that is a file.
+        name: The name of the study.
+        on_node: Whether this is a node of a cluster, which must not open an MLflow store that is a file.
+
+    Returns:
+        The study.
     """
     from relora.studies.report import answer, write_report
 
@@ -34,7 +37,7 @@ def publish_report(runs_dir: Path, name: str, *, on_node: bool = False) -> Study
         try:
             if finished:
                 attach_report(config, name, folder, finished, "\n\n".join(answer(study)))
-        except Exception as error:  # whatever MLflow raises
+        except Exception as error:  # MLflow raises errors of many types
             print(f"the report could not be attached in MLflow at {config.mlflow_uri}: {brief(error)}", flush=True)
     print("\n".join(["", *answer(study), f"report: {folder / 'report.html'}"]), flush=True)
     return study
@@ -49,7 +52,7 @@ def _is_mirrored(config: RunConfig | None, on_node: bool) -> bool:
 
 
 def mirror_runs(planned: Sequence[Planned]) -> None:
-    """Send MLflow what it lacks of runs that could not send it themselves."""
+    """Send the missing data of the runs to MLflow, for runs that could not send it themselves."""
     mirrored = [(item.run, item.config) for item in planned if item.config.tracker.name == "mlflow"]
     if mirrored:
         from relora.tracking.mirror import mirror_all
@@ -72,5 +75,5 @@ def join_study(planned: Sequence[Planned], study: str) -> None:
     for item in recorded:
         try:
             tag_study(item.run, item.config, study)
-        except Exception as error:  # whatever MLflow raises
+        except Exception as error:  # MLflow raises errors of many types
             print(f"{item.config.name} could not be tagged study.{study} in MLflow: {brief(error)}", flush=True)

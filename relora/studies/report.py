@@ -1,4 +1,4 @@
-"""The report of a study: its answer, tables and pictures."""
+"""The report of a study: the answer in sentences, tables and pictures."""
 
 import csv
 import json
@@ -29,13 +29,13 @@ GIB, MIB = 2**30, 2**20
 
 
 class Notes:
-    """Remarks on figures. Each is printed once, and figures refer to it by a letter."""
+    """Notes on the values of tables. Each note is printed once. Table cells refer to it by a letter."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def mark(self, text: str) -> str:
-        """Return the letter of a remark."""
+        """Return the letter of a note."""
         if text not in self.texts:
             self.texts.append(text)
         number = self.texts.index(text)
@@ -43,7 +43,12 @@ class Notes:
 
 
 def percent(estimate: Estimate | None, seeds: int | None = None) -> str:
-    """A gap, ± its deviation over seeds, its interval where there is one, its seeds where they are not the arm's."""
+    """Format a gap: the mean, ± the deviation over seeds, and the interval if there is one.
+
+    Args:
+        estimate: The gap. None is shown as "-".
+        seeds: The number of finished runs of the arm. If the gap has fewer seeds, their number is added.
+    """
     if estimate is None:
         return "-"
     text = f"{estimate.relative:+.1%}"
@@ -67,14 +72,14 @@ def _figure(values: Sequence[float], text: Callable[[float], str]) -> str:
 
 
 def answer(study: Study) -> list[str]:
-    """Return the answer of the study in sentences. If there are several settings, each has its own sentences."""
+    """Return the answer of the study in sentences. If there are several settings, each has separate sentences."""
     parts = study.settings()
     if len(parts) == 1:
         return _answer(study)
     sentences: list[str] = []
     for part in parts:
         config = next((arm.config for arm in part.arms if arm.config), None)
-        name = f"{config.model.name}, {config.total_steps} updates" if config else "unknown setting"
+        name = f"{config.model.name}, {config.total_steps} steps" if config else "unknown setting"
         sentences += [f"{name}: {line}" for line in _answer(part)]
     return sentences
 
@@ -87,7 +92,7 @@ def _answer(study: Study) -> list[str]:
             f"Full rank ({full.label}) reaches perplexity {_spread(full.values('test_perplexity'))} on test."
         )
     else:
-        sentences.append("There is no finished full-rank run to measure against.")
+        sentences.append("There is no finished full-rank run to compare with.")
     sentences += study.baseline_remarks()
     sentences += untuned_words(study)
     if best is not None:
@@ -97,14 +102,14 @@ def _answer(study: Study) -> list[str]:
     if best is not None and cells is not None and best.config is not None and restarts(best.config):
         interval = best.config.reset_interval_steps
         sentences.append(
-            f"Rank and interval: take rank {best.config.rank} and "
-            + ("no restarts." if interval is None else f"a restart every {interval} updates.")
+            f"Rank and interval: use rank {best.config.rank} and "
+            + ("no restarts." if interval is None else f"a restart every {interval} steps.")
         )
     seeds = min((len(arm.finished) for arm in study.arms if arm.finished), default=0)
     if 0 < seeds < 3:
         sentences.append(
             f"There {'is one seed' if seeds == 1 else 'are two seeds'} for at least one arm: no interval can be given, "
-            f"and a small difference may be chance. Three seeds give one: {_command(study, 'trainer.seed', '0,1,2')}"
+            f"and a small difference may be chance. Train three seeds: {_command(study, 'trainer.seed', '0,1,2')}"
         )
     if study.unfinished:
         sentences.append(f"{len(study.unfinished)} of {len(study.members)} runs have no result; they are listed below.")
@@ -118,13 +123,13 @@ def _command(study: Study, key: str, values: str) -> str:
 
 
 def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
-    """Return sentences on the best arm. It is chosen on validation, and its result is read on test."""
-    text = f"Best on validation of the others: {best.label}, test perplexity {_spread(best.values('test_perplexity'))}"
+    """Return sentences on the best arm. The arm is chosen on validation, and its result is read on test."""
+    text = f"Best other arm on validation: {best.label}, test perplexity {_spread(best.values('test_perplexity'))}"
     gap = best.gap("tokens")
     if gap is not None:
         text += f", {percent(gap)} against full rank at equal tokens"
         if gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high:
-            text += " (the interval holds zero: no difference is shown)"
+            text += " (the interval contains zero: no difference is shown)"
     if full is not None and full.finished:
         ratios = {
             name: mean(best.values(key)) / mean(full.values(key))
@@ -182,17 +187,17 @@ RUN_COLUMNS = (
 )
 FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
     ("gaps.png", draw_gaps, "Gap to full rank at equal tokens; points are seeds, dark lines 95% intervals."),
-    ("heat_map.png", draw_heat_map, "By rank and reset interval; lighter is better."),
+    ("heat_map.png", draw_heat_map, "Results by rank and reset interval; lighter is better."),
     ("curves.png", draw_curves, "Training loss (smoothed) and validation perplexity over tokens and training FLOPs."),
     ("schedule.png", draw_schedule, "Learning rates, one arm for each shape; marks on the axis are restarts."),
 )
 
 
-TOO_FEW = f"the loss was reached, but fewer than {FEWEST_EVALUATIONS} evaluations after the start cannot tell when"
+TOO_FEW = f"the loss was reached, but fewer than {FEWEST_EVALUATIONS} evaluations after the start cannot show when"
 
 
 def _rates_cell(study: Study, arm: Arm) -> str:
-    """Return the role of a baseline and how an arm's rates were chosen."""
+    """Return how the rates of an arm were chosen, after the role if the arm is a baseline."""
     roles = {member.role for member in arm.members} - {"arm"}
     return "; ".join(filter(None, [*sorted(roles), rates_of(study, arm)])) or "-"
 
@@ -231,7 +236,7 @@ def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
 
 
 def _marks(texts: Sequence[str], notes: Notes) -> str:
-    """Return the letters of the remarks in `texts`, each once."""
+    """Return the letters of the notes `texts`, each once."""
     marks = [notes.mark(text) for text in dict.fromkeys(filter(None, texts))]
     return f" ({', '.join(marks)})" if marks else ""
 
@@ -267,14 +272,14 @@ def _missing_budgets(study: Study) -> str | None:
 
 
 def _run_gap(member: Compared, axis: str, notes: Notes) -> str:
-    """Return a run's gap, and how it was measured if it was not measured on a run."""
+    """Return the gap of a run. At equal FLOPs or wall-clock, the letter of the note on how it was measured follows."""
     gap: Gap = getattr(member, axis)
     mark = f" ({notes.mark(gap.note)})" if axis != "tokens" and member.run.finished else ""
     return ("-" if gap.relative is None else f"{gap.relative:+.1%}") + mark
 
 
 def _tokens_cell(member: Compared, notes: Notes) -> str:
-    """Tokens to full rank's loss."""
+    """Return the tokens after which a run reached the loss of full rank."""
     if member.baseline is None:
         return "-"
     if member.evaluated_too_rarely:
@@ -303,7 +308,10 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
 def write_report(study: Study, runs_dir: Path) -> Path:
     """Write report.md, report.html, results.csv and the pictures, and return their folder.
 
-    The folder is replaced as a whole, so it is complete at any time. Raises OSError that names the folder.
+    The folder is replaced as a whole, so it is complete at any time.
+
+    Raises:
+        OSError: The folder cannot be written. The message names it.
     """
     target = study_dir(runs_dir, study.name) / "report"
     with FileLock(target.with_name(".lock")), publishing(target) as folder:
@@ -315,22 +323,23 @@ def _write(study: Study, folder: Path) -> None:
     page, notes = Page(f"Study {study.name}"), Notes()
     if study.question:
         page.paragraph(study.question)
-    page.heading("What came out")
+    page.heading("Results")
     page.listing(answer(study))
     page.heading("Arms")
     page.table(ARM_COLUMNS, [_arm_row(part, arm, notes) for part in study.settings() for arm in part.arms])
     run_rows = [_run_row(member, notes) for member in study.members]
     page.paragraph(
-        "A gap is test perplexity over that of the full-rank run of the same setting and seed, less 1, averaged over "
-        "seeds as a difference of losses; baselines have no warm start and are chosen on validation. ± is the standard "
-        "deviation over seeds, brackets hold a 95% interval. Wall-clock is that of updates and restarts, and means "
-        "little where runs shared a machine; peak memory on a CPU is all that the process held while it trained."
+        "A gap is test perplexity divided by that of the full-rank run of the same setting and seed, minus 1. It is "
+        "averaged over seeds as a difference of losses. Baselines have no warm start and are chosen on validation. "
+        "± is the standard deviation over seeds. Brackets contain a 95% interval. Wall-clock is the time of optimizer "
+        "steps and restarts. It means little if runs shared a machine. Peak memory on a CPU is all memory that the "
+        "process held while it trained."
     )
     page.listing([f"({notes.mark(text)}) {text}" for text in notes.texts])
     for command in filter(None, map(_missing_budgets, study.settings())):
         page.paragraph(
-            "A gap at equal FLOPs that is missing, or read off a curve, wants a full-rank run whose schedule ends "
-            "there. This trains those; the next report finds them, and compares at equal wall-clock with them too:"
+            "Some gaps at equal FLOPs are missing or were read from a curve. They need full-rank runs whose schedule "
+            "ends at that budget. This command trains them. The next report uses them, also at equal wall-clock:"
         )
         page.code(command)
     if study.unfinished:
@@ -352,7 +361,7 @@ def _write(study: Study, folder: Path) -> None:
             page.figure(file, caption)
     page.heading("Runs")
     page.table(RUN_COLUMNS, run_rows)
-    page.heading("To have this again")
+    page.heading("Reproduce this study")
     page.code("\n".join(f"python run.py -m {shlex.join(launch)}" for launch in study.launches))
     (folder / "report.md").write_text(page.markdown())
     (folder / "report.html").write_text(page.html(folder))
@@ -378,7 +387,7 @@ def as_json(study: Study) -> str:
 
 
 def _finite(values: Any) -> Any:
-    """Replace infinity, which JSON does not have, by null."""
+    """Replace infinity and NaN by None, because JSON does not have them."""
     if isinstance(values, dict):
         return {key: _finite(value) for key, value in values.items()}
     if isinstance(values, list):

@@ -30,13 +30,13 @@ class StatusRow:
     validation_perplexity: float | None = None
     test_perplexity: float | None = None
     gap_to_full: float | None = None
-    """At equal tokens: the test perplexity divided by the baseline's, minus 1."""
+    """At equal tokens: the test perplexity divided by that of the baseline, minus 1."""
     baseline: str | None = None
-    """The full-rank run that it is compared with."""
+    """The name of the full-rank run that the run is compared with."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     rates: str = ""
-    """How its learning rates were chosen. Empty if they were tuned, or if unknown."""
+    """How the learning rates were chosen. Empty if they were tuned or if it is unknown."""
 
     def as_json(self) -> dict[str, Any]:
         """Return a flat object, for `relora status --json`."""
@@ -62,7 +62,7 @@ def _with_problem(state: ObservedState, run: Run) -> ObservedState:
 
 
 def unreadable(runs_dir: Path, study: str) -> list[StatusRow]:
-    """Return rows of the runs whose frozen config is damaged. Only the name of the file is known of them."""
+    """Return a row for each run whose frozen config is damaged. It has only the name, the role and the reason."""
     return [
         StatusRow(run=name, role=role, state=ObservedState(name="unreadable", message=why), step=0, total_steps=0)
         for name, (role, why) in damaged_of(runs_dir, study).items()
@@ -91,7 +91,7 @@ def _finished(run: Run, state: ObservedState, full: FullRank) -> StatusRow:
 
 
 def _rates(run: Run, baseline: Run | None, full: FullRank) -> str:
-    """Return how the rates of a finished run were chosen. A baseline may be the best of several."""
+    """Return how the rates of a finished run were chosen. A baseline may have the best of several rates."""
     assert run.config is not None
     if baseline is not None and baseline.name == run.name:
         tried = {config.optimizer.learning_rate for config in full.configs_for(run)}
@@ -148,19 +148,19 @@ def _cells(row: StatusRow) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[StatusRow]) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and the rows as text. Empty columns are left out."""
+    """Return the headings and the cells as text. Empty columns are left out."""
     cells = [_cells(row) for row in rows]
     used = [number for number in range(len(COLUMNS)) if any(row[number] for row in cells)]
     return [COLUMNS[number] for number in used], [[row[number] for number in used] for row in cells]
 
 
 def render_plain(rows: Sequence[StatusRow]) -> str:
-    """Return the table as aligned text, followed by the names of the baselines of its gaps."""
+    """Return the table as aligned text, followed by the names of the baselines that the gaps use."""
     headings, cells = table(rows)
     texts = [aligned([headings, *cells])]
     baselines = list(dict.fromkeys(row.baseline for row in rows if row.baseline is not None))
     if baselines:
-        texts.append(f"gap to full: at equal tokens, seed by seed, against {', '.join(baselines)}")
+        texts.append(f"gap to full: at equal tokens, for the same seed, against {', '.join(baselines)}")
     return "\n".join(texts)
 
 

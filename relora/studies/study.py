@@ -27,6 +27,7 @@ class Planned:
 
     config: RunConfig
     role: str
+    """"arm" or "baseline"."""
 
     @property
     def run(self) -> RunDir:
@@ -35,15 +36,15 @@ class Planned:
 
     @property
     def state(self) -> str:
-        """The state of the run now. For many runs call `observe` instead: each call asks SLURM once."""
+        """The state of the run now. For many runs, call `observe` instead: it asks SLURM once for all of them."""
         return observe([self.run])[0].name
 
 
 def planned_runs(sweep: Sweep) -> list[Planned]:
-    """Return the runs of a sweep, after the full-rank runs that they need as baselines.
+    """Return the runs of a sweep and the full-rank runs that they need as baselines. The added baselines come first.
 
     Each comparison key and seed needs a full-rank run. A full-rank run of the sweep is enough if its rates were tuned
-    for the setting or given by the user. Otherwise full rank is added at several rates.
+    for the setting or given by the user. Otherwise full-rank runs at several rates are added.
 
     Raises:
         ConfigError: A full-rank run that is needed cannot be made.
@@ -64,7 +65,7 @@ def planned_runs(sweep: Sweep) -> list[Planned]:
 
 
 def _pairing(config: RunConfig) -> tuple[str, int]:
-    """Return what a run and its baseline must share."""
+    """Return the comparison key and the seed. A run and its baseline must have the same."""
     return (config.comparison_key, config.trainer.seed)
 
 
@@ -72,7 +73,7 @@ def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
     """Write each config into the folder of its run, unless another launcher has started the run.
 
     Args:
-        pending: The runs that are to be launched.
+        pending: The runs to launch.
         command: The arguments of run.py, which resume the run.
     """
     for item in pending:
@@ -83,7 +84,14 @@ def prepare(pending: Sequence[Planned], command: Sequence[str]) -> None:
 
 
 def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], overrides: Sequence[str]) -> None:
-    """Add the runs to study.json. A study that is launched again with more arms grows."""
+    """Add the runs of a launch to study.json. The runs of earlier launches stay there.
+
+    Args:
+        runs_dir: The folder of all runs.
+        sweep: The sweep, with the name and the question of the study.
+        planned: The arms and baselines to add.
+        overrides: The command line of this launch. It is stored without passwords.
+    """
     folder = study_dir(runs_dir, sweep.study)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
@@ -109,13 +117,13 @@ def write_manifest(runs_dir: Path, sweep: Sweep, planned: Sequence[Planned], ove
 
 
 def _earlier_manifest(runs_dir: Path, study: str) -> dict[str, Any]:
-    """Return the manifest of earlier launches. A damaged file is renamed, and this launch starts a new one."""
+    """Return the manifest of earlier launches. A damaged file is renamed, and the manifest starts empty again."""
     file = study_dir(runs_dir, study) / "study.json"
     try:
         return manifest_of(runs_dir, study) if file.exists() else {}
     except DamagedFile as error:
         aside = set_aside(file)
-        print(f"note: {error}; it is kept as {aside.name}, and runs of other launches are in no manifest", flush=True)
+        print(f"note: {error}; it is kept as {aside.name}; the new file lacks the runs of other launches", flush=True)
         return {}
 
 

@@ -19,44 +19,47 @@ if TYPE_CHECKING:
 
 
 MOST_RUNS = 10_000
-"""The most runs of a sweep. Each run is composed and checked before the first one starts."""
+"""The maximum number of runs of one grid. All runs are composed and checked before the first one starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The arms of a study, in the order of its file and of the command line, each once."""
+    """The arms of a study."""
 
     study: str
     question: str
     """The question in the file. Empty for a sweep of the command line."""
     runs: list[RunConfig]
+    """In the order of the file and of the command line. Each run is there once."""
     arguments: dict[str, list[str]] = field(default_factory=dict)
-    """Config hash -> the overrides that the run was composed from."""
+    """Config hash -> the overrides from which the run was composed."""
     fixed: list[str] = field(default_factory=list)
-    """The overrides of the command line with one value. They hold for every run."""
+    """The overrides of the command line with one value. They apply to every run."""
     file: str | None = None
     """The NAME of sweeps=NAME."""
     baseline_rates: list[float] | None = None
-    """The factors of full rank's learning rate for the baselines. None: they depend on whether that rate was tuned."""
+    """Multiples of full rank's learning rate for the baselines. None: 1 if that rate was tuned, otherwise several."""
     remarks: list[str] = field(default_factory=list)
     """Notes for the user who launches the sweep."""
 
 
 def expand(overrides: Sequence[str]) -> Sweep:
-    """Return all runs of the overrides: `key=a,b` on the command line times the grids of sweeps=NAME.
+    """Compose and check all runs that the overrides describe.
 
-    A sweeps/ file has one grid under hydra.sweeper.params, or a union of grids under `grids`. Its other values hold for
-    every run. The command line has priority over both. Each run is checked.
+    The runs are the product of `key=a,b` on the command line and each grid of sweeps=NAME. A sweeps/ file has one grid
+    under hydra.sweeper.params, or a union of grids under `grids`. Its other values apply to every run. The command line
+    has priority over both.
 
     Raises:
-        ConfigError: A run is invalid. The message names the first such run.
+        ConfigError: A run is invalid, and the message names the first such run. Or nothing is swept, a key cannot be
+            swept, or a grid gives more than MOST_RUNS runs.
     """
     given = parsed(overrides)
     plain = [text for key, texts in given if len(texts) == 1 for text in texts]
     name = _sweep_name(given)
     for key, texts in given:
         if key.startswith("hydra.sweeper."):
-            raise ConfigError(f"{shown(texts[0])} is for Hydra's own sweeper; write the run's key=a,b,c itself")
+            raise ConfigError(f"{shown(texts[0])} is for Hydra's own sweeper; write key=a,b,c instead")
         if key in ("study", "runs_dir") and len(texts) > 1:
             raise ConfigError(f"{key}={shown(texts[0].partition('=')[2])},... cannot be swept: a study has one {key}")
     file = composed(plain, with_hydra=True)
@@ -77,7 +80,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
         axes = [*rows, *given]
         if math.prod(len(texts) for _, texts in axes) > MOST_RUNS:
             sizes = " x ".join(str(len(texts)) for _, texts in axes if len(texts) > 1)
-            raise ConfigError(f"the sweep has {sizes} runs, and {MOST_RUNS:,} are the most; give fewer values")
+            raise ConfigError(f"the sweep has {sizes} runs; the maximum is {MOST_RUNS:,}; give fewer values")
         for cell in itertools.product(*(texts for _, texts in axes)):
             arguments = [text for text in cell if not text.startswith(("sweeps=", "study="))]
             chosen = [text for (key, texts), text in zip(axes, cell, strict=True) if key in grid or len(texts) > 1]
@@ -90,7 +93,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
                 runs[config.config_hash] = presets.noted(config, [*own, *arguments])
                 led_to[config.config_hash] = arguments
     if cells > len(runs):
-        remarks.append(f"{cells} choices are {len(runs)} runs: the others would be the same again in this setting")
+        remarks.append(f"{cells} choices are {len(runs)} runs: some choices give the same run in this setting")
     for key, config in runs.items():
         remarks += [*without_preset(led_to[key], config), *config.remarks]
     remarks += tuned.remarks(runs.values())
@@ -107,21 +110,21 @@ def expand(overrides: Sequence[str]) -> Sweep:
 
 
 def _baseline_rates(given: Any) -> list[float] | None:
-    """Return the value of baseline_rates. Raises ConfigError."""
+    """Return the checked value of baseline_rates. Raises ConfigError if a factor is not a positive number."""
     if given is None:
         return None
     values = given if isinstance(given, list) else [given]
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if not values or len(numbers) < len(values) or not all(0 < value < math.inf for value in numbers):
         raise ConfigError(
-            f"baseline_rates={shown(given)} must be positive factors of full rank's rates, as [0.25,0.5,1,2]; [1] "
-            "takes the rates alone, null leaves the choice to whether they are tuned"
+            f"baseline_rates={shown(given)} must be positive factors of full rank's learning rate, for example "
+            "[0.25,0.5,1,2]; [1] trains that rate only, null trains several rates if that rate is not tuned"
         )
     return list(dict.fromkeys(map(float, numbers)))
 
 
 def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], error: ConfigError) -> str:
-    """Return how to use a sweeps/ file whose choices do not fit."""
+    """Return the remedy for a sweeps/ file with choices that do not fit, as the end of an error message."""
     swept = [key for key, texts in rows if len(texts) > 1 and key != "method"]
     at_fault = [key for key in swept if key in str(error)] or swept
     if not at_fault:
@@ -131,7 +134,7 @@ def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], erro
 
 
 def without_preset(overrides: Sequence[str], config: RunConfig) -> list[str]:
-    """Return a remark if the experiment of `overrides` has no preset for the run's method."""
+    """Return a remark if the experiment of `overrides` has no preset for the method of `config`."""
     experiment, method = given_values(overrides).get("experiments"), config.method.name
     if experiment is None or preset_file(experiment, method) is not None:
         return []
@@ -142,19 +145,19 @@ def without_preset(overrides: Sequence[str], config: RunConfig) -> list[str]:
 
 
 def _sweep_name(given: Sequence[tuple[str, list[str]]]) -> str | None:
-    """Return the NAME of sweeps=NAME. Raises ConfigError for several."""
+    """Return the NAME of sweeps=NAME, or None. Raises ConfigError if there are several names."""
     names = [text.partition("=")[2] for key, texts in given if key == "sweeps" for text in texts]
     if len(names) > 1:
-        raise ConfigError(f"sweeps={','.join(names)}: a launch asks one question; launch them one after the other")
+        raise ConfigError(f"sweeps={','.join(names)}: a launch asks one question; launch one sweep after the other")
     return names[0] if names else None
 
 
 def _grids(file: "DictConfig", name: str) -> list[dict[str, Any]]:
-    """Return the grids of a composed sweeps/ file. Raises ConfigError."""
+    """Return the grids of a composed sweeps/ file. Raises ConfigError if they are not a list of mappings."""
     grids = as_values(file.hydra.sweeper.params if "grids" not in file else file.grids)
     grids = [grids or {}] if "grids" not in file else grids
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
-        raise ConfigError(f"grids={grids} must be a list of grids, each key: choices, as in sweeps/{name}.yaml")
+        raise ConfigError(f"grids={grids} must be a list of grids with lines key: choices, as in sweeps/{name}.yaml")
     return grids
 
 
@@ -171,13 +174,17 @@ class Search:
     """Dotted key -> lowest and highest value. The search uses a log scale."""
     seeds: list[int]
     overrides: list[str]
-    """The overrides of every trial."""
+    """The overrides that all trials share."""
 
 
 def search(overrides: Sequence[str]) -> Search | None:
-    """Return the search that sweeps=NAME describes, or None. Only seeds may be swept.
+    """Return the search for learning rates that sweeps=NAME describes. Only the seed may be swept.
 
-    Raises ConfigError.
+    Returns:
+        The search. None without sweeps=NAME, or if the file has no key `tune`.
+
+    Raises:
+        ConfigError: A value of `tune` is invalid, another key is swept, or a trial's config is invalid.
     """
     given = parsed(overrides)
     plain = [text for _, texts in given if len(texts) == 1 for text in texts]
@@ -224,7 +231,7 @@ def search(overrides: Sequence[str]) -> Search | None:
 
 
 def _question(name: str | None) -> str:
-    """Return the comment at the head of a sweeps/ file."""
+    """Return the comment at the top of a sweeps/ file. Empty if there is no file or no comment."""
     file = conf_dir().parent / "sweeps" / f"{name}.yaml"
     lines = file.read_text().splitlines() if file.is_file() else []
     comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
@@ -232,5 +239,5 @@ def _question(name: str | None) -> str:
 
 
 def _written(value: Any) -> str:
-    """Return a value of a grid as text of the command line."""
+    """Return a value of a grid as it is written on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def gap_metric(study: str) -> str:
     """Return the name of the metric for a run's gap to full rank in a study.
 
-    A baseline is chosen over the seeds that a study needs. So a run of several studies has one gap for each study.
+    A baseline is chosen over the seeds that a study needs. So a run that belongs to several studies has one gap for
+    each study.
     """
     return f"summary/gap_to_full_percent.{study}"
 
@@ -30,7 +31,16 @@ def gap_metric(study: str) -> str:
 def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence[Compared], headline: str) -> None:
     """Tag each run of the store as a member of the study, record its gap, and store the report in a separate run.
 
-    Raises the errors of MLflow. Raises RunError for a store that was moved with the runs; then only files are missing.
+    Args:
+        config: The config of a run of the study. It names the store.
+        study: The name of the study.
+        folder: The folder of the report.
+        members: The finished runs.
+        headline: The description of the report's run in MLflow.
+
+    Raises:
+        RunError: The store was moved with the runs. Only the files of the report are missing in MLflow then.
+        Exception: Any error of MLflow.
     """
     client, deleted = open_store(config.mlflow_uri, Path(config.runs_dir)), []
     for member in members:
@@ -69,14 +79,14 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
 
 
 def _check_place(config: RunConfig, artifact_uri: str) -> None:
-    """Raise RunError if the artifact folder of a runs_dir's own store is elsewhere: both were moved or copied."""
+    """Raise RunError if the store of a runs_dir keeps artifacts elsewhere: the runs_dir was moved or copied."""
     path = Path(url2pathname(urlsplit(artifact_uri).path))
     if config.tracker.uri is None and not path.resolve().is_relative_to(Path(config.runs_dir).resolve()):
-        raise RunError(f"{config.runs_dir} was moved or copied, and its store keeps artifacts in {path} still")
+        raise RunError(f"{config.runs_dir} was moved or copied, but its MLflow store still keeps artifacts in {path}")
 
 
 def view_key(study: str) -> str:
-    """Return the key of a study's prepared view in the UI's address."""
+    """Return the key of the prepared view of a study in the address of the UI."""
     return hashlib.sha256(f"relora view {study}".encode()).hexdigest()
 
 

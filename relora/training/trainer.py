@@ -176,18 +176,12 @@ class Trainer:
             step,
             {
                 "restart/number": number,
-                "restart/relative_update": done.relative_update,
-                "restart/rounding_loss": done.rounding_loss,
-                "restart/reset_fraction": done.reset_fraction,
+                **{f"restart/{name}": value for name, value in done.metrics.items()},
                 "restart/lr_factor": factor,
             },
         )
         at_rate = "" if factor < 0.01 else f"; the learning rate is at {factor:.0%} here, not near zero"
-        self.tracker.log_line(
-            f"step {step}: restart {number}, merged |dW|/|W| = {done.relative_update:.2%} "
-            f"(rounding lost {100 * done.rounding_loss:.2g}% of it), reset {done.reset_fraction:.1%} of the factors' "
-            f"optimizer state{at_rate}"
-        )
+        self.tracker.log_line(f"step {step}: restart {number}, {done.message}{at_rate}")
 
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rate of each parameter group for `step`."""

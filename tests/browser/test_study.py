@@ -177,7 +177,7 @@ def test_the_report_page_is_readable(study: Study, browser: Any, screenshots: Pa
     assert all(complete and width > 300 for complete, width in images)
     body = browser.find_element("tag name", "body").text
     assert "Caution, rates not tuned for this setting" in body
-    assert "take rank" not in body
+    assert "use rank" not in body
     narrow = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
     browser.get(page.as_uri())

@@ -186,5 +186,5 @@ def test_a_run_that_takes_fewer_at_a_time_cannot_go_on_with_it(tmp_path: Path) -
 
 
 def test_several_ranks_cannot(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="for one process, and these are 2"):
+    with pytest.raises(RunError, match="one process, and there are 2"):
         trainer_of(unclipped(*IN_BACKWARD), tmp_path, world=World(rank=0, size=2))

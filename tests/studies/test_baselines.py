@@ -46,7 +46,7 @@ def test_what_the_command_line_fixes_for_all_runs_holds_for_full_rank() -> None:
     (told,) = launch_notes([found], [found])
     assert all(text in told for text in fixed[:3])
     assert "conf/method/full.yaml" in told
-    assert "7 updates of warm-up" in told
+    assert "7 steps of warm-up" in told
 
 
 def test_the_launch_names_the_preset_that_the_rates_come_from() -> None:

@@ -153,7 +153,7 @@ def test_a_finished_run_whose_model_is_gone_keeps_its_last_weights(runs_dir: Pat
     before = contents(runs_dir)
     told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
     assert contents(runs_dir) == before
-    assert told["why"] == "kept: finished, but model/ holds no weights: they stand here alone"
+    assert told["why"] == "kept: finished, but model/ has no weights: the checkpoints are the only copy"
 
 
 @pytest.mark.parametrize("kept_share", [0.0, 0.001, 0.5, 0.999])
@@ -191,7 +191,7 @@ def test_a_checkpoint_cut_short_goes_once_nobody_trains(runs_dir: Path, state: s
     assert told["deletable_bytes"] == 0
     assert len(list(run.checkpoints.iterdir())) == 3
     told = clean(capsys, runs_dir, "--delete")["runs"][run.path.name]
-    assert told["why"].endswith("; a write that was cut short left *.tmp")
+    assert told["why"].endswith("; an interrupted write left *.tmp")
     assert told["deleted_bytes"] == told["checkpoints_bytes"] - du_bytes(run.checkpoints)
     assert len(list(run.checkpoints.iterdir())) == kept
 
@@ -431,7 +431,7 @@ def test_a_run_of_a_study_that_is_not_begun_keeps_every_warm_start(runs_dir: Pat
     new_study(runs_dir, "ranks", (), ("method.rank=2",))
     missing = new_config(runs_dir, "method.rank=2").name
     told = clean(capsys, runs_dir, "--delete")["warm_starts"][folder.name]
-    assert told["why"] == f"kept: whether it is forked by {missing} (named by study ranks, not begun) is not known"
+    assert told["why"] == f"kept: unknown whether it is forked by {missing} (listed in study ranks, not started)"
     assert folder.is_dir()
     new_run(runs_dir, "method.rank=2")
     clean(capsys, runs_dir, "--delete")

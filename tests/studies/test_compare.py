@@ -148,7 +148,7 @@ def test_an_undecayed_curve_is_labelled_as_flattering(lab: Lab) -> None:
     configs = [lab.run(*FULL, loss=3.0, flops=1e9), lab.run(*RELORA, loss=3.1, flops=7.5e8)]
     gap = arm(lab.study(*configs), "relora").members[0].flops
     assert gap.loss == pytest.approx(3.1 - (3.0 + 2 * 0.25))
-    assert "before its learning rate has decayed: flatters this arm" in gap.note
+    assert "before its learning rate has decayed: favours this arm" in gap.note
 
 
 @pytest.mark.slow
@@ -167,7 +167,7 @@ def test_a_budget_beyond_every_full_rank_run_has_no_gap(lab: Lab) -> None:
     configs = [lab.run(*FULL, flops=1e9), lab.run(*RELORA, flops=2e9)]
     gap = arm(lab.study(*configs), "relora").members[0].flops
     assert gap.relative is None
-    assert "no full-rank run of this setting took that many FLOPs" in gap.note
+    assert "no full-rank run of this setting used that many FLOPs" in gap.note
 
 
 def test_wall_clock_is_not_compared_across_machines(lab: Lab) -> None:
@@ -197,7 +197,7 @@ def test_too_few_evaluations_cannot_tell_when_the_baselines_loss_was_reached(lab
     assert (better.tokens_to_baseline, better.evaluated_too_rarely) == (None, True)
     assert (worse.tokens_to_baseline, worse.evaluated_too_rarely) == (None, False)
     text = (write_report(study, lab.runs_dir) / "report.md").read_text()
-    assert "fewer than 4 evaluations after the start cannot tell when" in text
+    assert "fewer than 4 evaluations after the start cannot show when" in text
     rows = [line for line in text[text.index("## Runs\n") :].splitlines() if "| relora" in line]
     assert ["never" in row for row in rows] == ["rank=8" in row for row in rows]
 
@@ -243,8 +243,8 @@ def test_several_settings_are_answered_one_by_one(lab: Lab) -> None:
     for model, full, relora in (("llama_9m", 3.0, 3.1), ("llama_20m", 2.0, 2.3)):
         configs += [lab.run(*FULL, f"model={model}", loss=full), lab.run(*RELORA, f"model={model}", loss=relora)]
     told = answer(lab.study(*configs))
-    assert any(line.startswith("llama_9m, 40 updates: Best") and "+10.5%" in line for line in told)
-    assert any(line.startswith("llama_20m, 40 updates: Best") and "+35.0%" in line for line in told)
+    assert any(line.startswith("llama_9m, 40 steps: Best") and "+10.5%" in line for line in told)
+    assert any(line.startswith("llama_20m, 40 steps: Best") and "+35.0%" in line for line in told)
 
 
 def test_runs_on_different_text_are_not_paired(lab: Lab) -> None:
@@ -262,7 +262,7 @@ def test_a_curve_is_not_read_outside_its_evaluations(lab: Lab) -> None:
     configs = [lab.run(*FULL, flops=1e9), lab.run(*RELORA, flops=1e8)]
     gap = arm(lab.study(*configs), "relora").members[0].flops
     assert gap.relative is None
-    assert "not evaluated as early" in gap.note
+    assert "first evaluation of the full-rank run is after that budget" in gap.note
 
 
 def test_ways_of_reading_a_gap_are_not_mixed_in_one_mean(lab: Lab) -> None:
@@ -368,7 +368,7 @@ def ranks_and_intervals(lab: Lab, values: Callable[[int, int], float]) -> Study:
 def test_the_report_answers_which_rank_and_interval_and_what_is_lost(lab: Lab) -> None:
     study = ranks_and_intervals(lab, lambda rank, interval: 3.1 if (rank, interval) == (8, 10) else 3.4)
     told = "\n".join(answer(study))
-    assert "take rank 8 and a restart every 10 updates" in told
+    assert "use rank 8 and a restart every 10 steps" in told
     gap = math.expm1(0.11)
     assert re.search(re.escape(f"{gap:+.1%} ± ") + r"\d\.\d% \[", told)
     assert "0.60 times the trainable parameters" in told

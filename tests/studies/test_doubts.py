@@ -49,7 +49,7 @@ def test_rates_of_another_setting_are_told_baseline_first_and_no_rank_is_advised
     told = line(study, NOT_TUNED)
     assert told.index("full rank (full)") < told.index("relora")
     assert "trainer.total_steps=40, tuned at 600" in told
-    assert line(study, "take rank") == ""
+    assert line(study, "use rank") == ""
     page = (write_report(study, lab.runs_dir) / "report.md").read_text()
     assert page.count(f"| {NOT_TUNED} |") == 5
     assert cli.main(["status", "mine", f"runs_dir={lab.runs_dir}"]) in (0, 1)
@@ -60,7 +60,7 @@ def test_rates_that_were_given_or_chosen_in_the_study_are_what_they_are(lab: Lab
     hand = "optimizer.learning_rate=4e-3"
     study = lab.study(lab.run(*FULL, hand, loss=3.0), *cells(lab, hand))
     assert line(study, NOT_TUNED) == ""
-    assert line(study, "take rank") != ""
+    assert line(study, "use rank") != ""
     assert {rates_of(study, arm) for arm in study.arms} == {"rates set by hand"}
     ladder = [lab.run(*FULL, f"optimizer.learning_rate={rate}", loss=loss) for rate, loss in ((1e-3, 2.9), (2e-3, 2.8))]
     study = lab.study(*ladder, lab.run(*FULL, loss=3.0), lab.run(*RELORA), name="ladder")
@@ -75,7 +75,7 @@ def test_runs_of_an_older_version_are_reported_as_before(tmp_path: Path) -> None
     lab = Lab(tmp_path / "runs")
     study = lab.study(lab.run(*FULL, loss=3.0), *cells(lab))
     assert line(study, NOT_TUNED) == ""
-    assert line(study, "take rank") != ""
+    assert line(study, "use rank") != ""
 
 
 def test_an_arm_far_ahead_of_full_rank_is_doubted(lab: Lab) -> None:

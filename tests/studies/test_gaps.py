@@ -99,7 +99,7 @@ def test_a_better_full_rank_run_of_the_runs_dir_is_used_and_named(lab: Lab) -> N
     assert baselines(study) == {0: elsewhere.name}
     told = " ".join(answer(study))
     assert "Full rank (full lr=0.001) reaches perplexity 13.46" in told
-    assert "The baseline full lr=0.001 is no run of this study" in told
+    assert "The baseline full lr=0.001 is not a run of this study" in told
     assert "full lr=0.002 of this study is worse on validation (3.2000 against 2.5000, over seed 0)" in told
     assert "+64.9% against full rank at equal tokens" in told
     page = (write_report(study, lab.runs_dir) / "report.md").read_text()

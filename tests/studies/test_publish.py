@@ -84,7 +84,7 @@ def test_a_moved_folder_is_reported_in_the_store_that_moved_with_it(lab: Lab, tm
     before = recorded(relora)
     moved = lab.runs_dir.rename(tmp_path / "moved")
     publish_report(moved, "mine")
-    assert "moved was moved or copied, and its store keeps artifacts in" in capsys.readouterr().out
+    assert "moved was moved or copied, but its MLflow store still keeps artifacts in" in capsys.readouterr().out
     assert not lab.runs_dir.exists()
     found = recorded(read_frozen(moved / relora.name / "config.yaml"))
     assert found.info.run_id == before.info.run_id
