@@ -7,7 +7,7 @@ from typing import Any
 
 from relora.cli.parser import build_parser
 from relora.common import signals
-from relora.common.errors import ConfigError, RunError, printable
+from relora.common.errors import ConfigError, RunError, print_note, printable
 from relora.config import compose, credentials, tuned
 from relora.config.tuned import Presets
 from relora.studies import sweeps
@@ -50,27 +50,27 @@ def _without_passwords(argv: Sequence[str]) -> list[str]:
 def _reported(action: Callable[[], int]) -> int:
     """Run a command. An error that the user can fix becomes one message and an exit code instead of a traceback."""
 
-    def print_note(message: object) -> None:
+    def show(message: object) -> None:
         if World.here().is_first:
-            print(f"relora: {credentials.redacted(str(message))}", file=sys.stderr)
+            print_note(credentials.redacted(str(message)))
 
     try:
         with signals.raising():
             return _stoppable(action)
     except ConfigError as error:
-        print_note(error)
+        show(error)
         return 2
     except RunError as error:
-        print_note(error)
+        show(error)
         return 1
     except KeyboardInterrupt:
-        print_note("interrupted")
+        show("interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # such as a missing file, a folder without permission or a full disk
-        print_note(printable(str(error)))
+        show(printable(str(error)))
         return 1
 
 

@@ -18,13 +18,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from relora.common.errors import ConfigError, RunError
+from relora.common.errors import ConfigError, RunError, print_note
 from relora.config import credentials, frozen
 from relora.config.run import RunConfig
 from relora.studies.manifest import studies, unknown_study
 from relora.studies.publish import mirror_runs
 from relora.studies.study import Planned
-from relora.tracking.store import print_note
 
 ADMIN = "admin"
 """The first user of a server that asks for a password. MLflow's UI can add more users."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relora.common.errors import ConfigError, RunError
+from relora.common.errors import ConfigError, RunError, print_note
 from relora.common.files import read_json
 from relora.config import compose, credentials, frozen
 from relora.runs.rundir import RunDir
@@ -117,7 +117,7 @@ def sync(arguments: argparse.Namespace) -> int:
     """Send the data that MLflow lacks of the given runs."""
     from relora.runs.state import observe
     from relora.tracking.mirror import Mirror
-    from relora.tracking.store import mlflow_errors, print_note
+    from relora.tracking.store import mlflow_errors
 
     results, code = {}, 0
     for path in arguments.runs:
@@ -241,5 +241,5 @@ def clean(arguments: argparse.Namespace) -> int:
         clean.delete(found)
     print(json.dumps(clean.as_json(found)) if arguments.json else clean.text(found, deleted=arguments.delete))
     for failure in found.failures:
-        print(f"relora: {failure}", file=sys.stderr)
+        print_note(str(failure))
     return 1 if found.failures else 0

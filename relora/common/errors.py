@@ -1,5 +1,6 @@
 """Errors that the user sees as a message instead of a traceback, and helpers that format their text."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the error's message that is not blank, or the error's class if it has no message."""
     lines = (printable(line.strip()) for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def print_note(message: str) -> None:
+    """Print one line for the user to stderr, so that it stays apart from the output of the command."""
+    print(f"relora: {message}", file=sys.stderr, flush=True)
 
 
 class ConfigError(ValueError):

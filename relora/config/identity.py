@@ -96,7 +96,7 @@ def spelled_out(config: "RunConfig") -> dict[str, Any]:
 
 def digest(fields: dict[str, Any]) -> str:
     """Return the hash of `fields` in the current scheme: 8 hex digits."""
-    return _digits({"scheme": SCHEME, **fields})
+    return short_hash({"scheme": SCHEME, **fields})
 
 
 def hashes(config: "RunConfig") -> list[str]:
@@ -126,11 +126,12 @@ def _written_out(config: "RunConfig") -> dict[str, Any]:
 def _without_defaults(fields: dict[str, Any]) -> str:
     """Return the hash of scheme 1."""
     absent = object()
-    return _digits({name: value for name, value in fields.items() if value != EARLIER_DEFAULTS.get(name, absent)})
+    return short_hash({name: value for name, value in fields.items() if value != EARLIER_DEFAULTS.get(name, absent)})
 
 
-def _digits(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+def short_hash(values: Any) -> str:
+    """8 hex digits of a value that JSON can write. The order of keys does not matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _flat(node: Any, prefix: str) -> dict[str, Any]:

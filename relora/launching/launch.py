@@ -258,8 +258,8 @@ class _Processes:
                     self._start()
                     time.sleep(POLL_SECONDS)
                     for item, process in self.running:
-                        if process.poll() and (outcome := silent_end(item, process)):
-                            print(outcome, flush=True)
+                        if process.poll() and (problem := silent_end(item, process)):
+                            print(problem, flush=True)
                     self.running = [(item, process) for item, process in self.running if process.returncode is None]
                     with suppress(RunError):  # some of the runs may be SLURM jobs, and SLURM may be busy for a moment
                         show(False)

@@ -4,9 +4,7 @@ A trial is one run for each seed. Its value is the mean of their validation loss
 folder, so that the same command continues it. The best learning rates become the method's preset.
 """
 
-import hashlib
 import importlib.util
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from filelock import FileLock, Timeout
 from relora.common import signals
 from relora.common.errors import ConfigError, RunError
 from relora.config import choices, compose, presets
+from relora.config.identity import short_hash
 from relora.config.run import RunConfig
 from relora.launching.launch import POLL_SECONDS, start_process, wait_for_stop
 from relora.runs.metrics import read_rows
@@ -127,8 +126,7 @@ def _open(file: Path, search: Search, config: RunConfig) -> "Study":
 def _question_key(search: Search, config: RunConfig) -> str:
     """The name of the search in Optuna: a hash of its setting, ranges and seeds."""
     fixed = {name: value for name, value in config.identity.items() if name not in (*search.ranges, "trainer.seed")}
-    key = json.dumps([fixed, search.ranges, search.seeds], sort_keys=True)
-    return f"{config.method.name} {hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return f"{config.method.name} {short_hash([fixed, search.ranges, search.seeds])}"
 
 
 def _judged(study: "Study") -> int:

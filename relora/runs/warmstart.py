@@ -3,8 +3,6 @@
 The first run trains it, and the other runs fork it. Its cost counts for each of them.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from relora.common.errors import DamagedFile
 from relora.common.files import publishing, read_json, write_json
+from relora.config.identity import short_hash
 from relora.config.run import RunConfig
 from relora.runs import checkpoint
 from relora.runs.metrics import complete_bytes, encoded, read_rows, recorded, row_metrics
@@ -31,7 +30,7 @@ def key(config: RunConfig) -> str | None:
     shared["steps"] = config.method.warm_start_steps
     shared["learning_rate"] = config.warm_start_learning_rate
     shared["embedding_learning_rate"] = config.optimizer.embedding_learning_rate or config.warm_start_learning_rate
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
+    return short_hash(shared)
 
 
 def folder_of(config: RunConfig) -> Path:

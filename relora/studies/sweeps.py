@@ -89,9 +89,10 @@ def expand(overrides: Sequence[str]) -> Sweep:
             except ConfigError as error:
                 raise ConfigError(f"{' '.join(chosen)}: {error}{_other_choices(name, rows, error)}") from error
             cells += 1
-            if config.config_hash not in runs:
-                runs[config.config_hash] = presets.noted(config, [*own, *arguments])
-                led_to[config.config_hash] = arguments
+            key = config.config_hash  # looks for folders, so once a cell
+            if key not in runs:
+                runs[key] = presets.noted(config, [*own, *arguments])
+                led_to[key] = arguments
     if cells > len(runs):
         remarks.append(f"{cells} choices are {len(runs)} runs: some choices give the same run in this setting")
     for key, config in runs.items():

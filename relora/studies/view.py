@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from relora.common.errors import RunError
+from relora.common.errors import RunError, print_note
 from relora.config.run import RunConfig
 from relora.studies.gaps import Compared
 from relora.tracking.mirror import mirrored
-from relora.tracking.store import experiment_id, is_deleted, open_store, print_note, recorded_run
+from relora.tracking.store import experiment_id, is_deleted, open_store, recorded_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

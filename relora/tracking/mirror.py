@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from relora.common.errors import ConfigError, RunError
+from relora.common.errors import ConfigError, RunError, print_note
 from relora.config.identity import spelled_out
 from relora.config.run import RunConfig
 from relora.runs.metrics import complete_bytes, decoded, row_metrics
@@ -27,7 +27,6 @@ from relora.tracking.store import (
     experiment_id,
     is_deleted,
     open_store,
-    print_note,
     recorded_run,
     runs_of_config,
     send_params,

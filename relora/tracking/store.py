@@ -3,7 +3,6 @@
 import logging
 import os
 import sqlite3
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from relora.common.errors import RunError, first_line
+from relora.common.errors import RunError, first_line, print_note
 from relora.common.files import sync_folder
 from relora.config import credentials
 from relora.config.run import RunConfig
@@ -37,11 +36,6 @@ class Point(NamedTuple):
     value: float
     time_ms: int
     step: int
-
-
-def print_note(message: str) -> None:
-    """Print one line for the user to stderr, so that it stays apart from the output of the command."""
-    print(f"relora: {message}", file=sys.stderr, flush=True)
 
 
 def quiet_mlflow() -> None:

@@ -135,7 +135,7 @@ def test_a_server_for_other_machines_listens_at_the_named_address_and_asks_for_a
     [("192.0.2.7", "is 192.0.2.7"), ("no-such-machine.invalid", "cannot be resolved"), ("0.0.0.0", "is 0.0.0.0")],
 )
 def test_a_host_that_is_no_address_of_this_machine_is_refused(run: RunDir, host: str, why: str) -> None:
-    with pytest.raises(RunError, match=f"--host {host} {why}.* ssh -L"):
+    with pytest.raises(RunError, match=f"--host {host} {why}.* a tunnel: ssh -L"):
         own_address(host)
 
 

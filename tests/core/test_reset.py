@@ -462,7 +462,7 @@ def test_integer_codes_are_refused_and_named(mode: str, dtype: torch.dtype, key:
         ({"pruning_ratio": math.nan}, "pruning_ratio=nan"),
         ({"mode": "none", "pruning_ratio": 99.0}, "pruning_ratio=99"),
         ({"mode": "random"}, "seed and restart is not given"),
-        ({"mode": "random", "seed": 0}, "and restart is not given; pass .*restart="),
+        ({"mode": "random", "seed": 0}, "and restart is not given; pass .* restart=.*, or all restarts would prune"),
         ({"mode": "random", "restart": 1}, "and seed is not given"),
     ],
 )

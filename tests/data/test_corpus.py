@@ -689,7 +689,9 @@ def test_a_changed_value_in_meta_json_is_named_and_the_corpus_prepared_anew(
     meta = json.loads((folder / "meta.json").read_text())
     changed = {"vocab_size": 301, "end_of_text_id": 1, "python": "2.7", "crc32": {}}[name]
     (folder / "meta.json").write_text(json.dumps({**meta, name: changed}))
-    with pytest.raises(DamagedFile, match=f"{folder / 'meta.json'} .*its values differ.*remove its folder"):
+    with pytest.raises(
+        DamagedFile, match=f"{folder / 'meta.json'} .*its values differ from those that were written.*remove its folder"
+    ):
         load(folder)
     said: list[str] = []
     prepare(config, corpora, said.append)

@@ -319,7 +319,11 @@ def test_a_study_runs_its_arms_and_baseline_and_the_same_launch_again_runs_nothi
     assert cli.run(["-m", *other]) == 0
     shown = capsys.readouterr().out
     assert "3 runs, 1 of them baselines that were added; 2 finished already" in shown
-    (note,) = (line for line in shown.splitlines() if "finished runs with other switches" in line)
+    (note,) = (
+        line
+        for line in shown.splitlines()
+        if line.startswith("note: this study uses finished runs with other switches")
+    )
     assert "(trainer.activation_checkpointing False against True)" in note
     reused = {run.path.name for run in runs_of(other)} & {path.name for path in files}
     assert set(note.rpartition(": ")[2].split(", ")) == reused

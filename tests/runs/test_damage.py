@@ -173,7 +173,7 @@ def test_a_run_with_a_damaged_status_goes_on(
     file.write_bytes(BROKEN[how](json.loads(file.read_text())))
     assert observe([killed.run])[0].name == "unreadable"
     assert cli.run(killed.overrides) == 0
-    assert "kept as status.json.damaged" in told(capsys, file)
+    assert "kept as status.json.damaged; continuing without it" in told(capsys, file)
     assert killed.weights == finished_run.weights
     assert values_of(killed) == values_of(finished_run)
 
@@ -185,7 +185,9 @@ def test_a_finished_run_whose_status_is_damaged_is_not_trained_again(
     before = finished.run.metrics_file.read_bytes()
     finished.run.status_file.write_text("{")
     assert cli.run(finished.overrides) == 0
-    assert "its results are read from metrics.jsonl" in told(capsys, finished.run.status_file)
+    assert "its results are read from metrics.jsonl, but its machine is unknown" in told(
+        capsys, finished.run.status_file
+    )
     mended, whole = finished.run.status, finished_run.run.status
     assert mended is not None
     assert whole is not None

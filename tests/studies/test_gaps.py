@@ -175,7 +175,7 @@ def test_a_seed_that_the_chosen_variant_lacks_is_told(lab: Lab) -> None:
     )
     assert baselines(study)[2] is None
     notes = [m.tokens.note for m in study.members if m.run.seed == 2 and m.baseline is None]
-    assert all("no finished full-rank run of its seed" in note and "seeds 0, 1" in note for note in notes)
+    assert all("no finished full-rank run of its seed" in note and "has only seeds 0, 1" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""The table of a study; what stands in it comes from tests/test_state.py and tests/slurm."""
+"""The table of a study; what stands in it comes from tests/runs/test_state.py and tests/slurm."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,15 @@ def test_a_full_rank_run_with_a_warm_start_or_of_another_length_is_no_baseline(t
     assert text.splitlines()[-1].endswith(f"against {short.name}")
 
 
-def test_a_baseline_that_came_by_itself_and_was_not_chosen_says_so(tmp_path: Path) -> None:
+def test_full_rank_at_another_rate_that_was_added_and_not_chosen_says_so(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "runs")
-    sweep_runs = [at_rate(lab, "1e-3", 3.0), lab.run(*RELORA, loss=3.2)]
-    lab.study(*sweep_runs)
+    best, other, arm = at_rate(lab, "1e-3", 2.9), at_rate(lab, "2e-3", 3.0), lab.run(*RELORA, loss=3.2)
+    lab.study(best, other, arm)
+    file = lab.runs_dir / "studies" / "mine" / "study.json"
+    manifest = json.loads(file.read_text())
+    for config in (best, other):  # as a launch writes it that adds them
+        manifest["runs"][config.name]["role"] = "baseline"
+    file.write_text(json.dumps(manifest))
     rows, _ = shown(lab)
-    assert [rows[config.name].role for config in sweep_runs] == ["arm", "arm"]
+    roles = [rows[config.name].role for config in (best, other, arm)]
+    assert roles == ["baseline", "baseline, other rate", "arm"]

@@ -452,7 +452,9 @@ def test_what_a_rank_left_is_told_where_rank_0_could_not(few: list[str]) -> None
     ranks.ended()
     (state,) = observe([ranks.run])
     assert state.name == "interrupted"
-    assert state.message.startswith("rank 1 failed: RuntimeError: an illegal memory access; its process died")
+    assert state.message == (
+        "rank 1 failed: RuntimeError: an illegal memory access; its process died; the newest checkpoint is kept"
+    )
 
 
 def test_a_rank_that_fails_alone_is_named(few: list[str]) -> None:
