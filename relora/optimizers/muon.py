@@ -64,7 +64,8 @@ class Muon(WithAdam):
     def step_bytes(self, trained: Sequence[Trained], element_bytes: int) -> int:
         """Return the peak bytes of temporary memory in an optimizer step.
 
-        It holds the update, two copies of it in bf16, and three bf16 squares of its shorter side (torch 2.13).
+        It holds the update, two copies of it in bf16, and three bf16 squares of its shorter side (torch 2.13). The
+        third square is the scratch memory of a matrix product. Some CPUs take less.
         """
         sizes = [sorted((each.rows, each.columns)) for each in trained if each.role in ORTHOGONALISED]
         return max((short * long * (element_bytes + 4) + 6 * short * short for short, long in sizes), default=0)

@@ -1,4 +1,4 @@
-"""The choice of an optimizer: against the plain formula, its state's bytes, resets, and resuming to the bit."""
+"""Each optimizer: its formula, the bytes of its state, its resets, and a resumed run to the bit."""
 
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def bytes_of_state(trainer: Trainer) -> int:
-    """Of its tensors, those that several parameters share once."""
+    """A tensor that several parameters share counts once."""
     held = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for state in trainer.optimizer.state.values()
@@ -56,18 +56,18 @@ def test_a_run_resumes_to_the_bit(choice: str, tmp_path: Path) -> None:
     assert states[0]["param_groups"] == states[1]["param_groups"]
     for number, state in states[1]["state"].items():
         for name, value in state.items():
-            own = states[0]["state"][number][name]
-            assert type(own) is type(value)
+            resumed_value = states[0]["state"][number][name]
+            assert type(resumed_value) is type(value)
             if isinstance(value, Tensor):
-                assert torch.equal(own, value), (number, name)
+                assert torch.equal(resumed_value, value), (number, name)
             elif not isinstance(value, dict):
-                assert own == value, (number, name)
+                assert resumed_value == value, (number, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_its_state_takes_as_many_bytes_as_the_plan_says(choice: str, method: str, tmp_path: Path) -> None:
+def test_the_optimizer_state_takes_as_many_bytes_as_the_plan_says(choice: str, method: str, tmp_path: Path) -> None:
     given = [text for text in CHOICES[choice] if not text.startswith("method.")]
     config = compose([*SMALL, *given, f"method={method}", *(["method.rank=4"] if method == "lora" else [])])
     trainer = trainer_of(config, tmp_path)
@@ -85,14 +85,17 @@ SMALL = [
 
 @pytest.mark.parametrize("shape", [(512, 512), (1376, 512)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muons_step_holds_what_the_plan_says(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_a_step_of_muon_takes_as_many_bytes_as_the_plan_says(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     matrix = nn.Parameter(torch.randn(*shape, dtype=dtype))
     muon = Muon(learning_rate=1e-3)
     optimizer = muon.build([{"params": [matrix], "role": MATRICES, "weight_decay": 0.0}, {"params": [], "role": REST}])
     matrix.grad = torch.randn_like(matrix)
     optimizer.step()
     planned = muon.step_bytes([Trained(MATRICES, *shape)], matrix.element_size())
-    assert planned == pytest.approx(most_allocated_bytes(optimizer.step), rel=0.05)
+    measured = most_allocated_bytes(optimizer.step)
+    # A matrix product takes up to one bf16 square as scratch: as much as that on some CPUs, little on others.
+    assert planned - 2 * min(shape) ** 2 <= 1.05 * measured
+    assert planned >= 0.95 * measured
 
 
 def orthogonalised(momentum: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ def orthogonalised(momentum: Tensor) -> Tensor:
     return (x.T if momentum.shape[0] > momentum.shape[1] else x).float()
 
 
-def test_muon_moves_matrices_by_its_formula_and_the_rest_by_adamws(tmp_path: Path) -> None:
+def test_muon_updates_matrices_by_its_formula_and_the_rest_by_adamw(tmp_path: Path) -> None:
     config = compose([*SMALL, "method=full", "optimizer=muon", "optimizer.weight_decay=0.1"])
     trainer = trainer_of(config, tmp_path)
     plain = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
@@ -133,12 +136,12 @@ def test_muon_moves_matrices_by_its_formula_and_the_rest_by_adamws(tmp_path: Pat
         trainer.optimizer.step()
     for name, parameter in trainer.model.named_parameters():
         error = (parameter.detach() - plain[name]).norm() / (plain[name] - start[name]).norm()
-        # Orthogonalised in bf16, which rounds at 0.4%, five times.
+        # The five iterations are in bf16, and each one rounds at 0.4%.
         assert error < (5e-2 if name in momenta else 1e-5), name
 
 
 @pytest.mark.slow
-def test_muon_updates_in_backward_as_at_once(tmp_path: Path) -> None:
+def test_muon_gives_the_same_weights_if_it_updates_in_backward(tmp_path: Path) -> None:
     weights: list[dict[str, Tensor]] = []
     for way in ("true", "false"):
         given = ["optimizer=muon", "optimizer.max_grad_norm=null", f"trainer.update_in_backward={way}"]
@@ -178,7 +181,7 @@ def test_codes_are_never_pruned_as_values(mode: str) -> None:
         assert all(torch.equal(state[key], value) for key, value in before[id(parameter)].items())
 
 
-def test_codes_that_are_reset_to_zero_begin_anew() -> None:
+def test_codes_that_are_reset_to_zero_start_again() -> None:
     model, optimizer = stepped(eight_bits)
     fresh_model, fresh = stepped(eight_bits)
     for each, of in ((model, optimizer), (fresh_model, fresh)):
@@ -193,27 +196,27 @@ def test_codes_that_are_reset_to_zero_begin_anew() -> None:
     optimizer.step()
     fresh.step()
     for own, other in zip(model.parameters(), fresh_model.parameters(), strict=True):
-        if own.ndim == 2 and own.requires_grad:  # the bias goes on with the state that it had
+        if own.ndim == 2 and own.requires_grad:  # the bias keeps its state
             assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("mode", ["magnitude", "random"])
 def test_a_reset_that_prunes_is_refused_with_codes_when_a_run_is_composed(mode: str) -> None:
-    with pytest.raises(ConfigError, match=r"optimizer=adamw_8bit keeps codes; use method.optimizer_reset.mode=zero"):
+    with pytest.raises(ConfigError, match=rf"mode={mode} .*=adamw_8bit .*use method\.optimizer_reset\.mode=zero"):
         compose(["optimizer=adamw_8bit", f"method.optimizer_reset.mode={mode}"])
     assert compose(["optimizer=adamw_8bit", "method.optimizer_reset.mode=zero"]).optimizer.name == "adamw_8bit"
     assert compose(["optimizer=adamw_8bit", "method=lora"]).optimizer.name == "adamw_8bit"
 
 
-def test_galore_is_an_optimizer_by_itself() -> None:
+def test_galore_refuses_another_optimizer() -> None:
     with pytest.raises(ConfigError, match="use optimizer=adamw"):
         compose(["method=galore", "optimizer=muon"])
 
 
-# ---------------------------------------------------------------------------------------------------- what is lacking
+# --------------------------------------------------------------------------------------------------- missing packages
 
 
-def test_a_machine_without_bitsandbytes_is_told_and_old_runs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_error_gives_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relora.optimizers.adamw_8bit.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'relora\[8bit\]'"):
         compose([*CODES])
@@ -231,7 +234,7 @@ def test_an_older_torch_has_no_muon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_rates_go_by_role(tmp_path: Path) -> None:
+def test_learning_rates_depend_on_the_role(tmp_path: Path) -> None:
     given = ["optimizer.learning_rate=1e-2", "optimizer.embedding_learning_rate=3e-2", "method.b_rate_ratio=4"]
     config = config_of(*given, "method.warm_start_steps=0", "method.target_modules=[q_proj]")
     trainer = trainer_of(config, tmp_path)
@@ -250,7 +253,7 @@ def rates_of(model: nn.Module, config: RunConfig) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_one_rate_for_both_factors_is_one_group_as_ever(tmp_path: Path) -> None:
+def test_one_rate_for_both_factors_gives_one_group(tmp_path: Path) -> None:
     trainer = trainer_of(config_of("method.warm_start_steps=0"), tmp_path)
     trainer.method.begin(trainer.model, trainer.config)
     groups = parameter_groups(trainer.model, trainer.config, 1e-2)
