@@ -18,114 +18,144 @@ from relora.config.frozen import freeze, thaw
 from relora.studies.sweeps import expand
 
 WRONG = [
-    (["method.rank=600"], "rank=600 exceeds min(in, out)=128 of model.layers.0.self_attn.q_proj; lower method.rank"),
-    (["method.rnak=3"], "unknown key method.rnak; did you mean method.rank?"),
-    (["+method.rnak=3"], "unknown key method.rnak; did you mean method.rank?"),
-    (["method=full", "method.rank=8"], "unknown key method.rank with this choice of method"),
+    (["method.rank=600"], "rank=600 ...=128 of model.layers.0.self_attn.q_proj ... lower method.rank"),
+    (["method.rnak=3"], "unknown key method.rnak ... method.rank?"),
+    (["+method.rnak=3"], "unknown key method.rnak ... method.rank?"),
+    (["method=full", "method.rank=8"], "unknown key method.rank ... choice of method"),
     (["nonsense=1"], "unknown key nonsense"),
     (
         ["model=llama_13b"],
-        "model=llama_13b does not exist; choose model= one of llama_130m, llama_1b",
+        "model=llama_13b does not exist ... model= one of llama_130m, llama_1b",
     ),
-    (["method"], "'method' is not an override of the form key=value"),
-    (["method.rank=abc"], "method.rank: Value 'abc' of type 'str' could not be converted to Integer"),
-    (["method.rank=0"], "method.rank=0 must be at least 1"),
+    (["method"], "'method' is not ... key=value"),
+    (["method.rank=abc"], "method.rank: ... 'abc' ... Integer"),
+    (["method.rank=0"], "method.rank=0 ... at least 1"),
     (["method.alpha=0"], "method.alpha=0.0 must be positive"),
-    (["method.reset_interval_steps=0"], "method.reset_interval_steps=0 must be at least 1 (null: no restarts)"),
-    (["method.reset_interval_steps=-5"], "method.reset_interval_steps=-5 must be at least 1"),
-    (["method.reset_interval_steps=501"], "method.reset_interval_steps=501 is longer than the 500 steps"),
-    (["trainer.total_steps=100"], "method.warm_start_steps=100 leaves no step of the run's 100 steps"),
-    (["schedule.warmup_steps=600"], "schedule.warmup_steps=600 does not fit into the 500 steps after the warm start"),
-    (["schedule.warmup_steps=150"], "schedule.warmup_steps=150 does not fit into method.reset_interval_steps=100"),
-    (["schedule.restart_warmup_steps=101"], "schedule.restart_warmup_steps=101 does not fit into"),
-    (["method.reset_interval_steps=99"], "the last restart, at step 595, leaves 5 steps, fewer than"),
-    (["method.optimizer_reset.mode=some"], "method.optimizer_reset.mode=some is not one of none, zero, random, magn"),
-    (["method.optimizer_reset.pruning_ratio=1.5"], "method.optimizer_reset.pruning_ratio=1.5 must be between 0 and 1"),
+    (["method.reset_interval_steps=0"], "method.reset_interval_steps=0 ... at least 1 (null: no restarts)"),
+    (["method.reset_interval_steps=-5"], "method.reset_interval_steps=-5 ... at least 1 (null: no restarts)"),
+    (["method.reset_interval_steps=501"], "method.reset_interval_steps=501 ... the 500 steps ... lower it"),
+    (
+        ["trainer.total_steps=100"],
+        "method.warm_start_steps=100 leaves no step ... lower it or raise trainer.total_steps",
+    ),
+    (
+        ["schedule.warmup_steps=600"],
+        "schedule.warmup_steps=600 ... the 500 steps ... lower it or raise trainer.total_steps",
+    ),
+    (
+        ["schedule.warmup_steps=150"],
+        "schedule.warmup_steps=150 ... method.reset_interval_steps=100 ... lower schedule.warmup_steps",
+    ),
+    (
+        ["schedule.restart_warmup_steps=101"],
+        "schedule.restart_warmup_steps=101 ... lower schedule.restart_warmup_steps",
+    ),
+    (
+        ["method.reset_interval_steps=99"],
+        "the last restart ... 595 ... leaves 5 steps ... method.reset_interval_steps=99",
+    ),
+    (["method.optimizer_reset.mode=some"], "method.optimizer_reset.mode=some ... one of none, zero, random, magn"),
+    (["method.optimizer_reset.pruning_ratio=1.5"], "method.optimizer_reset.pruning_ratio=1.5 ... between 0 and 1"),
     (
         ["method.target_modules=[proj]"],
-        "method.target_modules: 'proj' matches no linear layer; the model has down_proj",
+        "method.target_modules: 'proj' matches no ... the model has down_proj",
     ),
     (["method.target_modules=[]"], "method.target_modules is empty"),
     (["trainer.sequences_per_micro_step=5"], "trainer.sequences_per_micro_step=5 does not divide"),
     (
         ["trainer.update_in_backward=true"],
-        "trainer.update_in_backward=true cannot clip to optimizer.max_grad_norm=1.0: that needs all grad",
+        "trainer.update_in_backward=true cannot clip ... set optimizer.max_grad_norm=null",
     ),
     (
         ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null", "trainer.sequences_per_micro_step=4"],
-        "all 16 sequences of a batch at once, not trainer.sequences_per_micro_step=4 at a time; set it to null",
+        "all 16 sequences ... not trainer.sequences_per_micro_step=4 ... set it to null",
     ),
     (
         ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null", "cluster=slurm", "cluster.nodes=2"],
-        "trainer.update_in_backward=true works only with one process",
+        "trainer.update_in_backward=true ... only with one process ... cluster.nodes=1",
     ),
-    (["trainer.total_steps=null"], "the run has no budget; set trainer.total_steps or trainer.total_tokens"),
-    (["trainer.total_steps=1e3"], "trainer.total_steps: Value '1000.0' of type 'float' could not be converted"),
+    (["trainer.total_steps=null"], "no budget; set trainer.total_steps or trainer.total_tokens"),
+    (["trainer.total_steps=1e3"], "trainer.total_steps: ... '1000.0' ... Integer"),
     (["trainer.total_tokens=1.5X"], "trainer.total_tokens=1.5X is not a count"),
-    (["trainer.device=tpu"], "trainer.device=tpu is not one of auto, cpu, cuda, cuda:N"),
-    (["trainer.precision=fp8"], "trainer.precision=fp8 is not one of fp32, bf16_autocast, bf16"),
+    (["trainer.device=tpu"], "trainer.device=tpu ... one of auto, cpu, cuda, cuda:N"),
+    (["trainer.precision=fp8"], "trainer.precision=fp8 ... one of fp32, bf16_autocast, bf16"),
     (["optimizer.learning_rate=-1"], "optimizer.learning_rate=-1.0 must be positive"),
     (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be positive"),
-    (["model.heads=3"], "model.hidden_size=128 must be an even multiple of model.heads=3"),
-    (["model.vocab_size=100"], "model.vocab_size=100 is below data.vocab_size=2048"),
+    (["model.heads=3"], "model.hidden_size=128 ... even multiple of model.heads=3"),
+    (["model.vocab_size=100"], "model.vocab_size=100 ... below data.vocab_size=2048"),
     (["data.sequence_length_tokens=2048"], "data.sequence_length_tokens=2048 exceeds model.max_position_embeddings"),
     (["data=text"], "data=text needs data.path=FILE_OR_FOLDER"),
     (["data=text", "data.path=/no/such"], "data.path=/no/such does not exist"),
-    (["data=text", "data.path=.git"], "contains no text; relora reads files that end in .txt"),
-    (["data.path=x"], "data.path=x has no meaning with data=stdlib; use data=text"),
+    (["data=text", "data.path=.git"], "data.path= ... .git contains no text; ... .txt"),
+    (["data.path=x"], "data.path=x has no meaning ... use data=text"),
     (["data.tokenizer=/no/such"], "data.tokenizer=/no/such has no tokenizer.json"),
-    (["tracker.uri=mlruns"], "tracker.uri=mlruns is not a store; use sqlite:///FILE, http://HOST:PORT"),
+    (["tracker.uri=mlruns"], "tracker.uri=mlruns is not a store ... sqlite:///FILE, http://HOST:PORT"),
     (["data=text", "data.path=${foo}"], "data.path: Interpolation key 'foo' not found"),
-    (["method=null"], "method=null is not a choice; leave method out, or choose method= one of control, full"),
-    (["model=null"], "model=null is not a choice; leave model out, or choose model= one of llama_130m"),
+    (["method=null"], "method=null is not a choice ... leave method out ... method= one of control, full"),
+    (["model=null"], "model=null is not a choice ... leave model out ... model= one of llama_130m"),
     (
         ["experiments=null"],
-        "experiments=null is not a choice; leave experiments out, or choose experiments= one of laptop/",
+        "experiments=null is not a choice ... leave experiments out ... experiments= one of laptop/",
     ),
     (["experiments="], "experiments= is not a choice"),
-    (["+tune=3"], "unknown key tune; it belongs in a sweeps/ file"),
-    (["+grids=3"], "unknown key grids; it belongs in a sweeps/ file"),
+    (["+tune=3"], "unknown key tune; ... sweeps/ file"),
+    (["+grids=3"], "unknown key grids; ... sweeps/ file"),
     (["model.name=a/b"], "model.name=a/b may contain only letters, digits"),
     (["runs_dir="], "runs_dir= is empty; name a folder"),
-    (["study='a b'"], "study=a b may contain only letters, digits"),
+    (["study='a b'"], "study=a b ... only letters, digits"),
     (["study=../x"], "study=../x may contain only letters, digits"),
-    ([f"study={'x' * 300}"], "has 300 characters; use at most 100"),
-    ([f"runs_dir=/tmp/{'x' * 300}"], "is too long: each folder's name may have 255 bytes"),
-    (["model.name=gpt2"], "model.name=gpt2 names another architecture, but every model here is a Llama-style decoder"),
+    ([f"study={'x' * 300}"], "study=xxx ... has 300 characters ... at most 100"),
+    ([f"runs_dir=/tmp/{'x' * 300}"], "is too long ... 255 bytes ... use a shorter path"),
+    (["model.name=gpt2"], "model.name=gpt2 names another architecture ... use another name"),
     (["model=5"], "model=5 is not a choice"),
-    (["trainer=true"], "trainer=true does not exist; choose trainer= one of default"),
+    (["trainer=true"], "trainer=true does not exist ... trainer= one of default"),
     (["sweeps=1e30"], "sweeps=1e30 is not a choice"),
-    (["~data"], "~data: a key cannot be deleted from a config"),
-    (["method.name=[full]"], "method.name=['full'] is not one of full, lora"),
-    (["cluster.name={a: 1}"], "cluster.name={'a': 1} is not one of local, debug, slurm"),
-    (["optimizer.lr=1"], "unknown key optimizer.lr; did you mean optimizer.learning_rate?"),
-    (["data.seq_len=64"], "unknown key data.seq_len; did you mean data.sequence_length_tokens?"),
-    (["cluster.options.constraint=a100"], "unknown key cluster.options with this choice of cluster"),
+    (["~data"], "~data: ... cannot be deleted ... set data= another value"),
+    (["method.name=[full]"], "method.name=['full'] ... one of full, lora"),
+    (["cluster.name={a: 1}"], "cluster.name={'a': 1} ... one of local, debug, slurm"),
+    (["optimizer.lr=1"], "unknown key optimizer.lr ... optimizer.learning_rate?"),
+    (["data.seq_len=64"], "unknown key data.seq_len ... data.sequence_length_tokens?"),
+    (["cluster.options.constraint=a100"], "unknown key cluster.options ... choice of cluster"),
     (["trainer.seed=???"], "trainer.seed=??? is not a value"),
-    (["trainer.seed=99999999999999999999"], "must be at most 9,223,372,036,854,775,807"),
-    (["trainer.seed=1,2"], "has several values, but this is a single run; write python run.py -m"),
+    (["trainer.seed=99999999999999999999"], "trainer.seed=99999999999999999999 ... at most 9,223,372,036,854,775,807"),
+    (["trainer.seed=1,2"], "trainer.seed=1,2 has several values ... python run.py -m"),
     (["data=text", "data.path="], "data=text needs data.path=FILE_OR_FOLDER"),
     (["data.path="], "data.path= is empty"),
     (["data.tokenizer=''"], "data.tokenizer= is empty"),
-    (["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf times optimizer.learning_rate=0.01 must be at most 1"),
+    (
+        ["optimizer.weight_decay=inf"],
+        "optimizer.weight_decay=inf ... optimizer.learning_rate=0.01 ... at most 1 ... lower one",
+    ),
     (["optimizer.epsilon=1e30"], "optimizer.epsilon=1e+30 must be at most 1"),
     (["model.rms_norm_eps=1e30"], "model.rms_norm_eps=1e+30 must be at most 1"),
     (["method.alpha=1e30"], "method.alpha=1e+30 must be at most"),
     (["model.vocab_size=1000000000000"], "model.vocab_size=1000000000000 must be at most 16,777,216"),
     (["model.layers=1000000000000"], "model.layers=1000000000000 must be at most 1,000"),
-    (["trainer.sequences_per_step=1000000000000000000000"], "must be at most 1,048,576"),
+    (
+        ["trainer.sequences_per_step=1000000000000000000000"],
+        "trainer.sequences_per_step=1000000000000000000000 ... at most 1,048,576",
+    ),
     (["trainer.total_tokens=1e30"], "trainer.total_tokens=1e+30 must be at most"),
-    (["cluster=slurm", "runs_dir=100%j"], "contains %, which SLURM replaces in the paths of logs"),
-    (["cluster=slurm", "cluster.mem_gb=0.00001"], "SLURM reads --mem=0 as the whole node"),
+    (["cluster=slurm", "runs_dir=100%j"], "100%j contains % ... use a folder without %"),
+    (["cluster=slurm", "cluster.mem_gb=0.00001"], "cluster.mem_gb=1e-05 ... --mem=0 ... set the gigabytes"),
     (
         ["cluster=slurm", 'cluster.partition="a\n#SBATCH --uid=0"'],
         "cluster.partition=a\\n#SBATCH --uid=0 contains the control",
     ),
     (["cluster=slurm", 'cluster.setup=["module load x\rrm"]'], "cluster.setup=module load x\\rrm contains the control"),
-    (["cluster=slurm", "cluster.options={a b: 1}"], "cluster.options: a b is not an option of sbatch"),
-    (["cluster=slurm", "cluster.options={constraint: [1]}"], "cluster.options.constraint=[1] must be text, a number"),
+    (["cluster=slurm", "cluster.options={a b: 1}"], "cluster.options: a b ... not an option of sbatch"),
+    (
+        ["cluster=slurm", "cluster.options={constraint: [1]}"],
+        "cluster.options.constraint=[1] ... must be text, a number",
+    ),
     (["tracker.experiment='a\x1b[31m'"], "tracker.experiment=a\\x1b[31m contains the control character"),
 ]
+"""Wrong overrides, and parts of their message in order: "..." is any text between two parts."""
+
+
+def pattern(message: str) -> str:
+    """Return a regular expression for the parts of a message."""
+    return ".*".join(re.escape(part.strip()) for part in message.split("..."))
 
 
 @pytest.mark.slow
@@ -134,7 +164,7 @@ def test_a_wrong_option_is_one_clear_message(overrides: list[str], message: str,
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(ConfigError) as caught:
         compose(overrides)
-    assert message in str(caught.value)
+    assert re.search(pattern(message), str(caught.value))
     assert "\n" not in str(caught.value)
 
 
@@ -171,7 +201,7 @@ def test_an_ordinary_path_needs_no_quotes(name: str, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_paths_between_commas_stay_a_sweep(tmp_path: Path) -> None:
+def test_paths_with_commas_between_them_are_a_sweep(tmp_path: Path) -> None:
     paths = [tmp_path / "lr=1", tmp_path / "a[1]"]
     for path in paths:
         path.mkdir()
@@ -181,7 +211,7 @@ def test_paths_between_commas_stay_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_py_takes_ordinary_paths_and_refuses_in_one_line(tmp_path: Path) -> None:
+def test_run_py_accepts_ordinary_paths_and_reports_an_error_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "lr=1 \u65e5\u672c"
     folder.mkdir()
     (folder / "a.txt").write_text("text")
@@ -194,17 +224,20 @@ def test_run_py_takes_ordinary_paths_and_refuses_in_one_line(tmp_path: Path) -> 
     assert shown.returncode == 0
     assert yaml.safe_load(shown.stdout)["data"]["path"] == str(folder)
     for words, message in (
-        (["-m", "data=text", f"data.path={folder}", "method.rank=600,700"], "rank=600 exceeds min(in, out)=128"),
-        (["-m", "--cfg", "job", "method.rank=8,16"], "-m starts a sweep, but --cfg shows"),
-        (["-m", "method.rank=interval(1,2)"], "has an infinite number of values"),
-        (["-m", "hydra.sweeper.params.x=8,16"], "hydra.sweeper.params.x=8,16 is a setting of Hydra"),
-        (["--cfg", "job", "method.rnak=3"], "unknown key method.rnak; did you mean method.rank?"),
+        (
+            ["-m", "data=text", f"data.path={folder}", "method.rank=600,700"],
+            "rank=600 exceeds ...=128 ... lower method.rank",
+        ),
+        (["-m", "--cfg", "job", "method.rank=8,16"], "-m starts a sweep ... --cfg ... leave out one"),
+        (["-m", "method.rank=interval(1,2)"], "method.rank=interval(1,2) ... infinite number of values ... key=a,b,c"),
+        (["-m", "hydra.sweeper.params.x=8,16"], "hydra.sweeper.params.x=8,16 ... setting of Hydra ... key=a,b,c"),
+        (["--cfg", "job", "method.rnak=3"], "unknown key method.rnak ... method.rank?"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ):
         done = run(*words)
         assert done.returncode == 2, done
         assert done.stdout == ""
-        assert message in done.stderr
+        assert re.search(pattern(message), done.stderr)
         assert done.stderr.count("\n") == 1
 
 
@@ -221,14 +254,14 @@ def test_a_free_option_of_sbatch_needs_no_plus() -> None:
 
 
 @pytest.mark.parametrize("study", ["1e5", "2020-01-01", "null", "true", "0x10"])
-def test_text_that_yaml_may_take_for_something_else_is_frozen_as_text(study: str, tmp_path: Path) -> None:
+def test_text_that_yaml_may_read_as_another_type_is_frozen_as_text(study: str, tmp_path: Path) -> None:
     config = compose([f"study='{study}'"])
     freeze(config, tmp_path / "run" / "config.yaml")
     assert thaw(tmp_path / "run" / "config.yaml").study == study
 
 
 @pytest.mark.slow
-def test_a_wrong_option_ends_with_code_2_before_torch_is_imported_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_wrong_option_gives_code_2_without_importing_torch_or_making_a_folder(tmp_path: Path) -> None:
     script = (
         "import sys; from relora.cli.main import run; code = run(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'mlflow', 'datasets', 'submitit'} & set(sys.modules);"
@@ -261,7 +294,7 @@ def test_a_frozen_config_thaws_to_itself(tmp_path: Path, overrides: list[str]) -
     assert thaw(tmp_path / "run" / "config.yaml") == config
 
 
-def test_full_rank_carries_no_rank() -> None:
+def test_full_rank_has_no_rank() -> None:
     assert not hasattr(compose(["method=full"]).method, "rank")
 
 
@@ -284,7 +317,7 @@ def test_full_rank_carries_no_rank() -> None:
         "method.alpha=8",
     ],
 )
-def test_what_does_not_change_the_mathematics_does_not_change_the_hash(override: str) -> None:
+def test_a_value_that_does_not_change_the_mathematics_does_not_change_the_hash(override: str) -> None:
     assert compose([override]).config_hash == compose([]).config_hash
 
 
@@ -313,12 +346,12 @@ def test_what_does_not_change_the_mathematics_does_not_change_the_hash(override:
         "model.layers=2",
     ],
 )
-def test_what_changes_the_mathematics_changes_the_hash(override: str) -> None:
+def test_a_value_that_changes_the_mathematics_changes_the_hash(override: str) -> None:
     assert compose([override]).config_hash != compose([]).config_hash
 
 
 @pytest.mark.slow
-def test_a_text_source_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch) -> None:
+def test_a_text_source_is_identified_by_its_absolute_path(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("text")
     relative = ["data=text", "data.path=a.txt"]
     monkeypatch.chdir(tmp_path)
@@ -327,7 +360,7 @@ def test_a_text_source_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_runs_that_compare_share_a_key_and_seeds_share_a_variant() -> None:
+def test_comparable_runs_share_a_key_and_seeds_share_a_variant() -> None:
     relora, full, other = compose([]), compose(["method=full"]), compose(["trainer.total_steps=700"])
     assert relora.comparison_key == full.comparison_key != other.comparison_key
     assert compose(["trainer.seed=1"]).comparison_key == relora.comparison_key
@@ -335,7 +368,7 @@ def test_runs_that_compare_share_a_key_and_seeds_share_a_variant() -> None:
     assert compose(["trainer.seed=1"]).name != relora.name
 
 
-def test_the_run_folder_says_model_method_rank_and_hash() -> None:
+def test_the_name_of_the_run_folder_has_model_method_rank_and_hash() -> None:
     config = compose(["runs_dir=/somewhere"])
     assert str(config.run_dir) == f"/somewhere/llama_tiny-relora-r32-{config.config_hash}"
 
@@ -352,7 +385,7 @@ def test_counts_are_parsed(text: str | int, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "abc", "-5", "0", "1.5", "0.0001k", "1.5X", None, True])
-def test_what_is_no_count_is_refused(text: object) -> None:
+def test_a_value_that_is_no_count_is_refused(text: object) -> None:
     with pytest.raises(ConfigError):
         parse_count("x", text)  # type: ignore[arg-type]
 
@@ -362,7 +395,7 @@ FULL = compose(["method=full", "trainer.total_tokens=1.5B"])
 
 @pytest.mark.slow
 @given(steps=st.integers(1, 10**6), sequences=st.integers(1, 2048), spare=st.integers(0, 10**6))
-def test_a_token_budget_is_rounded_up_to_whole_updates(steps: int, sequences: int, spare: int) -> None:
+def test_a_token_budget_is_rounded_up_to_whole_steps(steps: int, sequences: int, spare: int) -> None:
     config = FULL
     config.trainer.sequences_per_step = sequences
     per_step = config.tokens_per_step
@@ -370,7 +403,9 @@ def test_a_token_budget_is_rounded_up_to_whole_updates(steps: int, sequences: in
     assert config.total_steps == steps
 
 
-def test_steps_on_the_command_line_win_over_an_experiments_tokens(text: Path, capsys, monkeypatch, tmp_path) -> None:
+def test_steps_on_the_command_line_replace_the_budget_of_an_experiment(
+    text: Path, capsys, monkeypatch, tmp_path
+) -> None:
     own = ["experiments=paper/relora_1b", f"data.path={text}", "method=full"]
     assert compose(own).total_steps == 23_499
     assert compose([*own, "trainer.total_steps=6000"]).total_steps == 6000
@@ -381,7 +416,7 @@ def test_steps_on_the_command_line_win_over_an_experiments_tokens(text: Path, ca
     assert "total_tokens: null" in capsys.readouterr().out
 
 
-def test_a_token_budget_decides_over_a_step_budget() -> None:
+def test_a_token_budget_has_priority_over_a_step_budget() -> None:
     assert compose(["trainer.total_tokens=2.048M"]).total_steps == 1000
 
 
@@ -398,7 +433,7 @@ def test_a_token_budget_decides_over_a_step_budget() -> None:
         ["tracker.uri=sqlite:///${runs_dir}/x.db"],
     ],
 )
-def test_runs_made_from_one_composition_are_what_hydra_composes(overrides: list[str]) -> None:
+def test_runs_of_a_reused_composer_are_equal_to_what_hydra_composes(overrides: list[str]) -> None:
     composer = Composer()
     composer.compose([text for text in overrides if text.startswith(("experiments=", "method=", "model=", "cluster="))])
     made = composer.compose(overrides)
@@ -407,7 +442,7 @@ def test_runs_made_from_one_composition_are_what_hydra_composes(overrides: list[
 
 
 @pytest.mark.parametrize("wrong", ["method.rnk=8", "method.rank=abc", "method.rank=600", "trainer.seed=-1"])
-def test_a_wrong_value_has_the_same_message_however_it_is_composed(wrong: str) -> None:
+def test_a_wrong_value_has_the_same_message_from_compose_and_from_a_composer(wrong: str) -> None:
     with pytest.raises(ConfigError) as alone:
         compose([wrong])
     with pytest.raises(ConfigError, match=re.escape(str(alone.value))):
@@ -420,16 +455,16 @@ def test_a_wrong_value_has_the_same_message_however_it_is_composed(wrong: str) -
 @pytest.mark.parametrize(
     ("total_steps", "given", "interval"), [(600, 100, 100), (100, 100, 100), (99, 100, 9), (80, 100, 8), (7, 100, 1)]
 )
-def test_a_validation_interval_above_the_runs_length_is_adapted_and_said(
+def test_a_validation_interval_longer_than_the_run_is_adapted_and_reported(
     total_steps: int, given: int, interval: int
 ) -> None:
     overrides = ["method=full", "schedule.warmup_steps=1", f"trainer.total_steps={total_steps}"]
     config = compose([*overrides, f"trainer.validation_interval_steps={given}"])
     assert config.validation_interval_steps == interval
-    told = [
+    parts = [
         f"trainer.validation_interval_steps={given}",
         f"the run's {total_steps} steps",
         f"every {interval} steps",
     ]
     assert len(config.remarks) == (interval != given)
-    assert all(text in remark for remark in config.remarks for text in told)
+    assert all(part in remark for remark in config.remarks for part in parts)

@@ -1,6 +1,7 @@
-"""Passwords of MLflow stores: in no file that others read, and known to whoever connects."""
+"""Passwords of MLflow stores. They are in no file that others can read, and later processes can still connect."""
 
 import json
+import re
 import socket
 import stat
 from pathlib import Path
@@ -25,7 +26,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> str:
-    """Of a server that does not answer."""
+    """The address of a server that does not answer."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
@@ -69,7 +70,7 @@ def test_a_text_of_a_library_is_shown_without_passwords(text: str) -> None:
     assert "secret" not in credentials.redacted(text)
 
 
-def test_later_processes_connect_by_a_file_that_only_its_owner_reads(
+def test_later_processes_connect_with_a_file_that_only_its_owner_can_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = credentials.learn("http://alice:secret@head:5000")
@@ -107,16 +108,16 @@ def test_no_file_and_no_output_of_a_study_holds_the_password(
     assert cli.run([f"tracker.uri=htp://alice:{PASSWORD}@{server}"]) == 2
     assert cli.run([f"tracker.uri={uri}", "trainer.total_steps=nonsense"]) == 2
     shown = "".join(capfd.readouterr())
-    assert "other users can see a command's arguments" in shown
+    assert re.search("other users can see .*MLFLOW_TRACKING_URI=.* in the environment", shown)
     assert f"http://alice@{server} fails" in shown
     assert PASSWORD not in shown
     holders = [path for path in runs_dir.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
     assert holders == [runs_dir / ".secrets.json"]
     assert read_frozen(run.config_file).mlflow_uri == f"http://alice@{server}"
-    assert (run.path / "model").is_dir(), "it trained to its end"
+    assert (run.path / "model").is_dir(), "the run finished"
 
 
-def test_a_folder_of_an_earlier_version_is_read_and_its_password_shown_nowhere(
+def test_a_folder_of_an_earlier_version_is_read_and_its_password_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose([f"runs_dir={tmp_path}"])
@@ -134,7 +135,7 @@ def test_a_folder_of_an_earlier_version_is_read_and_its_password_shown_nowhere(
 
 
 @pytest.mark.slow
-def test_mlflow_tracking_uri_counts_where_no_store_is_given(
+def test_mlflow_tracking_uri_is_used_if_no_store_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = f"runs_dir={tmp_path}"
@@ -162,7 +163,7 @@ def test_a_run_keeps_the_store_that_it_was_launched_with(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("value", ["databricks", "mlruns", "file:///tmp/mlruns", "htp://alice:secret@head"])
-def test_an_mlflow_tracking_uri_that_is_no_store_of_relora_is_told(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_an_mlflow_tracking_uri_that_relora_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", value)
     with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_URI=.* unset it, or give tracker.uri=") as raised:
         compose([])
@@ -170,7 +171,7 @@ def test_an_mlflow_tracking_uri_that_is_no_store_of_relora_is_told(monkeypatch: 
     compose(["tracker=jsonl"])
 
 
-def test_ui_and_sync_use_mlflow_tracking_uri_alike(
+def test_ui_and_sync_both_use_mlflow_tracking_uri(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = compose([f"runs_dir={tmp_path}"])

@@ -21,7 +21,7 @@ from relora.studies.sweeps import Sweep, expand
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What an experiments/ file must say, written down beside it and not read from it."""
+    """The values that an experiments/ file must have. They are written here and not read from the file."""
 
     model: str
     sizes: tuple[int, int, int, int]
@@ -32,7 +32,7 @@ class Setting:
     table_billion_tokens: float | None = None
     """The tokens of the paper's table."""
     over_the_table: float = 1.0
-    """The setting's tokens over the table's: not 1 where the documented steps do not make the table's tokens."""
+    """The tokens of the setting divided by those of the table. Not 1 if the documented steps give other tokens."""
     warmup: int
     precision: str = "bf16"
 
@@ -83,7 +83,7 @@ PAPER = [name for name in SETTINGS if name.startswith("paper/")]
 PRESETS = REPOSITORY / "conf" / "presets"
 PRESET_FILES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
 SAME_AS_THE_DEFAULT = {"laptop/small/lora", "laptop/small/control", "laptop/small/galore"}
-"""Presets that write down what the method's default happens to be."""
+"""Presets that are equal to the default of the method."""
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def composed(experiment: str, method: str, corpus: Path, *more: str) -> RunConfi
 
 @functools.cache
 def default_of(method: str) -> RunConfig:
-    """What holds where there is no preset, as no experiment has a value of a method."""
+    """Return the config without a preset. No experiments/ file has values of a method."""
     return compose([f"method={method}"])
 
 
 def baseline_of(config: RunConfig, *overrides: str) -> str:
-    """The hash of the full-rank run that a study of `config` gets."""
+    """Return the hash of the full-rank run that a study of `config` gets."""
     return Baselines(Sweep(study="x", question="", runs=[config], fixed=list(overrides))).of(config).config_hash
 
 
@@ -132,7 +132,7 @@ def test_every_experiment_has_its_numbers_in_this_file() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_method_runs_in_the_setting_that_is_cited(name: str, method: str, corpus: Path) -> None:
+def test_every_method_has_the_setting_that_is_cited(name: str, method: str, corpus: Path) -> None:
     setting, config = SETTINGS[name], composed(name, method, corpus)
     model = config.model
     assert config.method.name == method
@@ -151,13 +151,13 @@ def test_every_method_runs_in_the_setting_that_is_cited(name: str, method: str, 
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_budget_is_the_papers_or_off_by_what_its_file_says(name: str) -> None:
+def test_the_budget_is_the_papers_budget_or_the_file_states_the_papers(name: str) -> None:
     setting = SETTINGS[name]
     assert setting.table_billion_tokens is not None
     tokens = setting.steps * setting.sequences * setting.length
     assert tokens / 1e9 / setting.table_billion_tokens == pytest.approx(setting.over_the_table, abs=0.005)
-    told = f"{setting.table_billion_tokens}B" in (REPOSITORY / "experiments" / f"{name}.yaml").read_text()
-    assert told or abs(setting.over_the_table - 1) < 0.01
+    stated = f"{setting.table_billion_tokens}B" in (REPOSITORY / "experiments" / f"{name}.yaml").read_text()
+    assert stated or abs(setting.over_the_table - 1) < 0.01
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -176,16 +176,16 @@ def test_every_method_has_a_preset_in_every_experiment() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESET_FILES)
-def test_every_preset_is_applied_where_it_belongs(preset: str, corpus: Path) -> None:
+def test_every_preset_is_applied_to_its_experiment_and_method(preset: str, corpus: Path) -> None:
     experiment, _, method = preset.rpartition("/")
     assert experiment in SETTINGS
     assert method in METHODS
-    told, with_it = leaves(loaded(PRESETS / f"{preset}.yaml")), composed(experiment, method, corpus)
-    assert told
-    for key, value in told.items():
-        assert functools.reduce(getattr, key.split("."), with_it) == value, key
+    values, with_preset = leaves(loaded(PRESETS / f"{preset}.yaml")), composed(experiment, method, corpus)
+    assert values
+    for key, value in values.items():
+        assert functools.reduce(getattr, key.split("."), with_preset) == value, key
     without = default_of(method)
-    differ = {key for key, value in told.items() if functools.reduce(getattr, key.split("."), without) != value}
+    differ = {key for key, value in values.items() if functools.reduce(getattr, key.split("."), without) != value}
     assert differ or preset in SAME_AS_THE_DEFAULT
 
 
@@ -234,7 +234,7 @@ def test_relora_has_its_papers_recipe(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rank"), GALORE_RANKS.items())
-def test_galores_low_rank_arms_share_its_tables_rank(name: str, rank: int, corpus: Path) -> None:
+def test_low_rank_methods_have_the_rank_of_the_galore_table(name: str, rank: int, corpus: Path) -> None:
     runs = {method: composed(name, method, corpus) for method in METHODS}
     assert {run.rank for method, run in runs.items() if method != "full"} == {rank}
     assert {run.optimizer.max_grad_norm for run in runs.values()} == {None}
@@ -243,7 +243,7 @@ def test_galores_low_rank_arms_share_its_tables_rank(name: str, rank: int, corpu
     assert runs["full"].config_hash == baseline_of(runs["galore"], f"experiments={name}")
 
 
-def test_full_rank_meets_low_rank_at_the_rates_of_the_probe(corpus: Path) -> None:
+def test_laptop_crossing_has_the_rates_of_the_probe(corpus: Path) -> None:
     runs = {method: composed("laptop/crossing", method, corpus) for method in ("full", "lora", "relora")}
     assert {method: run.optimizer.learning_rate for method, run in runs.items()} == {
         "full": 2.5e-3,
@@ -259,12 +259,12 @@ def test_full_rank_meets_low_rank_at_the_rates_of_the_probe(corpus: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_ablation_of_the_paper_composes_in_its_own_setting(corpus: Path) -> None:
+def test_the_ablation_of_the_paper_composes_in_its_setting(corpus: Path) -> None:
     sweep = expand(["sweeps=paper_ablation", "experiments=paper/relora_130m", f"data.path={corpus}"])
     assert len(sweep.runs) == 10
 
 
-def test_other_text_model_and_budget_are_the_command_lines_to_choose(corpus: Path) -> None:
+def test_the_command_line_can_choose_another_text_model_and_budget(corpus: Path) -> None:
     config = composed(
         "paper/relora_250m", "relora", corpus, "model=llama_9m", "trainer.total_tokens=6.8B", "method.rank=8"
     )
@@ -276,7 +276,7 @@ def test_other_text_model_and_budget_are_the_command_lines_to_choose(corpus: Pat
 
 
 @pytest.mark.slow
-def test_without_text_there_is_one_message_and_nothing_is_left(tmp_path: Path) -> None:
+def test_without_text_there_is_one_message_and_no_run_folder(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "run.py", "experiments=paper/relora_60m", f"runs_dir={tmp_path / 'runs'}"],
         cwd=REPOSITORY,

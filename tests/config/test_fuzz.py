@@ -1,8 +1,8 @@
-"""Whatever stands behind run.py is a valid run, or one clear line, in bounded time.
+"""Any arguments of run.py give a valid run or one clear line, in bounded time.
 
     FUZZ_EXAMPLES=20000 pytest tests/config/test_fuzz.py
 
-searches longer, and from another beginning each time.
+searches longer, with other values each time.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 LONGEST_MESSAGE = 300
 LONGEST_SECONDS = 120
-"""Of one composition, on a machine with other work; it takes 0.1."""
+"""The time limit of one composition, for a busy machine. A composition usually takes 0.1 s."""
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 
 GROUPS = sorted(choices.groups())
@@ -103,7 +103,7 @@ COMPOSER = Composer()
 
 
 def examples(usual: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """So many of them in the suite; many more, and others each time, by hand."""
+    """Try the same `usual` examples in every run of the suite. FUZZ_EXAMPLES tries other examples each time."""
     return settings(
         max_examples=EXAMPLES or usual,
         derandomize=not EXAMPLES,
@@ -115,7 +115,7 @@ def examples(usual: int) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fails what takes longer than LONGEST_SECONDS."""
+    """Fail if the block takes longer than LONGEST_SECONDS."""
 
     def late(*_: object) -> None:
         pytest.fail(f"took more than {LONGEST_SECONDS} s")
@@ -130,7 +130,7 @@ def bounded() -> Iterator[None]:
 
 
 def outcome(action: Callable[[], T]) -> T | None:
-    """What `action` makes, or None where it refuses in one clear line; any other exception is a failure."""
+    """Return the result of `action`, or None if it raises one clear line. Any other exception is a failure."""
     try:
         with bounded():
             return action()
@@ -143,7 +143,7 @@ def outcome(action: Callable[[], T]) -> T | None:
 
 
 def hold(config: RunConfig, folder: Path) -> None:
-    """A valid run is frozen and read again as the same, and whatever follows from it can be computed."""
+    """Check that a valid run is equal after freeze and thaw, and that its cost and parameters can be computed."""
     with bounded():
         file = folder / "run" / "config.yaml"
         freeze(config, file)
@@ -170,7 +170,9 @@ def test_an_odd_value_is_a_valid_run_or_one_clear_line(override: str, tmp_path_f
 
 @examples(25)
 @given(chosen=st.lists(overrides, min_size=2, max_size=4))
-def test_so_are_several_odd_values_at_once(chosen: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_several_odd_values_are_a_valid_run_or_one_clear_line(
+    chosen: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     config = outcome(lambda: compose([*(text for one in chosen[:1] for text in group_of(one)), *chosen]))
     if config is not None:
         hold(config, tmp_path_factory.getbasetemp())
@@ -209,7 +211,7 @@ def test_an_odd_setting_of_a_retry_is_a_cluster_or_one_clear_line(key: str, valu
         ["method.reset_interval_steps=1", "schedule.warmup_steps=1", "schedule.restart_warmup_steps=1"],
     ],
 )
-def test_large_sizes_take_no_time(sizes: list[str], tmp_path: Path) -> None:
+def test_large_sizes_are_checked_in_bounded_time(sizes: list[str], tmp_path: Path) -> None:
     config = outcome(lambda: compose(sizes))
     if config is not None:
         hold(config, tmp_path)

@@ -1,4 +1,4 @@
-"""Whatever means the same is one run, whatever differs is two, and runs of an earlier version are found."""
+"""Configs with the same meaning are one run, other configs are two runs, and runs of earlier versions are found."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def every_layer(name: str) -> str:
         (["method=full", "method.warm_start_learning_rate=1e-3"], ["method=full"]),
     ],
 )
-def test_what_means_the_same_is_one_run(one: list[str], other: list[str]) -> None:
+def test_configs_with_the_same_meaning_are_one_run(one: list[str], other: list[str]) -> None:
     assert hash_of(*one) == hash_of(*other)
 
 
@@ -69,11 +69,11 @@ def test_what_means_the_same_is_one_run(one: list[str], other: list[str]) -> Non
         (["method=galore", "method.update_interval_steps=300"], ["method=galore", "method.update_interval_steps=400"]),
     ],
 )
-def test_what_differs_is_two_runs(one: list[str], other: list[str]) -> None:
+def test_configs_with_different_meanings_are_two_runs(one: list[str], other: list[str]) -> None:
     assert hash_of(*one) != hash_of(*other)
 
 
-def test_a_tokenizer_of_ones_own_makes_the_trained_vocabulary_size_no_part_of_a_run(tmp_path: Path) -> None:
+def test_with_a_given_tokenizer_the_vocabulary_size_does_not_change_the_hash(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     own = f"data.tokenizer={tmp_path}"
     assert hash_of(own) == hash_of(own, "data.vocab_size=1000") != hash_of("data.vocab_size=1000")
@@ -81,7 +81,7 @@ def test_a_tokenizer_of_ones_own_makes_the_trained_vocabulary_size_no_part_of_a_
 
 @pytest.mark.slow
 def test_literal_hashes() -> None:
-    """Another hash is another run folder for every user: raise identity.SCHEME then, and find the earlier folders."""
+    """If a hash changes, every user gets another run folder. Then raise identity.SCHEME and find earlier folders."""
     assert identity.SCHEME == 2
     methods = ("relora", "full", "lora", "control", "galore")
     assert {method: hash_of(f"method={method}") for method in methods} == {
@@ -105,7 +105,7 @@ EARLIER = [
     ([f"{RESET}.mode=zero", f"{RESET}.pruning_ratio=0.5"], ["b53e6116", "3ecc3bf1"]),
     (["trainer.precision=bf16", "trainer.seed=3", "method.warm_start_steps=0"], ["e1ad216a"]),
 ]
-"""Commands, and the hashes that scheme 1 gave their runs: the last versions' first, version 0.1's last."""
+"""Commands, and the hashes of their runs under scheme 1. The newest version's hash is first, version 0.1's is last."""
 
 
 @pytest.mark.parametrize(("overrides", "hashes"), EARLIER)
@@ -136,7 +136,7 @@ def test_the_same_command_finds_the_folder_of_an_earlier_version(
 
 
 def test_a_changed_default_is_another_run(tmp_path: Path) -> None:
-    """And it does not get the folder that an earlier version made with the default of then."""
+    """The run does not get the folder that an earlier version made with the old default."""
     before = compose([f"runs_dir={tmp_path}"])
     (tmp_path / f"llama_tiny-relora-r32-{identity.hashes(before)[1]}").mkdir()
     name = "method.optimizer_reset.pruning_ratio"
@@ -146,7 +146,7 @@ def test_a_changed_default_is_another_run(tmp_path: Path) -> None:
 
 
 def test_every_field_that_changes_results_is_hashed() -> None:
-    """Changing a field without UNHASHED changes the hash, or the field is one of those without effect."""
+    """Every field without UNHASHED is in the hash, except the fields without effect."""
     config = COMPOSER.compose([])
     without_effect = {"data.text_field", "method.warm_start_learning_rate"}
     missing = set(identity.every_field(config)) - set(config.identity) - without_effect

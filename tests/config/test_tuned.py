@@ -1,4 +1,4 @@
-"""Whether a run's learning rates were tuned for its setting, as its launch notes it."""
+"""The note of a launch that says whether the learning rates were tuned for the setting of the run."""
 
 from pathlib import Path
 
@@ -53,7 +53,9 @@ def test_a_preset_in_its_own_setting_is_tuned(overrides: tuple[str, ...], source
         (("experiments=paper/relora_60m", "data=stdlib"), "data.name=stdlib, tuned at text"),
     ],
 )
-def test_outside_its_setting_a_preset_is_not_and_says_what_differs(overrides: tuple[str, ...], differs: str) -> None:
+def test_a_preset_outside_its_setting_is_untuned_and_names_the_difference(
+    overrides: tuple[str, ...], differs: str
+) -> None:
     found = noted("method=full", *overrides)
     assert (found.basis, found.differs) == ("untuned", [differs])
     assert found.words == NOT_TUNED
@@ -74,19 +76,21 @@ def test_another_text_is_another_setting_and_an_experiment_may_leave_the_text_op
         ("paper/relora_1b", "lora"),
     ],
 )
-def test_a_preset_that_nobody_tuned_says_so_in_its_own_setting(experiment: str, method: str) -> None:
+def test_a_preset_that_nobody_tuned_is_untuned_also_in_its_setting(experiment: str, method: str) -> None:
     found = noted(f"experiments={experiment}", f"method={method}", *(["data.path=."] if "paper" in experiment else []))
     assert found.basis == "untuned"
-    assert found.differs == [f"conf/presets/{experiment}/{method}.yaml says that its values are not tuned"]
+    (reason,) = found.differs
+    assert reason.startswith(f"conf/presets/{experiment}/{method}.yaml ")
+    assert "not tuned" in reason
 
 
-def test_a_baseline_whose_preset_nobody_tuned_has_its_ladder() -> None:
+def test_a_baseline_with_an_untuned_preset_is_tried_at_several_rates() -> None:
     planned = planned_runs(expand(["experiments=laptop/crossing", "method.rank=4,8"]))
     rates = [item.config.optimizer.learning_rate for item in planned if item.role == "baseline"]
     assert sorted(rates) == [2.5e-3 * factor for factor in FACTORS]
 
 
-def test_a_rate_that_was_given_counts_as_what_it_is() -> None:
+def test_a_given_learning_rate_counts_as_set_by_hand() -> None:
     assert noted("optimizer.learning_rate=3e-3", "trainer.total_steps=500").basis == "hand"
     assert noted("optimizer.learning_rate=3e-3").basis == "hand"
     assert noted("optimizer.embedding_learning_rate=3e-3").basis == "hand"
@@ -94,27 +98,27 @@ def test_a_rate_that_was_given_counts_as_what_it_is() -> None:
     assert {run.rates.basis for run in expand(["optimizer.learning_rate=1e-3,3e-3"]).runs} == {"hand"}
 
 
-def test_a_launch_says_it_once_for_all_runs_that_it_holds_for() -> None:
-    told = expand(["method=full,lora,relora", "trainer.total_steps=500", "trainer.seed=0,1"]).remarks
-    assert len(told) == 1
-    assert NOT_TUNED in told[0]
-    assert "trainer.total_steps=500, tuned at 600" in told[0]
-    assert "learning rates of full, lora" in told[0]
-    assert "learning rates, warm start and restarts of relora" in told[0]
+def test_a_launch_reports_untuned_values_once_for_all_runs() -> None:
+    messages = expand(["method=full,lora,relora", "trainer.total_steps=500", "trainer.seed=0,1"]).remarks
+    assert len(messages) == 1
+    assert NOT_TUNED in messages[0]
+    assert "trainer.total_steps=500, tuned at 600" in messages[0]
+    assert "learning rates of full, lora" in messages[0]
+    assert "learning rates, warm start and restarts of relora" in messages[0]
     by_hand = ("method.warm_start_steps=50", "method.reset_interval_steps=50", "trainer.total_steps=500")
-    (told,) = remarks([Presets().noted(compose(by_hand), by_hand)])
-    assert "the learning rates of relora" in told
+    (message,) = remarks([Presets().noted(compose(by_hand), by_hand)])
+    assert "the learning rates of relora" in message
     assert expand(["sweeps=methods", "experiments=laptop/small"]).remarks == []
 
 
-def test_a_single_run_says_it_too(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_run_reports_untuned_values_too(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*tiny, "method.warm_start_steps=0", "trainer.total_steps=8"]) == 0
     shown = capsys.readouterr().out
     assert shown.count(NOT_TUNED) == 1
     assert "trainer.total_steps=8, tuned at 600" in shown
 
 
-def test_the_note_stands_in_the_frozen_config_and_not_in_the_hash(tmp_path: Path) -> None:
+def test_the_note_is_in_the_frozen_config_and_not_in_the_hash(tmp_path: Path) -> None:
     plain = compose(["trainer.total_steps=500"])
     config = Presets().noted(plain, ["trainer.total_steps=500"])
     assert config.rates.basis == "untuned"

@@ -1,4 +1,4 @@
-"""The full-rank runs that come by themselves: which they are, and that nothing but the setting decides it."""
+"""The full-rank baselines that a launch adds. Only the setting decides which runs they are."""
 
 import random
 
@@ -27,14 +27,14 @@ def hashes(*overrides: str) -> set[str]:
     return {config.config_hash for config in baselines(*overrides)}
 
 
-def test_swept_values_of_schedule_and_optimizer_stay_with_the_runs_that_they_are_swept_for() -> None:
+def test_swept_schedule_and_optimizer_values_do_not_change_the_baseline() -> None:
     own = compose(["method=full"]).config_hash
     for swept in ("schedule.warmup_steps=10,200", "optimizer.weight_decay=0.3,0.0", "optimizer.max_grad_norm=null,1"):
         key, _, values = swept.partition("=")
         assert hashes(swept) == hashes(f"{key}={','.join(reversed(values.split(',')))}") == {own}, swept
 
 
-def test_what_the_command_line_fixes_for_all_runs_holds_for_full_rank() -> None:
+def test_values_that_are_fixed_for_all_runs_apply_to_full_rank_too() -> None:
     fixed = (
         "optimizer.beta2=0.95",
         "schedule.warmup_steps=7",
@@ -43,18 +43,19 @@ def test_what_the_command_line_fixes_for_all_runs_holds_for_full_rank() -> None:
     )
     (found,) = baselines("method.rank=8,16", *fixed)
     assert found.config_hash == compose(["method=full", *fixed]).config_hash
-    (told,) = launch_notes([found], [found])
-    assert all(text in told for text in fixed[:3])
-    assert "conf/method/full.yaml" in told
-    assert "7 steps of warm-up" in told
+    (note,) = launch_notes([found], [found])
+    assert all(text in note for text in fixed[:3])
+    assert "conf/method/full.yaml" in note
+    assert "7 steps of warm-up" in note
 
 
 def test_the_launch_names_the_preset_that_the_rates_come_from() -> None:
     (found,) = baselines("method.rank=8,16", "experiments=laptop/small")
-    (told,) = launch_notes([found], [found])
-    assert "learning rate 0.0025, 0.04 for embeddings" in told
-    assert "conf/presets/laptop/small/full.yaml" in told
-    assert "given" not in told
+    (note,) = launch_notes([found], [found])
+    assert "learning rate 0.0025," in note
+    assert "0.04 for embeddings" in note
+    assert "conf/presets/laptop/small/full.yaml" in note
+    assert "given" not in note
 
 
 AXES = {
@@ -102,7 +103,7 @@ def test_a_schedule_of_full_rank_that_does_not_fit_names_the_remedy() -> None:
 
 
 def planned(*overrides: str) -> list[tuple[str, float, float | None]]:
-    """(role, learning rate, that of embeddings) of the full-rank runs."""
+    """Return (role, learning rate, learning rate of embeddings) of the full-rank runs."""
     items = planned_runs(expand(["study=x", *overrides]))
     rates = [(item.role, item.config.optimizer, item.config.method.name) for item in items]
     return [(role, own.learning_rate, own.embedding_learning_rate) for role, own, name in rates if name == "full"]
@@ -116,7 +117,7 @@ LADDER = [
 ]
 
 
-def test_full_rank_is_tried_at_several_rates_where_its_own_are_not_tuned() -> None:
+def test_full_rank_is_tried_at_several_rates_if_its_rates_are_not_tuned() -> None:
     assert planned("method.rank=8,16") == LADDER[2:3]
     assert planned("method.rank=8,16", "trainer.total_steps=500") == LADDER
     assert len(planned("method.rank=8,16", "trainer.total_steps=500", "trainer.seed=0,1")) == 8
@@ -128,7 +129,7 @@ def test_full_rank_is_tried_at_several_rates_where_its_own_are_not_tuned() -> No
     ]
 
 
-def test_full_rank_runs_of_the_study_get_the_other_rates_where_theirs_are_neither_tuned_nor_given() -> None:
+def test_full_rank_arms_get_other_rates_if_theirs_are_neither_tuned_nor_given() -> None:
     assert planned("method=full,relora") == [("arm", 2.5e-3, 0.02)]
     steps = "trainer.total_steps=500"
     assert planned("method=full,lora", steps)[:3] == [rung for rung in LADDER if rung[1] != 2.5e-3]
@@ -136,16 +137,16 @@ def test_full_rank_runs_of_the_study_get_the_other_rates_where_theirs_are_neithe
     assert planned("method=full", "trainer.total_steps=400,500") == [("arm", 2.5e-3, 0.02)] * 2
 
 
-def test_the_cost_of_the_other_rates_is_told_before_anything_starts() -> None:
+def test_the_launch_notes_report_the_cost_of_the_other_rates() -> None:
     items = planned_runs(expand(["study=x", "method.rank=8,16", "trainer.total_steps=500"]))
     notes = launch_notes([i.config for i in items if i.role == "baseline"], [i.config for i in items])
-    told = next(note for note in notes if "baseline_rates=[1]" in note)
-    assert "3 of the 6 runs" in told
-    assert "% of the study's FLOPs" in told
-    assert "0.000625, 0.00125, 0.0025, 0.005" in told
+    ladder_note = next(note for note in notes if "baseline_rates=[1]" in note)
+    assert "3 of the 6 runs" in ladder_note
+    assert "% of the study's FLOPs" in ladder_note
+    assert "0.000625, 0.00125, 0.0025, 0.005" in ladder_note
 
 
 @pytest.mark.parametrize("value", ["[]", "[0]", "[-1]", "[true]", "high", "[1,x]"])
-def test_factors_that_are_none_are_refused(value: str) -> None:
+def test_invalid_baseline_rates_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"baseline_rates=.*must be positive factors"):
         expand(["method.rank=8,16", f"baseline_rates={value}"])

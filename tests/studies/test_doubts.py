@@ -1,4 +1,4 @@
-"""What a study's headline, tables and status say of rates that were not tuned and of figures that are not plausible."""
+"""Messages about rates that were not tuned and about results that are not plausible."""
 
 from pathlib import Path
 
@@ -21,8 +21,8 @@ def lab(tmp_path: Path) -> Lab:
 
 
 def line(study: Study, text: str) -> str:
-    """The one line of the headline that holds `text`, empty without one."""
-    found = [told for told in answer(study) if text in told]
+    """Return the only line of the headline that contains `text`, or an empty string."""
+    found = [sentence for sentence in answer(study) if text in sentence]
     assert len(found) < 2
     return found[0] if found else ""
 
@@ -42,13 +42,13 @@ def cells(lab: Lab, *overrides: str, loss: float = 3.1) -> list:
 
 
 @pytest.mark.slow
-def test_rates_of_another_setting_are_told_baseline_first_and_no_rank_is_advised(
+def test_untuned_rates_are_reported_baseline_first_and_no_rank_is_recommended(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = lab.study(lab.run(*FULL, loss=3.0), *cells(lab))
-    told = line(study, NOT_TUNED)
-    assert told.index("full rank (full)") < told.index("relora")
-    assert "trainer.total_steps=40, tuned at 600" in told
+    message = line(study, NOT_TUNED)
+    assert message.index("full rank (full)") < message.index("relora")
+    assert "trainer.total_steps=40, tuned at 600" in message
     assert line(study, "use rank") == ""
     page = (write_report(study, lab.runs_dir) / "report.md").read_text()
     assert page.count(f"| {NOT_TUNED} |") == 5
@@ -56,7 +56,7 @@ def test_rates_of_another_setting_are_told_baseline_first_and_no_rank_is_advised
     assert capsys.readouterr().out.count(NOT_TUNED) == 5
 
 
-def test_rates_that_were_given_or_chosen_in_the_study_are_what_they_are(lab: Lab) -> None:
+def test_rates_that_were_given_or_chosen_in_the_study_are_not_called_untuned(lab: Lab) -> None:
     hand = "optimizer.learning_rate=4e-3"
     study = lab.study(lab.run(*FULL, hand, loss=3.0), *cells(lab, hand))
     assert line(study, NOT_TUNED) == ""
@@ -71,42 +71,43 @@ def test_rates_that_were_given_or_chosen_in_the_study_are_what_they_are(lab: Lab
     assert "relora" in line(study, NOT_TUNED)
 
 
-def test_runs_of_an_older_version_are_reported_as_before(tmp_path: Path) -> None:
+def test_runs_of_an_older_version_are_not_called_untuned(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "runs")
     study = lab.study(lab.run(*FULL, loss=3.0), *cells(lab))
     assert line(study, NOT_TUNED) == ""
     assert line(study, "use rank") != ""
 
 
-def test_an_arm_far_ahead_of_full_rank_is_doubted(lab: Lab) -> None:
+def test_an_arm_far_ahead_of_full_rank_is_reported_as_not_plausible(lab: Lab) -> None:
     study = lab.study(
         lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=2.95), lab.run(*RELORA, "method.rank=8", loss=2.99)
     )
-    told = line(study, "ahead of full rank")
-    assert "by more than 2%: relora rank=32 (4.9%). " in told
-    assert "optimizer.learning_rate" in told
-    assert "optimizer.embedding_learning_rate" in told
+    message = line(study, "ahead of full rank")
+    assert "by more than 2%: relora rank=32 (4.9%). " in message
+    assert "optimizer.learning_rate" in message
+    assert "optimizer.embedding_learning_rate" in message
 
 
-def test_arms_ahead_of_full_rank_are_doubted_in_one_sentence(lab: Lab) -> None:
+def test_arms_far_ahead_of_full_rank_are_reported_in_one_sentence(lab: Lab) -> None:
     study = lab.study(
         lab.run(*FULL, loss=3.0), lab.run(*RELORA, loss=2.95), lab.run(*RELORA, "method.rank=8", loss=2.9)
     )
-    told = [sentence for sentence in answer(study) if "ahead of full rank" in sentence]
-    assert len(told) == 1
-    assert "rank=32 (4.9%)" in told[0]
-    assert "rank=8 (9.5%)" in told[0]
+    sentences = [sentence for sentence in answer(study) if "ahead of full rank" in sentence]
+    assert len(sentences) == 1
+    assert "rank=32 (4.9%)" in sentences[0]
+    assert "rank=8 (9.5%)" in sentences[0]
 
 
-def test_a_best_rate_at_the_edge_is_told_and_one_inside_is_not(lab: Lab) -> None:
+def test_a_best_rate_at_the_edge_is_reported_and_one_inside_is_not(lab: Lab) -> None:
     losses = {1e-3: 3.0, 2e-3: 2.8, 4e-3: 3.4}
     configs = [lab.run(*FULL, f"optimizer.learning_rate={rate}", loss=loss) for rate, loss in losses.items()]
     inside = lab.study(*configs, lab.run(*RELORA, loss=2.9))
     assert line(inside, "that were tried") == ""
     beyond = lab.run(*FULL, "optimizer.learning_rate=5e-4", loss=2.5)
-    told = line(lab.study(*configs, beyond, lab.run(*RELORA, loss=2.9)), "that were tried")
-    assert "0.0005, is the lowest of the 4" in told
-    assert "optimizer.learning_rate=0.00025" in told
+    message = line(lab.study(*configs, beyond, lab.run(*RELORA, loss=2.9)), "that were tried")
+    assert "0.0005, is the lowest" in message
+    assert "of the 4 that" in message
+    assert "optimizer.learning_rate=0.00025" in message
 
 
 def test_a_gap_within_the_spread_of_two_seeds_is_no_difference(lab: Lab) -> None:

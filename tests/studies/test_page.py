@@ -35,7 +35,7 @@ def test_text_is_never_html_in_either_form_of_a_page(tmp_path: Path) -> None:
         seen.feed(written)
         assert not {"script", "b"} & set(seen.tags)
     # What a reader sees of the Markdown is the text itself.
-    assert html.unescape(page.markdown().replace("\\|", "|")).count(ODD) == 7 + 1  # a caption stands twice
+    assert html.unescape(page.markdown().replace("\\|", "|")).count(ODD) == 7 + 1  # a caption is written twice
 
 
 def test_a_command_stays_as_it_is_typed_in_markdown() -> None:

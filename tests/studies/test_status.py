@@ -1,4 +1,4 @@
-"""The table of a study; what stands in it comes from tests/runs/test_state.py and tests/slurm."""
+"""The table of relora status. tests/runs/test_state.py and tests/slurm test the states that it shows."""
 
 import json
 from pathlib import Path
@@ -31,14 +31,14 @@ RUNNING = StatusRow(
 )
 
 
-def test_how_often_slurm_put_a_job_back_has_a_column_where_it_has() -> None:
+def test_the_table_has_a_requeues_column_only_if_slurm_requeued_a_job() -> None:
     headings, first, second = (line.split() for line in render_plain([QUEUED, RUNNING]).splitlines())
-    assert first[headings.index("requeues") - 1] == "2", "no time left is told of a run that waits"
+    assert first[headings.index("requeues") - 1] == "2", "a queued run shows no time left"
     assert "2" not in second
     assert "requeues" not in render_plain([RUNNING])
 
 
-def test_columns_with_nothing_in_them_are_left_out() -> None:
+def test_empty_columns_are_left_out() -> None:
     assert render_plain([RUNNING]).split("\n")[0].split() == ["run", "role", "state", "step", "left", "note"]
 
 
@@ -46,7 +46,7 @@ def test_columns_with_nothing_in_them_are_left_out() -> None:
 
 
 def shown(lab: Lab) -> tuple[dict[str, StatusRow], str]:
-    """The rows of the study, by run, and the table as text."""
+    """Return the rows of the study by run, and the table as text."""
     rows = status_rows(of_manifest(lab.runs_dir, "mine"))
     return {row.run: row for row in rows}, render_plain(rows)
 
@@ -70,7 +70,7 @@ def test_the_baseline_shown_is_the_best_on_validation_and_not_on_test(tmp_path: 
     assert worse.name not in text.splitlines()[-1]
 
 
-def test_each_seed_is_measured_against_the_full_rank_run_of_its_seed(tmp_path: Path) -> None:
+def test_each_run_is_compared_with_the_full_rank_run_of_its_seed(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "runs")
     full = [at_rate(lab, "1e-3", 3.0 + seed, f"trainer.seed={seed}") for seed in range(2)]
     arms = [lab.run(*RELORA, f"trainer.seed={seed}", loss=3.2 + seed) for seed in range(3)]
@@ -88,19 +88,21 @@ def test_a_full_rank_run_with_a_warm_start_or_of_another_length_is_no_baseline(t
     arm = lab.run(*RELORA, loss=3.2)
     lab.study(warm, short, arm)
     rows, text = shown(lab)
-    assert {row.baseline for row in rows.values()} == {None, short.name}, "the short one is a baseline of its length"
+    assert {row.baseline for row in rows.values()} == {None, short.name}, (
+        "the short run is the baseline only of its length"
+    )
     assert rows[arm.name].baseline is rows[warm.name].baseline is None
     assert rows[arm.name].gap_to_full is None
     assert text.splitlines()[-1].endswith(f"against {short.name}")
 
 
-def test_full_rank_at_another_rate_that_was_added_and_not_chosen_says_so(tmp_path: Path) -> None:
+def test_the_role_shows_an_added_full_rank_run_that_is_not_the_baseline(tmp_path: Path) -> None:
     lab = Lab(tmp_path / "runs")
     best, other, arm = at_rate(lab, "1e-3", 2.9), at_rate(lab, "2e-3", 3.0), lab.run(*RELORA, loss=3.2)
     lab.study(best, other, arm)
     file = lab.runs_dir / "studies" / "mine" / "study.json"
     manifest = json.loads(file.read_text())
-    for config in (best, other):  # as a launch writes it that adds them
+    for config in (best, other):  # a launch that adds these runs writes this role
         manifest["runs"][config.name]["role"] = "baseline"
     file.write_text(json.dumps(manifest))
     rows, _ = shown(lab)

@@ -1,6 +1,6 @@
-"""Real runs beside a real MLflow server that is down, slow, silent, failing, locked, or loses the run.
+"""Real runs with a real MLflow server or store that is down, slow, silent, failing or locked, or that loses the run.
 
-Training goes on, ends with the weights of an undisturbed run, and MLflow gets each point once.
+Training continues and ends with the weights of an undisturbed run. MLflow gets each point once.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ pytestmark = pytest.mark.slow
 
 
 FIRST, LAST = 3, 14
-"""The outage begins at this step and holds to the run's end, unless a test ends it before."""
+"""The outage begins at step FIRST and lasts to the end of the run, unless a test ends it earlier."""
 BOUND_SECONDS = 15.0
-"""What the steps between may take, which is far less than the time-outs and retries of an outage."""
+"""The time limit of the steps from FIRST to LAST. It is far below the time-outs and retries of an outage."""
 ERROR_500 = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class Proxy:
-    """Between relora and a server: `mode` says what becomes of every request from now on."""
+    """A proxy between relora and a server. `mode` says how it handles every later request."""
 
     def __init__(self, server: int) -> None:
         self.server, self.mode, self.requests = server, "pass", 0
@@ -57,7 +57,7 @@ class Proxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        # either side may leave at any moment, above all after a silence; it is then seen at the next call
+        # either side may close the connection at any moment, often after a silence; the next call notices it
         with contextlib.suppress(OSError):
             self._relay(client)
 
@@ -144,7 +144,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, at: Mapping[int, Callable[[RunDir], None]]
 ) -> tuple[RunDir, float]:
-    """A run in which something is done at some steps, and the seconds from FIRST to its last step."""
+    """Train a run and call a function at some steps. Return the run and the seconds from step FIRST to step LAST."""
     config = compose(overrides)
     run, real, times = RunDir(config.run_dir), MetricsLog.log, {}
 
@@ -165,7 +165,7 @@ def is_recorded(run: RunDir) -> None:
 
 
 def assert_complete(run: RunDir, uri: str) -> None:
-    """MLflow holds each point of the file once, and how the run ended."""
+    """MLflow has each point of the file once, and the final status of the run."""
     client = MlflowClient(uri)
     recorded = client.get_run(json.loads(run.mirror_file.read_text())["run_id"])
     assert recorded.info.status == "FINISHED"
@@ -190,7 +190,7 @@ def assert_complete(run: RunDir, uri: str) -> None:
         ("silent", "in the middle"),
     ],
 )
-def test_an_outage_to_the_end_costs_the_run_nothing_and_sync_sends_the_rest(
+def test_an_outage_to_the_end_does_not_disturb_the_run_and_sync_sends_the_rest(
     setting: list[str],
     server: int,
     undisturbed: str,
@@ -220,7 +220,7 @@ def test_an_outage_to_the_end_costs_the_run_nothing_and_sync_sends_the_rest(
     assert_complete(run, f"http://127.0.0.1:{server}")
 
 
-def test_an_outage_in_the_middle_is_made_up_for_before_the_end(
+def test_after_an_outage_in_the_middle_mlflow_is_complete_at_the_end(
     setting: list[str],
     server: int,
     undisturbed: str,
@@ -247,7 +247,7 @@ def test_an_outage_in_the_middle_is_made_up_for_before_the_end(
     assert_complete(run, f"http://127.0.0.1:{server}")
 
 
-def test_a_run_that_is_deleted_in_the_middle_is_there_in_the_end(
+def test_a_run_that_is_deleted_in_the_middle_is_complete_at_the_end(
     setting: list[str], server: int, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"http://127.0.0.1:{server}"
@@ -262,7 +262,7 @@ def test_a_run_that_is_deleted_in_the_middle_is_there_in_the_end(
     assert_complete(run, uri)
 
 
-def test_a_store_that_another_process_locks_costs_the_run_nothing(
+def test_a_store_that_another_process_locks_does_not_disturb_the_run(
     setting: list[str],
     undisturbed: str,
     empty_store: Path,

@@ -1,4 +1,4 @@
-"""The store's creation, killed and out of disk; stores that were left half made, damaged, removed; what was deleted."""
+"""Creation of a store that is killed or finds a full disk, incomplete and damaged stores, deleted experiments."""
 
 import os
 import resource
@@ -44,7 +44,7 @@ for value in sys.argv[3:]:
     os.waitpid(child, 0)
     print(value, (folder / "mlflow.db").exists(), flush=True)
 """
-"""Open a store in one child process after the other, each killed at a size of the file, or out of disk at one."""
+"""Open a store in one child process after another. Each is killed, or has a full disk, at a given size of the file."""
 
 
 def opened_by_children(folder: Path, what: str, *values: object) -> list[str]:
@@ -61,10 +61,10 @@ def runs_in(file: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_kill_while_a_store_is_created_leaves_none(tmp_path: Path, empty_store: Path) -> None:
+def test_a_kill_while_a_store_is_created_leaves_no_store(tmp_path: Path, empty_store: Path) -> None:
     whole = empty_store.stat().st_size
-    told = opened_by_children(tmp_path, "kill", *(int(whole * share) for share in (0.0, 0.3, 0.6, 0.95)))
-    assert [line for line in told if line.endswith("True")] == []
+    output = opened_by_children(tmp_path, "kill", *(int(whole * share) for share in (0.0, 0.3, 0.6, 0.95)))
+    assert [line for line in output if line.endswith("True")] == []
     (tmp_path / "mlflow.db").touch()
     (tmp_path / "mlflow.db-journal").write_bytes(b"of a store that was removed")
     open_store(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path).create_experiment("works")
@@ -73,18 +73,18 @@ def test_a_kill_while_a_store_is_created_leaves_none(tmp_path: Path, empty_store
 
 
 @pytest.mark.slow
-def test_a_full_disk_while_a_store_is_created_leaves_none(tmp_path: Path, empty_store: Path) -> None:
+def test_a_full_disk_while_a_store_is_created_leaves_no_store(tmp_path: Path, empty_store: Path) -> None:
     whole = empty_store.stat().st_size
-    told = opened_by_children(tmp_path, "limit", *(int(whole * share) for share in (0.3, 0.9)))
-    assert [line for line in told if line.endswith("True")] == []
+    output = opened_by_children(tmp_path, "limit", *(int(whole * share) for share in (0.3, 0.9)))
+    assert [line for line in output if line.endswith("True")] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.lock"]
 
 
 @pytest.mark.slow
-def test_a_store_that_was_left_half_made_is_set_aside(
+def test_an_incomplete_store_is_renamed_and_replaced(
     tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As MLflow leaves it that creates a store in its place, and cannot go on with."""
+    """MLflow leaves such a store if the disk becomes full, and cannot use the store later."""
     file = tmp_path / "mlflow.db"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     child = os.fork()
@@ -104,7 +104,7 @@ def test_a_store_that_was_left_half_made_is_set_aside(
     assert aside.name in shown
 
 
-def test_a_store_with_runs_is_never_set_aside(tmp_path: Path, empty_store: Path) -> None:
+def test_a_store_with_runs_is_never_replaced(tmp_path: Path, empty_store: Path) -> None:
     file = tmp_path / "mlflow.db"
     shutil.copy(empty_store, file)
     client = open_store(f"sqlite:///{file}", tmp_path)
@@ -112,7 +112,7 @@ def test_a_store_with_runs_is_never_set_aside(tmp_path: Path, empty_store: Path)
     with closing(sqlite3.connect(file)) as database:
         database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
         database.commit()
-    store_of_another_name = tmp_path / "copy.db"  # one that MLflow has not opened yet
+    store_of_another_name = tmp_path / "copy.db"  # a path that MLflow has not opened yet
     file.rename(store_of_another_name)
     with pytest.raises(Exception, match="mlflow db upgrade"):
         open_store(f"sqlite:///{store_of_another_name}", tmp_path)
@@ -122,7 +122,7 @@ def test_a_store_with_runs_is_never_set_aside(tmp_path: Path, empty_store: Path)
 @pytest.mark.parametrize(
     "content", [b"this is no database at all, but some text\n" * 100, b"SQLite format 3\x00" + b"\x07" * 9000]
 )
-def test_a_file_that_is_no_store_stays_and_the_remedy_is_told(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_store_is_kept_and_the_error_names_the_remedy(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "mlflow.db"
     file.write_bytes(content)
     with pytest.raises(RunError, match=r"mlflow.db is damaged .* move it away, .*relora sync"):
@@ -130,7 +130,9 @@ def test_a_file_that_is_no_store_stays_and_the_remedy_is_told(tmp_path: Path, co
     assert file.read_bytes() == content
 
 
-def test_a_store_that_another_process_holds_for_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_another_process_locks_for_too_long_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with store.store_lock(uri, tmp_path), pytest.raises(RunError, match=r"mlflow\.lock for 0 s; stop it"):
@@ -138,7 +140,7 @@ def test_a_store_that_another_process_holds_for_long_is_told(tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_a_deleted_experiment_names_its_remedy(
+def test_the_error_about_a_deleted_experiment_names_the_remedy(
     tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs_dir = tmp_path / "runs"

@@ -65,7 +65,7 @@ def add_rows(run: RunDir, first: int, last: int) -> None:
 
 
 def recorded(config: RunConfig, experiment: str = "relora") -> list[Run]:
-    """Every run of the experiment, in the store that the config names."""
+    """Return every run of the experiment in the store of the config."""
     client = open_store(config.mlflow_uri, Path(config.runs_dir))
     found = client.get_experiment_by_name(experiment)
     return [] if found is None else list(client.search_runs([found.experiment_id]))
@@ -78,7 +78,7 @@ def the_run(config: RunConfig) -> Run:
 
 
 def points(config: RunConfig, run_id: str) -> list[tuple[str, int, float, int]]:
-    """(metric, step, value, time) of every point that MLflow holds."""
+    """Return (metric, step, value, time) of every point in MLflow."""
     client = MlflowClient(config.mlflow_uri)
     names = client.get_run(run_id).data.metrics
     history = (point for name in names for point in client.get_metric_history(run_id, name))
@@ -94,31 +94,31 @@ def points_of_file(run: RunDir) -> list[tuple[str, int, float, int]]:
 
 
 def all_of(config: RunConfig) -> tuple[Any, ...]:
-    """Everything that MLflow tells about the one run."""
+    """Return everything that MLflow stores about the only run."""
     run = the_run(config)
     info = run.info
     facts = (info.run_id, info.run_name, info.status, info.start_time, info.end_time, run.data.params, run.data.tags)
     return (*facts, points(config, info.run_id))
 
 
-# ------------------------------------------------------------------------------------------------ what MLflow holds
+# -------------------------------------------------------------------------------------------- the content of MLflow
 
 
-def test_every_point_of_the_file_is_there_with_its_own_time(runs_dir: Path) -> None:
+def test_every_point_of_the_file_is_in_mlflow_with_its_time(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
     assert Mirror(run, config).sync().rows == 8
     assert points(config, the_run(config).info.run_id) == points_of_file(run)
     assert len(points_of_file(run)) == 13
 
 
-def test_more_points_than_one_call_takes_are_all_there(runs_dir: Path) -> None:
+def test_more_points_than_fit_into_one_call_are_all_sent(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, rows=900)
     Mirror(run, config).sync()
     assert len(points_of_file(run)) > 2 * tracking.POINTS_PER_CALL
     assert points(config, the_run(config).info.run_id) == points_of_file(run)
 
 
-def test_new_rows_are_added_and_a_row_half_written_waits(runs_dir: Path) -> None:
+def test_new_rows_are_added_and_a_half_written_row_is_sent_later(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
     mirror = Mirror(run, config)
     mirror.sync()
@@ -147,7 +147,7 @@ def test_rows_that_were_lost_and_written_again_are_in_mlflow_once(
     run.metrics_file.write_bytes(b"".join(run.metrics_file.read_bytes().splitlines(keepends=True)[:2]))
     if sync_when_short:
         assert mirror.sync().rows == 0
-    time.sleep(0.002)  # rows of another time
+    time.sleep(0.002)  # the new rows have another time
     with MetricsLog.opened(run.metrics_file, exact=True) as log:
         for step in range(35):
             extra = {"perf/tokens_per_second": 1000.0} if with_message else {}
@@ -161,7 +161,7 @@ def test_rows_that_were_lost_and_written_again_are_in_mlflow_once(
     assert mirror.sync().rows == 0
 
 
-def test_a_result_that_was_lost_and_came_out_otherwise_is_the_new_one(runs_dir: Path) -> None:
+def test_a_lost_result_that_is_measured_again_has_the_new_value(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, rows=0)
     for seconds in (20.0, 30.0):
         run.metrics_file.unlink(missing_ok=True)
@@ -174,7 +174,7 @@ def test_a_result_that_was_lost_and_came_out_otherwise_is_the_new_one(runs_dir: 
     assert len([point for point in points(config, found.info.run_id) if point[0] == "summary/eval_loss"]) == 1
 
 
-def test_a_damaged_row_costs_no_other_row(runs_dir: Path) -> None:
+def test_a_damaged_row_does_not_remove_other_rows(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
     lines = run.metrics_file.read_bytes().splitlines(keepends=True)
     run.metrics_file.write_bytes(b"".join([*lines[:3], b"\x00garbage\n", b'["a list"]\n', *lines[3:]]))
@@ -182,7 +182,7 @@ def test_a_damaged_row_costs_no_other_row(runs_dir: Path) -> None:
     assert len(points(config, the_run(config).info.run_id)) == 13
 
 
-def test_the_run_of_a_new_folder_does_not_join_that_of_a_removed_one(runs_dir: Path) -> None:
+def test_the_run_of_a_new_folder_is_separate_from_the_run_of_a_removed_folder(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, "study=mine")
     Mirror(run, config).sync()
     old = the_run(config)
@@ -190,7 +190,7 @@ def test_the_run_of_a_new_folder_does_not_join_that_of_a_removed_one(runs_dir: P
     run, config = new_run(runs_dir, "study=mine", status=status_of("running", started_ms=STARTED_MS + 77))
     for _ in range(2):
         Mirror(run, config).sync()
-        run.mirror_file.unlink()  # and its own record is found again by the folder's birth
+        run.mirror_file.unlink()  # the next sync finds the run by the start time of the folder
     found = {item.info.run_id: item for item in recorded(config)}
     assert len(found) == 2
     (new,) = found.keys() - {old.info.run_id}
@@ -202,7 +202,7 @@ def test_the_run_of_a_new_folder_does_not_join_that_of_a_removed_one(runs_dir: P
     assert [item.info.run_id for item in members] == [new]
 
 
-def test_a_run_that_was_deleted_in_the_ui_is_restored_and_that_is_told(
+def test_a_run_that_was_deleted_in_the_ui_is_restored_and_reported(
     runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 5000))
@@ -212,15 +212,17 @@ def test_a_run_that_was_deleted_in_the_ui_is_restored_and_that_is_told(
     assert recorded(config) == []
     add_rows(run, 5, 7)
     assert cli.main(["sync", str(run.path)]) == 0
-    assert f"{config.name} was deleted in MLflow; it is restored" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{config.name} was deleted in MLflow" in message
+    assert "it is restored" in message
     assert the_run(config).info.run_id == before[0]
     assert points(config, before[0]) == points_of_file(run)
 
 
 def test_a_run_that_is_deleted_while_it_trains_is_restored(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
-    said: list[str] = []
-    mirror = Mirror(run, config, said.append)
+    messages: list[str] = []
+    mirror = Mirror(run, config, messages.append)
     mirror.sync()
     before = the_run(config).info.run_id
     MlflowClient(config.mlflow_uri).delete_run(before)
@@ -230,10 +232,10 @@ def test_a_run_that_is_deleted_while_it_trains_is_restored(runs_dir: Path) -> No
     mirror.sync()
     assert points(config, the_run(config).info.run_id) == points_of_file(run)
     assert the_run(config).info.run_id == before
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_a_store_that_is_removed_while_a_run_trains_is_made_anew(runs_dir: Path, empty_store: Path) -> None:
+def test_a_store_that_is_replaced_while_a_run_trains_is_filled_again(runs_dir: Path, empty_store: Path) -> None:
     run, config = new_run(runs_dir)
     mirror = Mirror(run, config)
     mirror.sync()
@@ -248,7 +250,7 @@ def test_a_store_that_is_removed_while_a_run_trains_is_made_anew(runs_dir: Path,
 
 
 @pytest.mark.parametrize("call", range(6))
-def test_a_call_that_fails_after_a_resume_is_made_up_for_by_the_next_sync(
+def test_the_next_sync_repairs_a_call_that_failed_after_a_resume(
     runs_dir: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     failed = status_of("failed", ended_ms=STARTED_MS + 5000, message="the disk is full")
@@ -281,18 +283,18 @@ def test_a_call_that_fails_after_a_resume_is_made_up_for_by_the_next_sync(
     assert points(config, found.info.run_id) == points_of_file(run)
 
 
-def test_one_run_that_cannot_be_sent_costs_the_others_nothing(runs_dir: Path) -> None:
+def test_a_run_that_cannot_be_sent_does_not_stop_the_others(runs_dir: Path) -> None:
     runs = [new_run(runs_dir, f"trainer.seed={seed}", status=status_of("interrupted")) for seed in range(2)]
     (runs[0][0].path / "mlflow.json").mkdir()
-    said: list[str] = []
-    mirror_all(runs, said.append)
+    messages: list[str] = []
+    mirror_all(runs, messages.append)
     assert [found.data.params["trainer.seed"] for found in recorded(runs[0][1]) if found.data.metrics] == ["1"]
-    assert len(said) == 1
-    assert runs[0][1].name in said[0]
+    assert len(messages) == 1
+    assert runs[0][1].name in messages[0]
 
 
 @pytest.mark.parametrize("left", ["", "{", '{"run_id": 7}', "[]", '{"uri": "x"}'])
-def test_a_damaged_mirror_file_is_made_anew(runs_dir: Path, left: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_mirror_file_is_written_again(runs_dir: Path, left: str, capsys: pytest.CaptureFixture[str]) -> None:
     run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 5000))
     Mirror(run, config).sync()
     before = all_of(config)
@@ -302,7 +304,7 @@ def test_a_damaged_mirror_file_is_made_anew(runs_dir: Path, left: str, capsys: p
     assert json.loads(run.mirror_file.read_text())["run_id"] == before[0]
 
 
-def test_a_row_without_a_finite_value_breaks_nothing(runs_dir: Path) -> None:
+def test_a_row_without_a_finite_value_does_not_stop_the_sync(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
     with MetricsLog.opened(run.metrics_file, exact=True) as log:
         log.log(9, {"train/loss": float("nan")})
@@ -310,7 +312,7 @@ def test_a_row_without_a_finite_value_breaks_nothing(runs_dir: Path) -> None:
     assert points(config, the_run(config).info.run_id) == points_of_file(run)
 
 
-def test_the_run_is_named_and_started_as_in_its_folder(runs_dir: Path) -> None:
+def test_the_mlflow_run_has_the_name_and_start_time_of_the_run_folder(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
     Mirror(run, config).sync()
     info = the_run(config).info
@@ -353,7 +355,7 @@ def test_every_method_has_every_axis_of_the_parallel_coordinates(
     assert [float(params[name]) for name in chart["selectedParams"]] == [rank, interval, ratio]
 
 
-def test_tags_tell_what_is_no_parameter(runs_dir: Path) -> None:
+def test_tags_hold_values_that_are_no_parameters(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, "study=ranks", "trainer.seed=3", status=status_of("running", attempt=2))
     Mirror(run, config).sync()
     tags = the_run(config).data.tags
@@ -368,17 +370,17 @@ def test_tags_tell_what_is_no_parameter(runs_dir: Path) -> None:
         **CORPUS,
     }
     assert expected.items() <= tags.items()
-    assert config.variant != config.name, "the seed is no part of the variant"
+    assert config.variant != config.name, "the seed is not part of the variant"
 
 
-def test_a_tag_tells_that_the_rates_were_not_tuned_for_the_setting(runs_dir: Path) -> None:
+def test_a_tag_says_that_the_rates_were_not_tuned_for_the_setting(runs_dir: Path) -> None:
     overrides = ["trainer.total_steps=500"]
     run, config = new_run(runs_dir, *overrides, status=status_of("running"))
     config = Presets().noted(config, overrides)
     Mirror(run, config).sync()
-    told = the_run(config).data.tags["rates"]
-    assert told.startswith(NOT_TUNED)
-    assert "tuned at 600" in told
+    rates = the_run(config).data.tags["rates"]
+    assert rates.startswith(NOT_TUNED)
+    assert "tuned at 600" in rates
 
 
 def test_a_run_may_belong_to_several_studies(runs_dir: Path) -> None:
@@ -396,7 +398,7 @@ def test_the_experiment_can_be_named(runs_dir: Path) -> None:
     assert len(recorded(config, "mine and yours")) == 1
 
 
-def test_artifacts_belong_under_runs_dir(runs_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_artifacts_are_stored_in_runs_dir(runs_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -430,7 +432,7 @@ def test_runs_dir_may_have_any_name(tmp_path: Path, empty_store: Path, name: str
     ("state", "expected"),
     [("running", "RUNNING"), ("finished", "FINISHED"), ("failed", "FAILED"), ("interrupted", "KILLED")],
 )
-def test_every_state_has_its_status(runs_dir: Path, state: str, expected: str) -> None:
+def test_every_state_has_an_mlflow_status(runs_dir: Path, state: str, expected: str) -> None:
     ended = None if state == "running" else STARTED_MS + 5000
     run, config = new_run(runs_dir, status=status_of(state, ended_ms=ended))
     assert Mirror(run, config).sync().status == expected
@@ -461,7 +463,7 @@ def test_a_resumed_run_is_the_same_run_and_runs_again(runs_dir: Path) -> None:
     assert points(config, last.run_id) == points_of_file(run)
 
 
-def test_why_an_earlier_attempt_stopped_is_not_told_of_a_later_one(runs_dir: Path) -> None:
+def test_the_message_of_an_earlier_attempt_is_removed_in_a_later_attempt(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, status=status_of("failed", ended_ms=STARTED_MS + 5000, message="the disk is full"))
     Mirror(run, config).sync()
     run.status = status_of("finished", attempt=2, ended_ms=STARTED_MS + 9000)
@@ -469,7 +471,7 @@ def test_why_an_earlier_attempt_stopped_is_not_told_of_a_later_one(runs_dir: Pat
     assert the_run(config).data.tags.get("message", "") == ""
 
 
-def test_a_message_longer_than_mlflow_takes_is_cut(runs_dir: Path) -> None:
+def test_a_message_that_is_too_long_for_mlflow_is_cut(runs_dir: Path) -> None:
     run, config = new_run(runs_dir, status=status_of("failed", ended_ms=STARTED_MS + 1, message="x" * 20_000))
     Mirror(run, config).sync()
     assert set(the_run(config).data.tags["message"]) == {"x"}
@@ -479,7 +481,7 @@ def test_a_message_longer_than_mlflow_takes_is_cut(runs_dir: Path) -> None:
 
 
 def with_nothing_changed(run: RunDir) -> None:
-    """Sends again what is there."""
+    """Change nothing."""
 
 
 def with_sent_bytes_forgotten(run: RunDir) -> None:
@@ -607,7 +609,7 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
 
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("patience_seconds", [3600.0, 0.1])
-def test_mlflow_waits_for_a_first_row_but_not_for_ever(
+def test_the_thread_waits_for_a_first_row_but_not_forever(
     runs_dir: Path, monkeypatch: pytest.MonkeyPatch, patience_seconds: float
 ) -> None:
     monkeypatch.setattr(tracking, "FIRST_SYNC_SECONDS", patience_seconds)
@@ -623,7 +625,7 @@ def test_mlflow_waits_for_a_first_row_but_not_for_ever(
 
 
 @pytest.mark.usefixtures("fast")
-def test_an_unreachable_mlflow_is_told_once_and_sync_sends_all_later(
+def test_an_unreachable_mlflow_is_reported_once_and_sync_sends_all_later(
     runs_dir: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, config = new_run(runs_dir, f"tracker.uri=http://127.0.0.1:{closed_port}", rows=0)
@@ -634,22 +636,22 @@ def test_an_unreachable_mlflow_is_told_once_and_sync_sends_all_later(
             syncs.append(time.monotonic())
             return super().sync()
 
-    said: list[str] = []
-    thread = MirrorThread(CountingMirror(run, config), said.append)
-    wait_for(lambda: said)
+    messages: list[str] = []
+    thread = MirrorThread(CountingMirror(run, config), messages.append)
+    wait_for(lambda: messages)
     tried = len(syncs)
     began = time.monotonic()
     add_rows(run, 0, 50)
-    assert time.monotonic() - began < 30, "training waits for no MLflow"
+    assert time.monotonic() - began < 30, "training does not wait for MLflow"
     wait_for(lambda: len(syncs) >= tried + 3)
-    assert len(said) == 1
-    assert f"MLflow at http://127.0.0.1:{closed_port} fails" in said[0]
-    assert "training goes on" in said[0]
+    assert len(messages) == 1
+    assert f"MLflow at http://127.0.0.1:{closed_port} fails" in messages[0]
+    assert "training goes on" in messages[0]
     run.status = status_of("finished", ended_ms=STARTED_MS + 9000)
     assert thread.close() is False
-    assert len(said) == 2
-    assert "did not get everything" in said[1]
-    assert said[1].endswith(f"relora sync {run.path}")
+    assert len(messages) == 2
+    assert "did not get everything" in messages[1]
+    assert messages[1].endswith(f"relora sync {run.path}")
 
     assert cli.main(["sync", str(run.path)]) == 1
     assert f"relora: MLflow at http://127.0.0.1:{closed_port} fails" in capsys.readouterr().err
@@ -668,31 +670,31 @@ def test_an_unreachable_mlflow_is_told_once_and_sync_sends_all_later(
 
 
 @pytest.mark.usefixtures("fast")
-def test_an_mlflow_that_never_answers_holds_up_nothing(
+def test_an_mlflow_that_never_answers_does_not_delay_the_end(
     runs_dir: Path, silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "LAST_SYNC_SECONDS", 0.3)
     run, config = new_run(runs_dir, f"tracker.uri=http://127.0.0.1:{silent_port}", rows=0)
-    said: list[str] = []
+    messages: list[str] = []
     began = time.monotonic()
-    thread = MirrorThread(Mirror(run, config), said.append)
+    thread = MirrorThread(Mirror(run, config), messages.append)
     time.sleep(0.1)
     add_rows(run, 0, 50)
     assert thread.close() is False
     assert time.monotonic() - began < 30
-    assert "no answer in" in said[-1]
-    assert "relora sync" in said[-1]
+    assert "no answer in" in messages[-1]
+    assert "relora sync" in messages[-1]
     thread._thread.join(20)
 
 
 @pytest.mark.usefixtures("fast")
-def test_an_mlflow_that_comes_back_gets_everything(tmp_path: Path, empty_store: Path) -> None:
+def test_a_store_that_becomes_available_gets_everything(tmp_path: Path, empty_store: Path) -> None:
     place = tmp_path / "store"
     place.write_text("no folder yet")
     run, config = new_run(tmp_path / "runs", f"tracker.uri=sqlite:///{place}/mlflow.db")
-    said: list[str] = []
-    thread = MirrorThread(Mirror(run, config), said.append)
-    wait_for(lambda: said)
+    messages: list[str] = []
+    thread = MirrorThread(Mirror(run, config), messages.append)
+    wait_for(lambda: messages)
     place.unlink()
     place.mkdir()
     shutil.copy(empty_store, place / "mlflow.db")
@@ -700,17 +702,17 @@ def test_an_mlflow_that_comes_back_gets_everything(tmp_path: Path, empty_store: 
     add_rows(run, 5, 20)
     run.status = status_of("finished", ended_ms=STARTED_MS + 9000)
     assert thread.close() is True
-    assert len(said) == 1
+    assert len(messages) == 1
     found = the_run(config)
     assert found.info.status == "FINISHED"
     assert points(config, found.info.run_id) == points_of_file(run)
 
 
 @pytest.mark.usefixtures("fast")
-def test_the_thread_keeps_mlflow_up_to_date_while_training_goes_on(runs_dir: Path) -> None:
+def test_the_thread_keeps_mlflow_up_to_date_during_training(runs_dir: Path) -> None:
     run, config = new_run(runs_dir)
-    said: list[str] = []
-    thread = MirrorThread(Mirror(run, config), said.append)
+    messages: list[str] = []
+    thread = MirrorThread(Mirror(run, config), messages.append)
     wait_for(run.mirror_file.exists)
     add_rows(run, 5, 9)
     wait_for(lambda: points(config, the_run(config).info.run_id) == points_of_file(run))
@@ -718,7 +720,7 @@ def test_the_thread_keeps_mlflow_up_to_date_while_training_goes_on(runs_dir: Pat
     run.status = status_of("finished", ended_ms=STARTED_MS + 9000)
     add_rows(run, 9, 11)
     assert thread.close() is True
-    assert said == []
+    assert messages == []
     assert the_run(config).info.status == "FINISHED"
     assert points(config, the_run(config).info.run_id) == points_of_file(run)
 
@@ -726,7 +728,7 @@ def test_the_thread_keeps_mlflow_up_to_date_while_training_goes_on(runs_dir: Pat
 # ----------------------------------------------------------------------------------------------------- relora sync
 
 
-def test_sync_corrects_a_run_whose_process_died_and_no_other(
+def test_sync_corrects_a_run_with_a_dead_process_and_no_other_run(
     runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, config = new_run(runs_dir)
@@ -760,7 +762,7 @@ def test_sync_takes_several_runs(runs_dir: Path, capsys: pytest.CaptureFixture[s
     assert len(recorded(runs[0][1])) == 3
 
 
-def test_sync_goes_on_past_a_run_that_cannot_be_read(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_continues_after_a_run_that_cannot_be_read(runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ended = status_of("finished", ended_ms=STARTED_MS + 1)
     (first, _), (second, config) = (new_run(runs_dir, f"trainer.seed={seed}", status=ended) for seed in range(2))
     first.config_file.write_text("\t{")
@@ -772,7 +774,7 @@ def test_sync_goes_on_past_a_run_that_cannot_be_read(runs_dir: Path, capsys: pyt
     assert len(recorded(config)) == 1
 
 
-def test_sync_knows_a_run_by_any_spelling_of_its_path(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_accepts_any_spelling_of_the_path_of_a_run(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 1))
     link = runs_dir.parent / "link"
     link.symlink_to(runs_dir)
@@ -792,7 +794,7 @@ def test_sync_fills_a_store_that_was_removed(runs_dir: Path, empty_store: Path) 
     assert the_run(config).info.status == "FINISHED"
 
 
-def test_runs_that_moved_with_their_store_are_the_same_runs_there(runs_dir: Path, tmp_path: Path) -> None:
+def test_runs_that_were_moved_with_their_store_keep_their_run_ids(runs_dir: Path, tmp_path: Path) -> None:
     run, config = new_run(runs_dir, status=status_of("finished", ended_ms=STARTED_MS + 1))
     Mirror(run, config).sync()
     before = all_of(config)
@@ -806,10 +808,10 @@ def test_runs_that_moved_with_their_store_are_the_same_runs_there(runs_dir: Path
         found = the_run(config)
         assert found.data.tags["run_dir"] == str(path)
         assert (found.info.run_id, points(config, found.info.run_id)) == (before[0], before[-1])
-    assert not runs_dir.exists(), "nothing is written where they were"
+    assert not runs_dir.exists(), "nothing is written to the old folder"
 
 
-def test_sync_of_what_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_of_a_folder_that_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sync", str(tmp_path)]) == 2
     assert f"{tmp_path} is not a run folder" in capsys.readouterr().err
 
@@ -817,10 +819,11 @@ def test_sync_of_what_is_no_run_says_so(tmp_path: Path, capsys: pytest.CaptureFi
 # ------------------------------------------------------------------------------------------------------- relora ui
 
 
-def test_ui_without_a_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ui_without_a_store_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ui", f"runs_dir={tmp_path / 'nowhere'}"]) == 2
     shown = capsys.readouterr().err
-    assert "mlflow.db does not exist: no run was recorded there" in shown
+    assert "mlflow.db does not exist: no run was recorded" in shown
+    assert "set runs_dir=" in shown
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -828,7 +831,7 @@ def test_ui_of_an_unknown_study_names_the_known_ones(runs_dir: Path, capsys: pyt
     (runs_dir / "studies" / "ranks").mkdir(parents=True)
     (runs_dir / "studies" / "ranks" / "study.json").write_text("{}")
     assert cli.main(["ui", f"runs_dir={runs_dir}", "study=rank"]) == 2
-    assert "study rank does not exist in" in (shown := capsys.readouterr().err)
+    assert "study rank does not exist" in (shown := capsys.readouterr().err)
     assert "the studies there: ranks" in shown
 
 
