@@ -5,7 +5,7 @@ import sys
 from relora.common import signals
 
 if __name__ == "__main__":
-    with signals.whole_process():
+    with signals.handled_signals():
         from relora.cli.main import run
 
         sys.exit(run(sys.argv[1:]))

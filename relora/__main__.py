@@ -7,7 +7,7 @@ from relora.common import signals
 
 def main() -> int:
     """Run `relora VERB` and return the exit code."""
-    with signals.whole_process():
+    with signals.handled_signals():
         from relora.cli import main as cli
 
         return cli.main()

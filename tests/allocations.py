@@ -7,7 +7,7 @@ import torch
 
 
 def most_allocated_bytes(action: Callable[[], object]) -> int:
-    """The most that `action` held at a time, beyond what was there before it."""
+    """The largest number of bytes that `action` holds at a time, without the bytes allocated before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         action()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]

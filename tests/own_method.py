@@ -1,4 +1,4 @@
-"""The package of docs/your-own-method.md, installed in a folder of its own from what the page says."""
+"""The package of docs/your-own-method.md, installed in a separate folder as the page says."""
 
 import os
 import re
@@ -12,12 +12,12 @@ PAGE = REPOSITORY / "docs" / "your-own-method.md"
 
 
 def blocks() -> list[tuple[str, str, str]]:
-    """(the file that a block is, or "", its language, its text) of every block of code."""
+    """Every block of code as (its file or "", its language, its text)."""
     return re.findall(r"(?:^`([^`\n]+)`\n\n)?^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def install(folder: Path) -> Path:
-    """Write the page's files to `folder` and install them; returns what has to be on PYTHONPATH."""
+    """Write the page's files to `folder`, install them and return the folder for PYTHONPATH."""
     files = [(name, text) for name, _, text in blocks() if name]
     assert len(files) == 3
     for name, text in files:
@@ -29,5 +29,5 @@ def install(folder: Path) -> Path:
 
 
 def environment(site: Path) -> dict[str, str]:
-    """In which the package is installed."""
+    """The environment of a process in which the package is installed."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(site), os.fspath(REPOSITORY)])}

@@ -24,7 +24,7 @@ BELOW = {
     "launching": {"common", "config", "data", "runs", "tracking", "training", "studies"},
     "cli": {"common", "config", "data", "runs", "tracking", "training", "studies", "launching"},
 }
-"""The packages from the ground up, each with those that it may import."""
+"""The packages in their order, each with the packages that it may import."""
 
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -50,14 +50,14 @@ WITHOUT_TORCH = ("common", "budget", "config", "tracking", "studies")
 
 
 class RuntimeImports(ast.NodeVisitor):
-    """Dotted names of all that a module of the package imports when it runs, inside functions too."""
+    """The dotted names that a module of the package imports when it runs, inside functions too."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
 
     def visit_If(self, node: ast.If) -> None:
-        for_types_alone = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-        for child in node.orelse if for_types_alone else ast.iter_child_nodes(node):
+        only_for_types = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for child in node.orelse if only_for_types else ast.iter_child_nodes(node):
             self.visit(child)
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -91,7 +91,7 @@ def own_imports_of(module: str) -> set[str]:
 
 
 def run_python(source: str) -> object:
-    """What a fresh interpreter prints as JSON."""
+    """The JSON value that a new interpreter prints."""
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -101,9 +101,9 @@ def test_every_package_says_what_it_holds_and_imports_from_below() -> None:
     folders = [path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE]
     assert {folder.name for folder in folders} == set(BELOW)
     for folder in folders:
-        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
-        assert said is not None
-        assert "\n\nImports " in said
+        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert docstring is not None
+        assert "\n\nImports " in docstring
     order = list(BELOW)
     for package, below in BELOW.items():
         assert below <= set(order[: order.index(package)])
@@ -117,7 +117,7 @@ def test_a_module_imports_from_the_packages_below_its_own(module: str) -> None:
 
 
 @pytest.mark.parametrize("package", BELOW)
-def test_modules_of_a_package_import_one_another_one_way(package: str) -> None:
+def test_modules_of_a_package_have_no_import_cycle(package: str) -> None:
     own = {module: own_imports_of(module) for module in MODULES if module.startswith(f"{package}.")}
     graph = {module: {name for name in names if name in own} for module, names in own.items()}
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError
@@ -125,7 +125,7 @@ def test_modules_of_a_package_import_one_another_one_way(package: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", HOMES)
-def test_a_library_is_imported_by_its_own_module_alone(library: str) -> None:
+def test_a_library_is_imported_only_by_its_own_modules(library: str) -> None:
     importers = {module for module in MODULES for name in imports_of(module) if name.split(".")[0] == library}
     assert importers == HOMES[library]
 
@@ -136,7 +136,7 @@ def test_packages_without_torch_never_import_it(package: str) -> None:
     assert [module for module in own for name in imports_of(module) if name.split(".")[0] == "torch"] == []
 
 
-def test_imports_are_found_wherever_they_stand_and_those_for_types_alone_are_not() -> None:
+def test_imports_are_found_everywhere_except_those_only_for_types() -> None:
     source = """
 import relora.a
 from relora import b as other
@@ -176,7 +176,7 @@ print(json.dumps("torch" in sys.modules))
 
 
 @pytest.mark.slow
-def test_the_algorithm_loads_torch_and_none_of_the_edges() -> None:
+def test_the_algorithm_loads_torch_and_no_other_large_library() -> None:
     source = """
 import json, sys
 from relora import LowRankLinear, ReLoRAConfig, merge_and_reinit, reset_optimizer, unwrap, wrap
@@ -187,7 +187,7 @@ print(json.dumps([name for name in libraries if name in sys.modules]))
 
 
 @pytest.mark.slow
-def test_what_plans_composes_and_launches_a_run_is_imported_without_torch() -> None:
+def test_modules_that_plan_compose_and_launch_a_run_load_no_torch() -> None:
     source = """
 import json, sys
 from importlib import import_module
@@ -201,7 +201,7 @@ print(json.dumps([module for module, torch in loaded.items() if torch]))
 
 
 @pytest.mark.slow
-def test_every_public_name_comes_from_its_home() -> None:
+def test_every_public_name_comes_from_its_module() -> None:
     source = """
 import json, relora
 print(json.dumps({name: getattr(relora, name).__module__ for name in relora.__all__}))

@@ -1,4 +1,4 @@
-"""A trainer on a few made-up tokens, what records it and what stops it."""
+"""A trainer on a few made-up tokens, with a tracker and stops for tests."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ VOCAB = 64
 
 
 class Recorder:
-    """A tracker that remembers."""
+    """A tracker that records its calls."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
@@ -72,7 +72,7 @@ def trainer_of(config: RunConfig, folder: Path, **changes) -> Trainer:
 
 
 class stop_after:  # noqa: N801 -- used as a function
-    """A stop that says yes when a trainer of `trainer_of` has made `steps` updates, for its next one."""
+    """A stop that is requested when a trainer of `trainer_of` has made `steps` updates."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.made = steps, 0
@@ -89,7 +89,7 @@ class stop_after:  # noqa: N801 -- used as a function
 
 
 def stop_in_validation(batches: int, monkeypatch: pytest.MonkeyPatch):
-    """A stop that says yes when `batches` batches have been evaluated."""
+    """A stop that is requested when `batches` batches are evaluated."""
     done: list[int] = []
 
     def counted(model, inputs_BxT, targets_BxT, **settings):
@@ -113,7 +113,7 @@ def assert_equal_states(one: Trainer, other: Trainer) -> None:
 
 
 class OutOfMemory(nn.Module):
-    """A model that cannot take more than `limit` sequences at a time: a real failed allocation, or CUDA's exception."""
+    """A model that fails above `limit` sequences at a time: by a real failed allocation, or by CUDA's exception."""
 
     def __init__(self, model: nn.Module, limit: int, kind: str) -> None:
         super().__init__()

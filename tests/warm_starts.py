@@ -16,7 +16,7 @@ OTHERS = [
 
 
 def setting(tiny: list[str], *arm: str) -> list[str]:
-    """The small setting without the method's values where `arm` brings its own."""
+    """The small setting and `arm`. Values of another method are left out."""
     own = [item for item in tiny if not item.startswith("method.") or arm[0] == "method=relora"]
     rates = ["optimizer.learning_rate=4e-3", "optimizer.embedding_learning_rate=5e-3"]
     return [*own, *rates, *arm]

@@ -2,8 +2,8 @@
 
 An exception in the middle of an import, of torch's code or of a file write can do damage. So the handler only
 remembers the signal, and the work checks for it where it can stop safely. This module imports nothing heavy, because
-every entry point calls `whole_process` before its other imports. `python -m relora.common.signals -m MODULE ...` starts
-a module that calls `hold` only after its imports. Signals are blocked until then.
+every entry point calls `handled_signals` before its other imports. `python -m relora.common.signals -m MODULE ...`
+starts a module that calls `hold` only after its imports. Signals are blocked until then.
 """
 
 import runpy
@@ -96,7 +96,7 @@ def ignore() -> None:
 
 
 @contextmanager
-def whole_process() -> Iterator[None]:
+def handled_signals() -> Iterator[None]:
     """Remember signals inside the block, and ignore them after it. Use it in the first line of an entry point."""
     hold()
     try:

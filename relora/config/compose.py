@@ -22,7 +22,7 @@ from relora.config.groups import (
 )
 from relora.config.overrides import as_hydra_reads, check, explain, given_values, leaves, overrides_of
 from relora.config.run import RunConfig
-from relora.config.typed import OF_A_SWEEP, checked, resolved, structured
+from relora.config.typed import SWEEP_KEYS, checked, resolved, structured
 from relora.methods.registry import BASELINE, METHODS
 from relora.optimizers.base import Optimizer
 from relora.optimizers.registry import OPTIMIZERS
@@ -62,7 +62,7 @@ def composed(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfi
             f"{shown(composed.method.get('name'))}; write method: name: {chosen} into it"
         )
     if "sweeps" not in given:
-        for key in OF_A_SWEEP:
+        for key in SWEEP_KEYS:
             if key in composed:
                 raise ConfigError(f"unknown key {key}; it belongs in a sweeps/ file, chosen with sweeps=NAME")
     return composed

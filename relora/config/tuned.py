@@ -17,7 +17,7 @@ from relora.config.run import RunConfig
 
 RATES = ("optimizer.learning_rate", "optimizer.embedding_learning_rate", "method.warm_start_learning_rate")
 
-OF_A_PRESET = ("optimizer.", "schedule.", "method.")
+PRESET_GROUPS = ("optimizer.", "schedule.", "method.")
 
 
 class Presets:
@@ -51,7 +51,7 @@ class Presets:
             basis = "hand"
         else:
             basis = "untuned"
-        changed = [f"{key}={value}" for key, value in given.items() if key.startswith(OF_A_PRESET)]
+        changed = [f"{key}={value}" for key, value in given.items() if key.startswith(PRESET_GROUPS)]
         return replace(config, rates=RatesConfig(basis=basis, source=source, given=changed, differs=differs))
 
     def _is_untuned(self, experiment: str | None, method: str) -> bool:

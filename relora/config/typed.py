@@ -17,9 +17,9 @@ from relora.config.run import RunConfig
 from relora.methods.registry import METHODS
 from relora.optimizers.registry import OPTIMIZERS
 
-OF_A_LAUNCH = ("baseline_rates",)
+LAUNCH_KEYS = ("baseline_rates",)
 """Keys that are settings of a study, not of a run."""
-OF_A_SWEEP = ("grids", "tune")
+SWEEP_KEYS = ("grids", "tune")
 """Keys of sweeps/ files that are not settings of a run."""
 
 
@@ -33,7 +33,7 @@ def resolved(composed: DictConfig) -> Any:
 
 def structured(values: Any) -> DictConfig:
     """Put the values into typed fields. Raises ConfigError for missing values, unknown keys and wrong types."""
-    values = {key: value for key, value in values.items() if key not in ("hydra", *OF_A_LAUNCH, *OF_A_SWEEP)}
+    values = {key: value for key, value in values.items() if key not in ("hydra", *LAUNCH_KEYS, *SWEEP_KEYS)}
     missing = [key for key, value in leaves(values) if value == "???"]
     if missing:
         raise ConfigError(f"a value is missing: {shown(missing[0])}")

@@ -60,10 +60,10 @@ def _redrawn(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _moments(parameter: nn.Parameter, state: dict[str, object], name: str, *, all_anew: bool) -> dict[str, Tensor]:
+def _moments(parameter: nn.Parameter, state: dict[str, object], name: str, *, clears_state: bool) -> dict[str, Tensor]:
     """Return the state tensors that have the parameter's shape and are not counts, exp_avg first.
 
-    Raises TypeError for integer codes, unless the whole state is cleared (`all_anew`).
+    Raises TypeError for integer codes, unless the whole state is cleared (`clears_state`).
     """
     moments = {
         key: value
@@ -71,7 +71,7 @@ def _moments(parameter: nn.Parameter, state: dict[str, object], name: str, *, al
         if isinstance(value, Tensor) and value.shape == parameter.shape and key not in COUNTS
     }
     for key, value in moments.items():
-        if not value.is_floating_point() and not all_anew:
+        if not value.is_floating_point() and not clears_state:
             raise TypeError(
                 f"the optimizer's {key!r} of {name} holds {value.dtype} codes, which cannot be pruned by value; "
                 "use an optimizer with floating-point state, mode='zero' with reset_step=True, or mode='none'"
@@ -139,9 +139,9 @@ def reset_optimizer(
     if held.isdisjoint(redrawn.values()):
         raise ValueError("the optimizer holds none of the model's factors; make it after wrap(model, ...)")
     states = {name: (parameter, optimizer.state.get(parameter) or {}) for name, parameter in redrawn.items()}
-    all_anew = mode == "zero" and reset_step
+    clears_state = mode == "zero" and reset_step
     moments_of = {
-        name: _moments(parameter, state, name, all_anew=all_anew) for name, (parameter, state) in states.items()
+        name: _moments(parameter, state, name, clears_state=clears_state) for name, (parameter, state) in states.items()
     }
 
     total = zeroed = 0

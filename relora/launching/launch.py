@@ -53,7 +53,7 @@ def launch_study(sweep: Sweep, overrides: Sequence[str]) -> bool:
         print(f"note: {remark}", flush=True)
     check_cluster(planned[0].config.cluster)
     write_manifest(Path(planned[0].config.runs_dir), sweep, planned, overrides)
-    return launch_again(sweep.study, planned, ["-m", *overrides])
+    return launch_planned(sweep.study, planned, ["-m", *overrides])
 
 
 def check_cluster(cluster: ClusterConfig) -> None:
@@ -64,7 +64,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
         check(cluster)
 
 
-def launch_again(study: str, planned: Sequence[Planned], command: Sequence[str]) -> bool:
+def launch_planned(study: str, planned: Sequence[Planned], command: Sequence[str]) -> bool:
     """Launch those runs of a study, already in its manifest, that are neither finished nor queued nor running.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 from relora.common.errors import ConfigError, RunError, shown
 from relora.config import compose
 from relora.config.frozen import read_frozen
-from relora.launching.launch import launch_again
+from relora.launching.launch import launch_planned
 from relora.launching.submit import EXTRA_JOBS
 from relora.runs import slurm
 from relora.runs.rundir import RunDir, read_json, write_json
@@ -206,4 +206,4 @@ def retry(runs_dir: Path, name: str, overrides: Sequence[str]) -> bool:
     manifest = manifest_of(runs_dir, name)
     cluster = compose.cluster_with(manifest["cluster"], changes)
     planned = [replace(item, config=replace(item.config, cluster=cluster)) for item in planned]
-    return launch_again(name, planned, ["-m", *manifest["launches"][-1]])
+    return launch_planned(name, planned, ["-m", *manifest["launches"][-1]])

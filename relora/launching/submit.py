@@ -71,10 +71,10 @@ class RunTask:
             # Only rank 0 requeues the job. Another rank that exits with an error would end the job before that.
             if rank:
                 return
-            self._go_on(run, status, seconds=time.monotonic() - began, progressed=_progress(run) > before)
+            self._requeue_if_needed(run, status, seconds=time.monotonic() - began, progressed=_progress(run) > before)
         sys.exit(EXIT_CODES[status.state])
 
-    def _go_on(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
+    def _requeue_if_needed(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
         """Requeue a job that SLURM stopped early. Let the run fail if a job cannot make a step in its time limit."""
         number, cluster = slurm.own_job(), frozen.thaw(run.config_file).cluster
         assert isinstance(cluster, SlurmConfig)
@@ -87,7 +87,7 @@ class RunTask:
             )
             run.status = status
             print(f"failed: {status.message}", flush=True)
-        elif not slurm.is_cancelled(number) and (status.stopped_by == "SIGUSR2" or slurm.is_taking_away(number)):
+        elif not slurm.is_cancelled(number) and (status.stopped_by == "SIGUSR2" or slurm.is_requeueing(number)):
             print(f"putting job {number} back into the queue", flush=True)
             try:
                 slurm.requeue(number)

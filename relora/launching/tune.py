@@ -150,10 +150,10 @@ def _run_trials(study: "Study", search: Search, overrides: Sequence[str], max_pa
                 trial = study.ask()
                 values = {name: trial.suggest_float(name, *limits, log=True) for name, limits in search.ranges.items()}
                 attempt = _Attempt(trial=trial, runs=_runs(search, values))
-                _enrol(search, attempt.runs, overrides)
+                _note_in_study(search, attempt.runs, overrides)
                 running.append(attempt)
                 print(f"trial {trial.number}: {attempt.values()}", flush=True)
-            running = [attempt for attempt in running if _goes_on(study, attempt, max_parallel)]
+            running = [attempt for attempt in running if _keeps_running(study, attempt, max_parallel)]
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         signals.forget()  # a second Ctrl-C ends the wait below
@@ -165,13 +165,13 @@ def _run_trials(study: "Study", search: Search, overrides: Sequence[str], max_pa
     return True
 
 
-def _enrol(search: Search, runs: Sequence[Planned], overrides: Sequence[str]) -> None:
+def _note_in_study(search: Search, runs: Sequence[Planned], overrides: Sequence[str]) -> None:
     sweep = Sweep(study=search.study, question=search.question, runs=[item.config for item in runs])
     write_manifest(Path(runs[0].config.runs_dir), sweep, runs, overrides)
     prepare([item for item in runs if item.state != "finished"], ["-m", *overrides])
 
 
-def _goes_on(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
+def _keeps_running(study: "Study", attempt: _Attempt, max_parallel: int) -> bool:
     """Start the next run of a trial, or check the running one. Return False when the trial has ended."""
     from optuna.trial import TrialState
 
@@ -264,7 +264,7 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
     values = {name: float(f"{value:.3g}") for name, value in study.best_params.items()}
     text = " ".join(f"{name}={value:g}" for name, value in values.items())
     print(f"best on validation: {text} (mean loss {study.best_value:.4f} over {len(search.seeds)} seeds)")
-    own = [item for item in _without_paths(overrides) if not item.startswith(OF_THE_EXPERIMENT)]
+    own = [item for item in _without_paths(overrides) if not item.startswith(KEYS_SET_BY_THE_EXPERIMENT)]
     if search.experiment is None or own:
         why = f"{' '.join(own)} differs from the experiment's setting" if own else "no experiments=... was given"
         print(f"{why}, so no preset is written")
@@ -283,7 +283,7 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
     print(f"preset: {file}", flush=True)
 
 
-OF_THE_EXPERIMENT = ("sweeps=", "experiments=", "method=", "trainer.seed=", "tune.")
+KEYS_SET_BY_THE_EXPERIMENT = ("sweeps=", "experiments=", "method=", "trainer.seed=", "tune.")
 
 
 def _without_paths(overrides: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ KINDS = {
 }
 """The types of the status fields that readers rely on."""
 
-MENDED_BY_A_LAUNCH = "the run's launch command repairs it"
+REPAIRED_BY_LAUNCH = "the run's launch command repairs it"
 
 PROBE_SECONDS = 1.0
 """Another process that checks whether a run is locked holds the lock for less than this time."""
@@ -163,7 +163,7 @@ class RunDir:
         return {rank: file.read_text(errors="replace").partition("\n")[0] for rank, file in files}
 
     @property
-    def told_by_ranks(self) -> list[str]:
+    def rank_messages(self) -> list[str]:
         """The errors that ended processes other than rank 0, as text for the user."""
         return [f"rank {rank} failed: {message}" for rank, message in self.rank_errors.items()]
 
@@ -179,7 +179,7 @@ class RunDir:
         try:
             return status_of(values) if values else None
         except (TypeError, ValueError, AttributeError) as error:
-            raise DamagedFile(self.status_file, reason(error), MENDED_BY_A_LAUNCH) from error
+            raise DamagedFile(self.status_file, reason(error), REPAIRED_BY_LAUNCH) from error
 
     @status.setter
     def status(self, status: Status) -> None:

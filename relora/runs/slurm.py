@@ -17,7 +17,7 @@ DEFAULT_MAX_ARRAY_SIZE = 1001
 """SLURM's own default."""
 
 WAITING = ("PENDING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
-WHY_DEAD = {
+REASON_BY_STATE = {
     "OUT_OF_MEMORY": "out of memory: SLURM killed it; raise cluster.mem_gb or lower trainer.sequences_per_micro_step",
     "TIMEOUT": "timed out: it was killed at the end of its walltime; raise cluster.timeout_minutes",
     "NODE_FAIL": "its node failed",
@@ -26,7 +26,7 @@ WHY_DEAD = {
     "PREEMPTED": "preempted and not requeued",
     "REVOKED": "its cluster revoked it",
 }
-DEAD = ("COMPLETED", "FAILED", "CANCELLED", *WHY_DEAD)
+ENDED_STATES = ("COMPLETED", "FAILED", "CANCELLED", *REASON_BY_STATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +50,15 @@ class Job:
     @property
     def alive(self) -> bool:
         """Whether the job may still write files."""
-        return self.state not in DEAD
+        return self.state not in ENDED_STATES
 
     @property
-    def why_dead(self) -> str:
+    def end_reason(self) -> str:
         """How the job ended, as text for the user. This is for a job that did not record its end itself."""
         if self.state == "CANCELLED":
             return f"cancelled {self.reason}".strip()
-        if self.state in WHY_DEAD:
-            return WHY_DEAD[self.state]
+        if self.state in REASON_BY_STATE:
+            return REASON_BY_STATE[self.state]
         code, _, number = self.exit_code.partition(":")
         # srun reports a signal that killed a task as its exit code. The codes of relora itself are 0, 1, 2 and 130.
         if number in ("", "0") and code.isdigit() and (2 < int(code) < 32 or (128 < int(code) < 160 and code != "130")):
@@ -124,7 +124,7 @@ def ask(ids: Sequence[str]) -> Answer:
     fields = "JobArrayID:|,State:|,Reason:|,NodeList:|,RestartCnt:|"
     for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-O", fields) if ids else []:
         job, state, reason, node, requeues = line.split("|")[:5]
-        if job.partition("_")[0] in masters and (state not in DEAD or job not in found):
+        if job.partition("_")[0] in masters and (state not in ENDED_STATES or job not in found):
             reason = "" if reason == "None" else reason
             known[job] = Job(state=state, reason=reason, node=node, requeues=int(requeues))
     return Answer(jobs=known)
@@ -213,7 +213,7 @@ def requeue(job: str) -> None:
         raise RunError(f"scontrol requeue {job} fails: {_last_line(done.stderr)}")
 
 
-def is_taking_away(job: str) -> bool:
+def is_requeueing(job: str) -> bool:
     """Return whether SLURM itself is ending this running job: by preemption, node failure or at its walltime."""
     text = " ".join(_lines("scontrol", "show", "job", "-o", job, may_fail=True) or [])
     state, preempted = re.search(r"JobState=(\w+)", text), re.search(r"PreemptTime=(\S+)", text)

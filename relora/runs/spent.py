@@ -11,7 +11,7 @@ NEGLIGIBLE = 0.01
 """Conditions are ignored if they hold for less than this share of a run's seconds."""
 
 MACHINE = ("host", "device", "cpu", "torch", "threads", "ranks")
-OF_MEMORY = ("device", "ranks")
+CONDITIONS_OF_MEMORY = ("device", "ranks")
 """The names in MACHINE that peak memory depends on."""
 
 
@@ -66,10 +66,10 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
         The reason as text for the user; "" if the runs can be compared.
     """
     machine, switches = dict[str, str](), dict[str, str]()
-    for a in _that_count(one):
-        for b in _that_count(other):
+    for a in _with_training(one):
+        for b in _with_training(other):
             for name in a.keys() & b.keys() - {SECONDS}:
-                if a[name] == b[name] or (memory and name in MACHINE and name not in OF_MEMORY):
+                if a[name] == b[name] or (memory and name in MACHINE and name not in CONDITIONS_OF_MEMORY):
                     continue
                 (machine if name in MACHINE else switches)[name] = f"{name} {a[name]} against {b[name]}"
     parts = [
@@ -94,6 +94,6 @@ def other_switches(config: RunConfig, record: Sequence[Mapping[str, Any]]) -> st
     )
 
 
-def _that_count(record: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _with_training(record: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     whole = sum(entry[SECONDS] for entry in record)
     return [entry for entry in record if entry[SECONDS] >= NEGLIGIBLE * whole]

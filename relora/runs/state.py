@@ -105,9 +105,9 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> Observ
         message = f"SLURM no longer knows its job {submission['job']}, so how it ended is unknown"
         return _settled(run, status, "failed", message)
     if submission.get("cancelled") and job.state == "CANCELLED":
-        return _settled(run, status, "cancelled", job.why_dead, job.requeues)
+        return _settled(run, status, "cancelled", job.end_reason, job.requeues)
     name = "cancelled" if job.state == "CANCELLED" else "failed"
-    message = _with_ranks(run, _why_dead(job, Path(submission["log"])))
+    message = _with_ranks(run, _end_reason(job, Path(submission["log"])))
     return _settled(run, status, name, message, job.requeues)
 
 
@@ -116,13 +116,13 @@ def log_of(folder: Path, job: str) -> Path:
     return folder / f"{job}_0_log.out"
 
 
-def _why_dead(job: slurm.Job, log: Path) -> str:
+def _end_reason(job: slurm.Job, log: Path) -> str:
     """Return how SLURM says that the job ended. Some configurations report "out of memory" only in the job's log."""
     if log.is_file() and job.state != "COMPLETED":
         last_attempt = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
         if re.search(r"slurmstepd.*(exceeded memory limit|oom.kill)", last_attempt, re.IGNORECASE):
-            return slurm.WHY_DEAD["OUT_OF_MEMORY"]
-    return job.why_dead
+            return slurm.REASON_BY_STATE["OUT_OF_MEMORY"]
+    return job.end_reason
 
 
 def _of_local(run: RunDir, status: Status | None) -> ObservedState:
@@ -136,7 +136,7 @@ def _of_local(run: RunDir, status: Status | None) -> ObservedState:
 
 def _with_ranks(run: RunDir, message: str) -> str:
     """Add the errors of the other processes to a message, because rank 0 could not report them."""
-    return "; ".join([*run.told_by_ranks, message])
+    return "; ".join([*run.rank_messages, message])
 
 
 def _settled(run: RunDir, seen: Status | None, name: str, message: str, requeues: int = 0) -> ObservedState:

@@ -16,11 +16,11 @@ from relora.studies.sweeps import Sweep
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 """If full rank's learning rate was not tuned for the setting, these multiples of it are tried."""
-NOT_ITS_OWN = ("method", "sweeps", "study", "runs_dir")
+OTHER_GROUPS = ("method", "sweeps", "study", "runs_dir")
 """Keys without a dot that set no optimizer or schedule value of full rank."""
-OF_FULL_RANK = ("optimizer", "schedule")
+FULL_RANK_GROUPS = ("optimizer", "schedule")
 """Config groups that come from full rank's own config, even if the sweep varies their values for the other runs."""
-OF_RESTARTS = "schedule.restart_warmup_steps"
+RESTART_KEY = "schedule.restart_warmup_steps"
 """A key that full rank does not use."""
 
 
@@ -76,8 +76,8 @@ class Baselines:
         for key, texts in parsed(self.sweep.arguments.get(config.config_hash, self.sweep.fixed)):
             name = key.lstrip("+~")
             group = name.partition(".")[0]
-            of_full_rank = group in OF_FULL_RANK and texts[0] in fixed and name != OF_RESTARTS
-            if of_full_rank or ("." not in name and name not in (*NOT_ITS_OWN, *OF_FULL_RANK)):
+            of_full_rank = group in FULL_RANK_GROUPS and texts[0] in fixed and name != RESTART_KEY
+            if of_full_rank or ("." not in name and name not in (*OTHER_GROUPS, *FULL_RANK_GROUPS)):
                 chosen += texts[:1]
         file = [] if self.sweep.file is None else [f"sweeps={self.sweep.file}"]
         return (*file, *chosen)

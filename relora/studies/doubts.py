@@ -9,7 +9,7 @@ from relora.runs.results import Run, mean
 from relora.studies.compare import Arm, Estimate, Study
 from relora.studies.gaps import Baseline
 
-FAR_AHEAD = -0.02
+IMPLAUSIBLE = -0.02
 """A relative gap below this value is reported as not plausible. A method that trains fewer parameters than full rank is
 not expected to be better. 2% is about the effect of another seed at laptop/small (docs/results.md)."""
 TRAINING_RISE = 0.1
@@ -77,10 +77,10 @@ def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
         return sentences
     sentences += _at_the_edge(best.label, best.config, _tried(study, best))
     gaps = [(arm.label, arm.gap("tokens")) for arm in study.arms if not arm.is_full_rank]
-    ahead = [f"{label} ({-gap.relative:.1%})" for label, gap in gaps if gap is not None and gap.relative < FAR_AHEAD]
+    ahead = [f"{label} ({-gap.relative:.1%})" for label, gap in gaps if gap is not None and gap.relative < IMPLAUSIBLE]
     if ahead:
         sentences.append(
-            f"Not plausible: ahead of full rank at equal tokens by more than {-FAR_AHEAD:.0%}: {', '.join(ahead)}. "
+            f"Not plausible: ahead of full rank at equal tokens by more than {-IMPLAUSIBLE:.0%}: {', '.join(ahead)}. "
             "This suggests that the full-rank run has bad rates; try other rates: method=full "
             "optimizer.learning_rate=... optimizer.embedding_learning_rate=..."
         )
@@ -111,11 +111,11 @@ def _tried(study: Study, arm: Arm) -> list[float]:
     if arm.is_full_rank and choice is not None:
         configs += [run.config for runs in choice.rivals.values() for run in runs.values()]
     assert arm.config is not None
-    own = _but_for_rates(arm.config)
-    return sorted({c.optimizer.learning_rate for c in configs if c is not None and _but_for_rates(c) == own})
+    own = _without_rates(arm.config)
+    return sorted({c.optimizer.learning_rate for c in configs if c is not None and _without_rates(c) == own})
 
 
-def _but_for_rates(config: RunConfig) -> dict[str, object]:
+def _without_rates(config: RunConfig) -> dict[str, object]:
     """Return the values that identify a run, without its rates and its seed."""
     return {name: value for name, value in config.identity.items() if name not in (*RATES, "trainer.seed")}
 
@@ -126,8 +126,8 @@ def _is_best(study: Study, arm: Arm) -> bool:
         full = study.full_rank()
         return full is not None and full.variant == arm.variant
     assert arm.config is not None
-    own = _but_for_rates(arm.config)
-    rivals = [other for other in study.arms if other.finished and other.config and _but_for_rates(other.config) == own]
+    own = _without_rates(arm.config)
+    rivals = [other for other in study.arms if other.finished and other.config and _without_rates(other.config) == own]
     return bool(rivals) and min(rivals, key=_validation).variant == arm.variant
 
 

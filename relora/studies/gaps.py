@@ -75,10 +75,10 @@ class Compared:
     @property
     def role(self) -> str:
         """The displayed role: "arm", "baseline", or "baseline, other rate" for a baseline that was not chosen."""
-        return role_beside(self.run.role, self.run, self.baseline)
+        return role_against(self.run.role, self.run, self.baseline)
 
 
-def role_beside(role: str, run: Run, baseline: Run | None) -> str:
+def role_against(role: str, run: Run, baseline: Run | None) -> str:
     """Return the displayed role of a run.
 
     Args:

@@ -245,7 +245,7 @@ def _memory(value: float) -> str:
     return f"{value / GIB:.2f} GiB" if value >= 10 * GIB else f"{value / MIB:,.0f} MiB"
 
 
-OF_THE_ARMS = (
+ARM_KEYS = (
     *("sweeps=", "study=", "method", "optimizer.learning_rate", "optimizer.embedding_learning_rate"),
     *("schedule.restart_warmup_steps", "trainer.total_steps", "trainer.total_tokens"),
 )
@@ -266,7 +266,7 @@ def _missing_budgets(study: Study) -> str | None:
     for needed in sorted(steps):
         if not budgets or needed / budgets[-1] - 1 > SAME_BUDGET:
             budgets.append(needed)
-    kept = [text for text in study.launches[-1] if not text.startswith(OF_THE_ARMS)]
+    kept = [text for text in study.launches[-1] if not text.startswith(ARM_KEYS)]
     wanted = f"trainer.total_steps={','.join(map(str, budgets))}"
     return shlex.join(["python", "run.py", "-m", "sweeps=baseline_budgets", *kept, wanted])
 

@@ -9,7 +9,7 @@ from relora.common.tables import aligned
 from relora.runs.metrics import read_rows
 from relora.runs.results import Run
 from relora.runs.state import ObservedState, observe
-from relora.studies.gaps import FullRank, gap_at_equal_tokens, role_beside
+from relora.studies.gaps import FullRank, gap_at_equal_tokens, role_against
 from relora.studies.study import Planned, damaged_of
 from relora.tracking.console import LiveTable, duration, is_terminal
 
@@ -75,7 +75,7 @@ def _finished(run: Run, state: ObservedState, full: FullRank) -> StatusRow:
     found, (gap, baseline) = run.summary, gap_at_equal_tokens(run, full)
     return StatusRow(
         run=run.name,
-        role=role_beside(run.role, run, baseline),
+        role=role_against(run.role, run, baseline),
         state=replace(state, message=gap.note) if run.diverged else state,
         step=run.config.total_steps,
         total_steps=run.config.total_steps,

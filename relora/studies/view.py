@@ -82,7 +82,10 @@ def _check_place(config: RunConfig, artifact_uri: str) -> None:
     """Raise RunError if the store of a runs_dir keeps artifacts elsewhere: the runs_dir was moved or copied."""
     path = Path(url2pathname(urlsplit(artifact_uri).path))
     if config.tracker.uri is None and not path.resolve().is_relative_to(Path(config.runs_dir).resolve()):
-        raise RunError(f"{config.runs_dir} was moved or copied, but its MLflow store still keeps artifacts in {path}")
+        raise RunError(
+            f"{config.runs_dir} was moved or copied, but its MLflow store still keeps artifacts in {path}; move it "
+            "back, or read the report in the folder of the study"
+        )
 
 
 def view_key(study: str) -> str:

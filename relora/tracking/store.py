@@ -81,7 +81,7 @@ def open_store(uri: str, runs_dir: Path) -> "MlflowClient":
             if file is None:
                 raise
             _refuse_damaged(file, error)
-            if not _is_half_made(file):
+            if not _is_incomplete(file):
                 raise
             aside = _set_aside(file)
             print_note(f"{file} is incomplete and has no runs ({brief(error)}); renamed to {aside.name} and replaced")
@@ -153,7 +153,7 @@ def _with_journals(file: Path) -> list[Path]:
     return [file.with_name(file.name + ending) for ending in ("", "-journal", "-wal", "-shm")]
 
 
-def _is_half_made(file: Path) -> bool:
+def _is_incomplete(file: Path) -> bool:
     """Return whether the creation of this MLflow store was interrupted: it has MLflow's first tables, but no runs."""
     try:
         with closing(sqlite3.connect(file, timeout=1.0)) as database:

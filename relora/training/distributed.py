@@ -33,7 +33,7 @@ TIMEOUT = timedelta(minutes=15)
 WATCHED_SECONDS = TIMEOUT.total_seconds() - 120
 """How long `_watched` waits. It is less than TIMEOUT, at which NCCL ends the process without a message to the user."""
 
-MEETING = timedelta(minutes=30)
+CONNECT_TIMEOUT = timedelta(minutes=30)
 """How long the processes wait until the last one has started."""
 
 POLL_SECONDS, LONG_POLL_SECONDS = 0.02, 0.2
@@ -45,7 +45,7 @@ SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 2e-5, 1e-3
 LOST_POLL_SECONDS = 1.0
 """Seconds between two checks of a waiting process whether another one has failed."""
 
-LOST = "lost"
+LOST_KEY = "lost"
 """The key that a failing process sets in the store."""
 
 
@@ -126,7 +126,7 @@ class World:
         except BaseException:
             # With NCCL, the others notice only this key. `abort` ends NCCL's own wait. gloo notices closed connections.
             with suppress(RuntimeError):
-                store.set(LOST, str(self.rank))
+                store.set(LOST_KEY, str(self.rank))
             with suppress(RuntimeError):
                 distributed.group.WORLD.abort()  # pyright: ignore[reportOptionalMemberAccess]
             raise
@@ -145,29 +145,29 @@ class World:
         # torchrun serves its own store, and keeps it when it restarts the processes.
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         is_server = self.is_first and not served
-        limit = time.monotonic() + MEETING.total_seconds()
+        limit = time.monotonic() + CONNECT_TIMEOUT.total_seconds()
 
         def wait_until(question: Callable[[], bool], whom: str) -> None:
             while not question():
                 if time.monotonic() > limit:
-                    raise RuntimeError(f"no {whom} at {address}:{port} within {MEETING}")
+                    raise RuntimeError(f"no {whom} at {address}:{port} within {CONNECT_TIMEOUT}")
                 time.sleep(POLL_SECONDS)
 
         with signals.raising():
             if not is_server:
                 wait_until(lambda: _answers(address, port), "rank 0")
-            store: Store = TCPStore(address, port, is_master=is_server, timeout=MEETING, wait_for_workers=False)
+            store: Store = TCPStore(address, port, is_master=is_server, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
             if served:
                 store = PrefixStore(f"relora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             store.set(f"rank-{self.rank}", "here")
             try:
-                wait_until(lambda: self._all_are_here(store), f"{self.size} ranks")
+                wait_until(lambda: self._all_connected(store), f"{self.size} ranks")
             except KeyboardInterrupt:
                 store.set("stop", "")
                 raise
         return store
 
-    def _all_are_here(self, store: "Store") -> bool:
+    def _all_connected(self, store: "Store") -> bool:
         if store.check(["stop"]):
             raise Stopped("another rank was asked to stop")
         return store.check([f"rank-{rank}" for rank in range(self.size)])
@@ -210,10 +210,10 @@ class World:
             return pickle.loads(bytes.fromhex(store.get(key).decode()))
 
     def _check_others(self) -> None:
-        """Raise PeerLost if a process has set LOST in the store."""
+        """Raise PeerLost if a process has set LOST_KEY in the store."""
         store = self._joined.store
-        if store is not None and store.check([LOST]):
-            raise PeerLost(f"rank {store.get(LOST).decode()} failed")
+        if store is not None and store.check([LOST_KEY]):
+            raise PeerLost(f"rank {store.get(LOST_KEY).decode()} failed")
 
     def gathered(self, values: list[int]) -> list[list[int]]:
         """Return the integers of every process, in the order of ranks. All processes pass the same number of values."""

@@ -14,7 +14,7 @@ from relora.training.device_memory import fits
 from relora.training.distributed import World
 from relora.training.model import precision_context, summed_cross_entropy
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def evaluate(
     sequences_per_batch: int,
     precision: str,
     device: torch.device,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     stop: Callable[[], str | None] = lambda: None,
 ) -> Evaluation:
     """Evaluate the model on every sequence of `data` exactly once. The last batch may be smaller.

@@ -29,7 +29,7 @@ from relora.training.processes import (
     describe_machine,
     in_words,
     run_worker,
-    then_stop,
+    stopping_after,
 )
 from relora.training.summary import finished_already, prompt_for, relaunch_command, summary_text
 
@@ -180,7 +180,7 @@ class _Attempt:
     def _record(self, error: BaseException) -> None:
         self.console.close()
         self.status.state, self.status.stopped_by = "failed", signals.reason() or ""
-        causes = self.run.told_by_ranks if isinstance(error, (PeerLost, KeyboardInterrupt)) else []
+        causes = self.run.rank_messages if isinstance(error, (PeerLost, KeyboardInterrupt)) else []
         if causes:
             self.status.message = f"{'; '.join(causes)} (in full: {self.run.path}/rank-*.error)"
         elif isinstance(error, WarmStartTrained):
@@ -227,7 +227,7 @@ class _Attempt:
         ):
             world.broadcast((os.fspath(corpus.folder), publish_warm_start is not None))
             if self.warm_start_only:
-                publish_warm_start = then_stop(publish_warm_start)
+                publish_warm_start = stopping_after(publish_warm_start)
             trainer = build_trainer(
                 self.run,
                 config,
@@ -321,7 +321,7 @@ def _is_mirrored(config: RunConfig, *, on_node: bool) -> bool:
 
 
 if __name__ == "__main__":
-    with signals.whole_process():
+    with signals.handled_signals():
         try:
             sys.exit(EXIT_CODES[job(Path(sys.argv[1])).state])
         except (ConfigError, RunError, OSError) as problem:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RECORDED_SECONDS = 10.0
 """How long a failed process waits until rank 0 has recorded its failure. Launchers then give rank 0 about 30 s more."""
 
-MENDABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+REPAIRABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 """Errors of a full, forbidden or broken disk. A traceback does not help the user there."""
 
 
@@ -99,7 +99,7 @@ def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
     folder, trains_warm_start = world.broadcast(("", False))
     on_warm_start = (lambda: None) if trains_warm_start else None
     if warm_start_only:
-        on_warm_start = then_stop(on_warm_start)
+        on_warm_start = stopping_after(on_warm_start)
     trainer = build_trainer(
         run,
         config,
@@ -113,7 +113,7 @@ def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
     trainer.train()
 
 
-def then_stop(on_warm_start: Callable[[], None] | None) -> Callable[[], None]:
+def stopping_after(on_warm_start: Callable[[], None] | None) -> Callable[[], None]:
     """Return a function that calls `on_warm_start` and then raises WarmStartTrained, so that training stops there.
 
     Raises:
@@ -122,11 +122,11 @@ def then_stop(on_warm_start: Callable[[], None] | None) -> Callable[[], None]:
     if on_warm_start is None:
         raise WarmStartTrained
 
-    def stop_after_it() -> None:
+    def publish_and_stop() -> None:
         on_warm_start()
         raise WarmStartTrained
 
-    return stop_after_it
+    return publish_and_stop
 
 
 def _wait_until_recorded(run: RunDir) -> None:
@@ -279,6 +279,6 @@ def _cpu_model() -> str:
 def in_words(error: BaseException) -> str:
     """Return the message of an error for the user. The class is added unless the message is clear without it."""
     mendable = isinstance(error, (ConfigError, RunError, Interrupted, WarmStartTrained)) or (
-        isinstance(error, OSError) and error.errno in MENDABLE_ERRNOS
+        isinstance(error, OSError) and error.errno in REPAIRABLE_ERRNOS
     )
     return str(error) if mendable else f"{type(error).__name__}: {error}"

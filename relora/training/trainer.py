@@ -18,7 +18,7 @@ from relora.runs import checkpoint
 from relora.runs.metrics import MICRO_STEP, Tracker
 from relora.training.device_memory import fits, peak_memory_bytes
 from relora.training.distributed import World, digest
-from relora.training.evaluate import ALONE, Evaluation, evaluate
+from relora.training.evaluate import SINGLE_PROCESS, Evaluation, evaluate
 from relora.training.learning_rate import learning_rate_factor
 from relora.training.microsteps import MicroSteps
 from relora.training.model import compile_layers
@@ -48,7 +48,7 @@ class Trainer:
         device: torch.device,
         stop: Callable[[], str | None] = lambda: None,
         on_warm_start: Callable[[], None] | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         machine: Mapping[str, Any] | None = None,
     ) -> None:
         """Create the trainer and load the newest checkpoint, if there is one.
@@ -360,5 +360,5 @@ class Trainer:
         # A size that ran out of memory would do so again. The config or a larger world may ask for a smaller one.
         self.micro.at_most(state["counters"].pop(MICRO_STEP_KEY))
         self.reporter.counters = Counters(**state["counters"])
-        self.under_way.go_on_from(self.counters.training_seconds)
+        self.under_way.resume_from(self.counters.training_seconds)
         self.tracker.log_line(f"resumed at step {self.first_step} of {self.clock.total_steps}")

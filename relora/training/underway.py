@@ -82,7 +82,7 @@ class UnderWay:
         """Training seconds: the time of steps and restarts, over all attempts."""
         return self._seconds + (0.0 if self._begun is None else self._now() - self._begun)
 
-    def go_on_from(self, seconds: float) -> None:
+    def resume_from(self, seconds: float) -> None:
         """Start from the seconds of earlier attempts."""
         self._seconds = seconds
         self._finishes = deque([seconds], maxlen=SMOOTHED_STEPS + 1)

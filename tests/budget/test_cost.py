@@ -140,7 +140,7 @@ def test_parameter_counts_are_the_published_ones_to_two_decimals(size: str) -> N
     assert round(low_rank.trainable_parameters / 1e6, 2) == expected.trainable_millions
 
 
-# --------------------------------------------------------------------------------- arithmetic against the real thing
+# ------------------------------------------------------------------------------------ arithmetic against real models
 
 
 @pytest.mark.parametrize("size", [*SIZES, "tiny"])
@@ -234,7 +234,7 @@ def test_flops_on_the_merged_weight_are_those_of_the_real_model(
 
 
 @pytest.mark.parametrize(("rank", "way"), [(8, FACTORED), (31, FACTORED), (33, PROJECTED), (64, PROJECTED)])
-def test_from_a_quarter_of_a_square_matrix_on_the_whole_gradient_is_projected(rank: int, way: str) -> None:
+def test_above_a_quarter_of_a_square_matrix_the_whole_gradient_is_projected(rank: int, way: str) -> None:
     assert cheapest_way(128, 128, rank) == way
     assert cheapest_way(128, 128, rank, merged_weight="never") == PLAIN
 
@@ -246,14 +246,14 @@ def test_few_tokens_do_not_pay_for_a_merged_weight() -> None:
     assert cheapest_way(2048, 2048, 128, tokens_per_micro_step=512, micro_steps=3, merged_weight="rebuilt") == PLAIN
 
 
-def test_of_equally_cheap_ways_the_plain_one_is_the_last() -> None:
+def test_of_equally_cheap_ways_the_plain_way_is_taken_last() -> None:
     shape, settings = (1024, 1024, 128), {"merged_weight": "rebuilt", "tokens_per_micro_step": 1024}
     ways = way_multiply_adds(*shape, micro_steps=1, **settings)  # type: ignore[arg-type]
     assert ways[PLAIN] == ways[FACTORED] < ways[PROJECTED]
     assert cheapest_way(*shape, **settings) == FACTORED  # type: ignore[arg-type]
 
 
-def test_full_rank_names_no_targets_and_targets_without_a_rank_are_full_rank() -> None:
+def test_targets_without_a_rank_are_full_rank() -> None:
     config = conf_of("60m")
     assert cost_of(config, {"target_modules": ALL_LINEARS}) == cost_of(config, {})
 
@@ -287,7 +287,7 @@ def test_full_rank_names_no_targets_and_targets_without_a_rank_are_full_rank() -
         ("", False),
     ],
 )
-def test_a_target_is_a_regular_expression_of_the_whole_name_or_an_ending_of_whole_components(
+def test_a_target_is_a_regular_expression_or_an_ending_of_whole_components(
     target_modules: str | Sequence[str], matches: bool
 ) -> None:
     assert module_matches("model.layers.0.self_attn.q_proj", target_modules) is matches

@@ -1,4 +1,4 @@
-"""What `relora plan` says that an update takes, against what torch allocates in one."""
+"""The memory of an update in `relora plan`, against the memory that torch allocates."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,7 +134,7 @@ def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
 
 
 class Two(World):
-    """One of two ranks: it allocates what it sends and is told, whether or not there is another."""
+    """One of two ranks. It allocates its buffers to send and to receive, and needs no second rank."""
 
     def _all_reduce(self, tensor: torch.Tensor) -> None: ...
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def batch(seed: int) -> Tensor:
 
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(seed=st.integers(0, 1000), updates=st.integers(1, 4))
-def test_it_is_torchs_own_step_to_the_bit(seed: int, updates: int) -> None:
+def test_the_updates_are_those_of_torch_to_the_bit(seed: int, updates: int) -> None:
     plain, ours = net(seed), net(seed)
     optimizer, in_backward = adam(plain), UpdateInBackward(adam(ours))
     for number in range(updates):
@@ -54,7 +55,7 @@ def test_it_is_torchs_own_step_to_the_bit(seed: int, updates: int) -> None:
         assert other.grad is None
 
 
-def test_no_two_gradients_are_there_at_a_time() -> None:
+def test_at_most_one_gradient_exists_at_a_time() -> None:
     model, most = net(0), 0
     optimizer = adam(model)
     UpdateInBackward(optimizer)
@@ -68,7 +69,7 @@ def test_no_two_gradients_are_there_at_a_time() -> None:
     assert most == 1
 
 
-def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone() -> None:
+def test_a_gradient_that_is_not_finite_leaves_its_parameter_unchanged() -> None:
     model = net(0)
     in_backward = UpdateInBackward(adam(model))
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -79,7 +80,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone() -> None:
     assert in_backward.pop_norm().isnan()
 
 
-def test_after_its_removal_gradients_stay() -> None:
+def test_after_its_removal_gradients_are_kept() -> None:
     model = net(0)
     UpdateInBackward(adam(model)).remove()
     model(batch(0)).sum().backward()
@@ -113,12 +114,12 @@ def test_a_run_is_the_same_to_the_bit(overrides: list[str], precision: str, tmp_
     ours.train()
     assert plain.config.config_hash == ours.config.config_hash
     assert_equal_states(plain, ours)
-    told = [[trainer.tracker.rows[step]["train/grad_norm"] for step in range(1, 15)] for trainer in (plain, ours)]  # type: ignore[attr-defined]
-    assert told[0] == told[1]
+    norms = [[trainer.tracker.rows[step]["train/grad_norm"] for step in range(1, 15)] for trainer in (plain, ours)]  # type: ignore[attr-defined]
+    assert norms[0] == norms[1]
 
 
 @pytest.mark.parametrize("method", ["full", "galore"])
-def test_so_is_a_run_of_another_method(method: str, tmp_path: Path) -> None:
+def test_a_run_of_another_method_is_the_same_to_the_bit(method: str, tmp_path: Path) -> None:
     tiny = [item for item in TINY if not item.startswith("method")]
     own = [] if method == "full" else ["method.rank=4"]
     overrides = [*tiny, f"method={method}", *own, "optimizer.max_grad_norm=null"]
@@ -129,7 +130,7 @@ def test_so_is_a_run_of_another_method(method: str, tmp_path: Path) -> None:
     assert_equal_states(plain, ours)
 
 
-def test_a_run_goes_on_to_the_bit_with_it_or_without(tmp_path: Path) -> None:
+def test_a_run_resumes_to_the_bit_with_or_without_update_in_backward(tmp_path: Path) -> None:
     whole = trainer_of(unclipped(*IN_BACKWARD), tmp_path / "whole")
     whole.train()
     for updates, overrides in ((1, IN_BACKWARD), (9, IN_BACKWARD), (9, ())):
@@ -141,7 +142,7 @@ def test_a_run_goes_on_to_the_bit_with_it_or_without(tmp_path: Path) -> None:
         assert_equal_states(whole, rest)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
+@pytest.mark.filterwarnings("ignore")  # torch warns while it traces
 def test_a_compiled_run_is_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relora.training.model.COMPILER", "aot_eager")
     torch.compiler.reset()
@@ -152,7 +153,7 @@ def test_a_compiled_run_is_the_same_to_the_bit(tmp_path: Path, monkeypatch: pyte
     assert_equal_states(plain, ours)
 
 
-def test_after_training_the_model_is_free(tmp_path: Path) -> None:
+def test_after_training_a_backward_pass_updates_nothing(tmp_path: Path) -> None:
     trainer = trainer_of(unclipped(*IN_BACKWARD), tmp_path)
     trainer.train()
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -165,26 +166,26 @@ def test_a_diverging_run_ends_and_says_what_was_skipped(tmp_path: Path) -> None:
     trainer = trainer_of(unclipped("trainer.max_consecutive_skipped_updates=2", *IN_BACKWARD), tmp_path)
     with torch.no_grad():
         trainer.model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = torch.nan  # type: ignore[index]
-    with pytest.raises(TrainingError, match="diverged: 2 updates in a row"):
+    with pytest.raises(TrainingError, match=r"diverged: 2 updates .*lower optimizer\.learning_rate"):
         trainer.train()
     assert isinstance(trainer.tracker, Recorder)
-    assert "no parameter with such a gradient is updated" in trainer.tracker.said[0]
+    assert re.search(r"step \d+: loss .*no parameter .*is updated", trainer.tracker.said[0])
 
 
-def test_memory_that_runs_out_ends_it_with_a_remedy(tmp_path: Path) -> None:
+def test_out_of_memory_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     config = unclipped(*IN_BACKWARD)
     model = OutOfMemory(build(config.model, config.trained_shape(64), end_of_text_id=0, seed=0), 2, "cuda")
     with pytest.raises(TrainingError, match=r"4 sequences at a time.*use .*trainer\.update_in_backward=false"):
         trainer_of(config, tmp_path, model=model).train()
 
 
-def test_a_run_that_takes_fewer_at_a_time_cannot_go_on_with_it(tmp_path: Path) -> None:
+def test_a_run_with_fewer_sequences_at_a_time_cannot_resume_in_backward(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         trainer_of(unclipped("trainer.sequences_per_micro_step=2"), tmp_path, stop=stop_after(3)).train()
     with pytest.raises(TrainingError, match=r"2 sequences at a time.*update_in_backward=true.* 4 .*set it to false"):
         trainer_of(unclipped(*IN_BACKWARD), tmp_path)
 
 
-def test_several_ranks_cannot(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="one process, and there are 2"):
+def test_several_ranks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"update_in_backward=true .*one process, .* 2,.*set it to false"):
         trainer_of(unclipped(*IN_BACKWARD), tmp_path, world=World(rank=0, size=2))

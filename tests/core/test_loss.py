@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_the_logits(
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_in_bf16_the_loss_is_told_in_fp32_and_gradients_in_the_type_of_what_they_are_of(autocast: bool) -> None:
+def test_in_bf16_the_loss_is_in_fp32_and_a_gradient_has_the_type_of_its_tensor(autocast: bool) -> None:
     stored = torch.float32 if autocast else torch.bfloat16
     hidden, weight, targets = drawn(1024, 64, 500, stored)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -66,7 +66,7 @@ def test_in_bf16_the_loss_is_told_in_fp32_and_gradients_in_the_type_of_what_they
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor has had."""
+    """It records the number of elements of the largest tensor."""
 
     numel = 0
 
@@ -96,7 +96,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     torch.testing.assert_close(hidden.grad, expected)
 
 
-def test_a_graph_is_gone_back_through_once() -> None:
+def test_a_graph_serves_one_backward_pass() -> None:
     loss = summed_linear_cross_entropy(*drawn(5, 3, 7))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -104,7 +104,7 @@ def test_a_graph_is_gone_back_through_once() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_loss_that_is_not_finite_is_told_as_such(bad: float) -> None:
+def test_a_loss_that_is_not_finite_is_returned_as_such(bad: float) -> None:
     hidden, weight, targets = drawn(5, 3, 7)
     with torch.no_grad():
         weight[0, 0] = bad

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: fl
 def low_rank_linear(
     inputs: int, outputs: int, *, seed: int = 0, bias: bool = True, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> LowRankLinear:
-    """A layer whose weight, bias and factors are all non-zero."""
+    """A layer with a non-zero weight, bias and factors."""
     linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     layer = LowRankLinear(linear, config(**settings))
     with torch.no_grad():
@@ -102,7 +103,7 @@ def product(layer: LowRankLinear) -> Tensor:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One update; the gradients stay, to be looked at."""
+    """Make one update and keep the gradients."""
     optimizer.zero_grad()
     model(TOKENS).square().sum().backward()
     optimizer.step()
@@ -170,7 +171,7 @@ def test_the_output_agrees_with_float64_to_the_precision_of_the_storage_type(dty
     torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=tolerance)
 
 
-def test_dropout_falls_on_the_input_of_the_factors_and_not_on_the_frozen_path() -> None:
+def test_dropout_applies_to_the_input_of_the_factors_and_not_to_the_frozen_path() -> None:
     layer = low_rank_linear(16, 12, rank=4, dropout=0.5, dtype=torch.float64).train()
     x = normal(6, 16, seed=7, dtype=torch.float64)
     with torch.random.fork_rng():
@@ -282,7 +283,7 @@ def test_wrapping_and_unwrapping_keep_the_mode(training: bool) -> None:
     assert {module.training for module in unwrap(model).modules()} == {training}
 
 
-def test_a_trained_wrapped_model_comes_back_from_its_state_dict() -> None:
+def test_a_trained_wrapped_model_loads_from_its_state_dict() -> None:
     model = wrap(toy(), config(trainable_scaling=True), seed=1)
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     train_step(model, optimizer)
@@ -351,9 +352,9 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("target_modules", [["c_attn", "c_fc"], ["lm_head", "c_attn", "c_fc"], r".*\.(c_attn|c_fc)"])
-def test_the_conv1d_of_gpt2_is_named_as_what_it_is_and_the_remedy_works(target_modules: str | Sequence[str]) -> None:
+def test_the_conv1d_layers_of_gpt2_are_named_and_the_remedy_works(target_modules: str | Sequence[str]) -> None:
     model = gpt2()
-    with pytest.raises(ValueError, match=r"of type Conv1D are c_attn, c_fc; .*replace each one with an nn\.Linear"):
+    with pytest.raises(ValueError, match=r"Conv1D are c_attn, c_fc; .*replace each .*nn\.Linear"):
         wrap(model, config(target_modules=target_modules))
     assert not list(low_rank_layers(model))
 
@@ -370,13 +371,15 @@ def test_the_conv1d_of_gpt2_is_named_as_what_it_is_and_the_remedy_works(target_m
 
 
 @pytest.mark.parametrize("target_modules", [None, 3, [None], ["q_proj", 7], {"q_proj"}])
-def test_targets_that_are_no_text_and_no_list_of_it_are_one_clear_error(target_modules: Any) -> None:
-    with pytest.raises(ValueError, match=r"target_modules=.* a list of their endings, for example \[\"q_proj\""):
+def test_targets_that_are_neither_text_nor_a_list_of_text_give_one_clear_error(target_modules: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"target_modules={re.escape(repr(target_modules))} .*list .*endings, .*\[\"q_proj\""
+    ):
         config(target_modules=target_modules)
 
 
-def test_a_regular_expression_that_cannot_be_read_is_one_clear_error() -> None:
-    with pytest.raises(ValueError, match=r"target_modules='\(q_proj' is not a regular expression"):
+def test_a_wrong_regular_expression_gives_one_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"target_modules='\(q_proj' .*regular expression.*correct it"):
         config(target_modules="(q_proj")
 
 
@@ -421,8 +424,8 @@ def test_one_linear_layer_under_two_names_is_an_error() -> None:
     [
         ({"rank": 0}, "rank=0"),
         ({"rank": -4}, "rank=-4"),
-        ({"rank": None}, "rank=None must be a whole number"),
-        ({"rank": 2.5}, "rank=2.5 must be a whole number"),
+        ({"rank": None}, "rank=None .*whole number"),
+        ({"rank": 2.5}, "rank=2.5 .*whole number"),
         ({"alpha": 0.0}, "alpha=0"),
         ({"alpha": -1.0}, "alpha=-1"),
         ({"dropout": -0.1}, "dropout=-0.1"),
@@ -507,7 +510,7 @@ def test_a_is_the_same_in_every_storage_type_up_to_rounding(reinit: str) -> None
     assert torch.equal(drawn(dtype=torch.bfloat16, reinit=reinit), reference.bfloat16())
 
 
-def test_a_is_drawn_on_the_cpu_whatever_the_default_device_is() -> None:
+def test_a_is_drawn_on_the_cpu_with_any_default_device() -> None:
     model = toy()
     with torch.device("meta"):
         wrap(model, config(), seed=3)
@@ -543,7 +546,7 @@ def test_orthogonal_has_orthogonal_rows_of_the_norm_that_kaiming_has_on_average(
 
 @pytest.mark.parametrize("trainable_scaling", [False, True])
 @pytest.mark.parametrize("alpha", [None, 4.0, 1.0, 14.0])
-def test_a_merge_leaves_outputs_unchanged_whatever_the_scale(alpha: float | None, trainable_scaling: bool) -> None:
+def test_a_merge_leaves_outputs_unchanged_at_every_scale(alpha: float | None, trainable_scaling: bool) -> None:
     model = wrap(toy(dtype=torch.float64), config(alpha=alpha, trainable_scaling=trainable_scaling))
     plain = model(TOKENS)
     fill_factors(model, seed=1, scale=0.3)
@@ -599,7 +602,7 @@ def test_the_sum_of_merges_has_a_higher_rank_than_one() -> None:
         assert torch.linalg.matrix_rank(layer.weight - start) == 2 * restart
 
 
-def test_a_trainable_scale_its_factors_and_their_scale_are_alive_after_a_merge() -> None:
+def test_a_trainable_scale_and_its_factors_get_gradients_after_a_merge() -> None:
     model = wrap(toy(), config(trainable_scaling=True, alpha=6.0))
     optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
     for _ in range(3):
@@ -627,7 +630,7 @@ def test_a_merge_of_nothing_wrapped_is_an_error() -> None:
 
 
 def small_update(dtype: torch.dtype) -> tuple[nn.ModuleDict, LowRankLinear]:
-    """A layer whose product is 0.14% of its weight."""
+    """A layer with a product of 0.14% of its weight."""
     layer = low_rank_linear(64, 48, rank=4, dtype=dtype, bias=False)
     size = 0.0014 * layer.weight.double().norm() / product(layer).norm()
     layer.lora_B.data.mul_(size.item())
@@ -743,15 +746,15 @@ def test_a_llama_is_wrapped_trained_merged_and_unwrapped() -> None:
     assert not (before - plain).allclose(torch.zeros(()), atol=1e-3)
 
 
-def test_a_linear_layer_whose_owner_reads_its_weight_itself_is_refused() -> None:
+def test_a_linear_layer_with_a_weight_that_its_owner_reads_is_refused() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     with pytest.raises(
-        ValueError, match=r"attention\.out_proj is a NonDynamicallyQuantizableLinear.*leave it out of target_modules"
+        ValueError, match=r"attention\.out_proj .*NonDynamicallyQuantizableLinear.*leave it out of target_modules"
     ):
         wrap(model, ReLoRAConfig(rank=2, target_modules=["out_proj"]))
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
-def test_an_alpha_that_is_no_positive_number_is_refused(alpha: float) -> None:
-    with pytest.raises(ValueError, match="must be positive and finite"):
+def test_an_alpha_that_is_not_a_positive_number_is_refused(alpha: float) -> None:
+    with pytest.raises(ValueError, match=f"alpha={alpha} .*positive and finite"):
         ReLoRAConfig(rank=1, target_modules=".*", alpha=alpha)

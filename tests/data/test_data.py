@@ -38,7 +38,7 @@ def test_every_epoch_is_a_permutation(size: int, seed: int, number: int) -> None
 
 @exhaustive
 @given(size=st.integers(20, 3000), seed=seeds, number=st.integers(0, 10**6))
-def test_epochs_and_seeds_have_orders_of_their_own(size: int, seed: int, number: int) -> None:
+def test_every_epoch_and_every_seed_has_another_order(size: int, seed: int, number: int) -> None:
     order = epoch(size, seed, number)
     assert not np.array_equal(order, epoch(size, seed, number + 1))
     assert not np.array_equal(order, epoch(size, seed + 1, number))
@@ -56,7 +56,7 @@ def test_a_position_leads_to_the_same_item_alone_and_among_others(size: int, see
 
 
 @pytest.mark.parametrize("size", [100, 400, 1000, 1024, 5000])
-def test_the_order_looks_drawn_at_random(size: int) -> None:
+def test_the_order_looks_random(size: int) -> None:
     orders = [epoch(size, seed, number) for seed in range(10) for number in range(10)]
     in_deviations = np.array([np.corrcoef(np.arange(size), order)[0, 1] for order in orders]) * np.sqrt(size - 1)
     assert 0.8 < in_deviations.std() < 1.25
@@ -68,7 +68,7 @@ def test_the_order_looks_drawn_at_random(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 13])
-def test_no_item_sticks_to_a_place(size: int) -> None:
+def test_no_item_stays_at_one_place(size: int) -> None:
     epochs = 200 * size
     orders = permuted(np.arange(epochs * size, dtype=np.int64), size, 7).reshape(epochs, size)
     times_item_at_place = np.array([np.bincount(orders[:, place], minlength=size) for place in range(size)])
@@ -76,7 +76,7 @@ def test_no_item_sticks_to_a_place(size: int) -> None:
     assert times_item_at_place.max() < 400
 
 
-def test_the_order_is_the_one_that_earlier_runs_were_trained_in() -> None:
+def test_the_order_is_the_same_as_in_earlier_versions() -> None:
     first_two_epochs = [1, 6, 3, 4, 2, 5, 0, 7, 8, 9, 0, 5, 2, 7, 8, 9, 3, 6, 1, 4]
     assert permuted(np.arange(20, dtype=np.int64), 10, 0).tolist() == first_two_epochs
 
@@ -86,7 +86,7 @@ def test_the_order_is_the_one_that_earlier_runs_were_trained_in() -> None:
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize(("count", "length"), [(33, 8), (40, 8), (41, 8), (9, 8), (1000, 7), (3, 2)])
-def test_every_token_but_the_first_is_predicted_exactly_once(
+def test_every_token_except_the_first_is_predicted_exactly_once(
     tmp_path: Path, count: int, length: int, dtype: str
 ) -> None:
     tokens = write_tokens(tmp_path / "t.bin", count, dtype)
@@ -95,7 +95,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once(
     whole = data.count * length
     assert targets_BxT.flatten().tolist() == tokens[1 : whole + 1].tolist()
     assert inputs_BxT.flatten().tolist() == tokens[:whole].tolist()
-    assert count - 1 - whole < length, "the tail left over is shorter than a sequence"
+    assert count - 1 - whole < length, "the unused tail is shorter than a sequence"
     assert inputs_BxT.dtype == targets_BxT.dtype == torch.int64
 
 
@@ -108,7 +108,7 @@ def test_the_largest_token_id_survives(tmp_path: Path, dtype: str) -> None:
     assert targets_BxT.tolist() == [[0, largest]]
 
 
-def test_targets_are_the_inputs_one_token_on(tmp_path: Path) -> None:
+def test_targets_are_the_inputs_shifted_by_one_token(tmp_path: Path) -> None:
     write_tokens(tmp_path / "t.bin", 200)
     data = TokenSequences(tmp_path / "t.bin", "uint16", 9)
     inputs_BxT, targets_BxT = data.batch(np.array([4, 0, 17], dtype=np.int64))
@@ -119,7 +119,7 @@ def test_targets_are_the_inputs_one_token_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 5, 8])
 def test_a_file_shorter_than_one_sequence_is_refused(tmp_path: Path, count: int) -> None:
     write_tokens(tmp_path / "t.bin", count)
-    with pytest.raises(ValueError, match=rf"holds {count} tokens, fewer than one sequence .*=8; use more text"):
+    with pytest.raises(ValueError, match=rf"holds {count} tokens, .*data\.sequence_length_tokens=8; use more text"):
         TokenSequences(tmp_path / "t.bin", "uint16", 8)
 
 
@@ -150,7 +150,7 @@ def first_tokens(data: TokenSequences, step: int, sequences_per_step: int, seed:
 
 @exhaustive
 @given(seed=seeds, steps=st.lists(st.integers(0, 40), min_size=1, max_size=12))
-def test_a_batch_depends_on_step_and_seed_alone(
+def test_a_batch_depends_only_on_step_and_seed(
     data: TokenSequences, token_file: Path, seed: int, steps: list[int]
 ) -> None:
     for step in steps:
@@ -161,7 +161,7 @@ def test_a_batch_depends_on_step_and_seed_alone(
 
 @exhaustive
 @given(seed=seeds, sequences_per_step=st.integers(1, 60))
-def test_reading_on_reads_every_sequence_once_an_epoch(
+def test_consecutive_batches_read_every_sequence_once_an_epoch(
     data: TokenSequences, seed: int, sequences_per_step: int
 ) -> None:
     epochs = 3

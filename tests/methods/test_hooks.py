@@ -1,4 +1,4 @@
-"""What the trainer calls of a method, and when."""
+"""The hooks of a method that the trainer calls, and their order."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SEEN: list[tuple[str, int]] = []
 
 @dataclass(kw_only=True, slots=True)
 class Watcher(LoRA):
-    """Notes when its hooks are called, and doubles the gradients before they are clipped."""
+    """It records the calls of its hooks, and doubles the gradients before they are clipped."""
 
     def before_update(self, model: nn.Module, run: RunConfig, step: int) -> None:
         SEEN.append(("before", step))
@@ -33,7 +33,7 @@ class Watcher(LoRA):
 
 
 @pytest.mark.slow
-def test_a_methods_hooks_are_called_around_every_update_of_its_own(tmp_path: Path) -> None:
+def test_the_hooks_of_a_method_are_called_around_each_of_its_updates(tmp_path: Path) -> None:
     SEEN.clear()
     lora = compose([*WITHOUT_METHOD, *LORA])
     assert isinstance(lora.method, LoRA)
@@ -47,7 +47,7 @@ def test_a_methods_hooks_are_called_around_every_update_of_its_own(tmp_path: Pat
     assert [(when, step) for step in steps for when in ("before", "after")] == SEEN
     plain = Recorder()
     trainer_of(lora, tmp_path / "plain", tracker=plain).train()
-    # The first update of the method: equal weights, and the norm is taken after the hook.
+    # At the first update of the method, the weights are equal. The norm is computed after the hook.
     first = lora.method.warm_start_steps + 1
     norms = [each.rows[first]["train/grad_norm"] for each in (recorder, plain)]
     assert norms[0] == pytest.approx(2 * norms[1], rel=1e-5)

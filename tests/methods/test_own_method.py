@@ -1,4 +1,4 @@
-"""docs/your-own-method.md, as it is written: a package outside of the checkout brings a method."""
+"""docs/your-own-method.md works as written: a package outside of the checkout provides a method."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, *command: str, code: int = 0) -> str:
-    """What a command prints where the package is installed."""
+    """The output of a command with the package installed."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,
@@ -35,17 +35,17 @@ def run(site: Path, *command: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_page_works_as_it_is_written(site: Path, text: Path, tmp_path: Path) -> None:
+def test_the_page_works_as_written(site: Path, text: Path, tmp_path: Path) -> None:
     (commands,) = (text for _, language, text in blocks() if language == "sh")
     runs_dir = tmp_path / "runs"
     tiny = [*TINY, "data=text", f"data.path={text}", "tracker=jsonl"]
-    shown: list[str] = []
+    outputs: list[str] = []
     for line in commands.splitlines()[1:]:  # after the installation
         program, *arguments = shlex.split(line)
         command = arguments if program == "python" else ["-m", "relora", *arguments]
         settings = [] if "report" in arguments else tiny
-        shown.append(run(site, *command, *settings, f"runs_dir={runs_dir}"))
-    trained, _, planned, report = shown
+        outputs.append(run(site, *command, *settings, f"runs_dir={runs_dir}"))
+    trained, _, planned, report = outputs
     assert "orthogonal on cpu" in trained
     assert "restart 2, merged" in trained
     assert "-orthogonal-r4-" in planned
@@ -56,10 +56,10 @@ def test_the_page_works_as_it_is_written(site: Path, text: Path, tmp_path: Path)
     assert "rates not tuned for this setting" in page
     (finished,) = runs_dir.glob("*-orthogonal-r4-*/status.json")
     assert json.loads(finished.read_text())["state"] == "finished"
-    # Where its package is missing, its runs are named with the remedy, and the others are reported.
-    shown = [run(tmp_path, "-m", "relora", "report", "orthogonal", f"runs_dir={runs_dir}")]
+    # Without the package, the command names its runs and the remedy, and reports the other runs.
+    outputs = [run(tmp_path, "-m", "relora", "report", "orthogonal", f"runs_dir={runs_dir}")]
     page = (folder / "report.md").read_text()
-    assert "if a package provides it, install that package" in page + shown[0]
+    assert re.search(r"method\.name='?orthogonal.*install that package", page + outputs[0])
     assert re.search(r"\| relora[^|]*\|.*[+-]\d+\.\d%", page)
 
 
@@ -80,17 +80,17 @@ print((model[0].lora_A @ last.T).abs().max().item() < 1e-6, model[0].lora_A.norm
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ("import no_such_module", "cannot be loaded: No module named 'no_such_module'"),
-        ("Orthogonal = dict", "is not a subclass of relora.methods.base.Method"),
+        ("import no_such_module", "cannot be loaded: .*'no_such_module'"),
+        ("Orthogonal = dict", r"not a subclass of relora\.methods\.base\.Method"),
     ],
 )
-def test_a_method_that_cannot_be_used_is_one_line(site: Path, tmp_path: Path, change: str, told: str) -> None:
+def test_a_method_that_cannot_be_used_gives_one_line(site: Path, tmp_path: Path, change: str, message: str) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(site, broken)
     with (broken / "orthogonal_relora" / "__init__.py").open("a") as file:
         file.write(f"\n{change}\n")
-    shown = run(broken, "-m", "relora", "plan", "method=orthogonal", code=2)
-    assert f"method=orthogonal of the package orthogonal-relora {told}" in shown
-    assert len(shown.splitlines()) == 1
+    output = run(broken, "-m", "relora", "plan", "method=orthogonal", code=2)
+    assert re.search(f"method=orthogonal of .*orthogonal-relora .*{message}", output)
+    assert len(output.splitlines()) == 1

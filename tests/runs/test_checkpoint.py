@@ -17,7 +17,7 @@ from relora.runs.rundir import write_json
 
 
 def state(step: int, size: int = 100) -> dict[str, Any]:
-    """A state that tells by itself whether it is whole."""
+    """A state that can be checked: every entry of x equals the step."""
     return {"step": step, "x": torch.full((size,), float(step))}
 
 
@@ -30,7 +30,7 @@ def is_whole(loaded: dict[str, Any] | None) -> bool:
 
 
 def silent(message: str) -> None:
-    raise AssertionError(f"nothing should be said, but: {message}")
+    raise AssertionError(f"no message is expected, but: {message}")
 
 
 def loaded_step(folder: Path) -> int:
@@ -43,7 +43,7 @@ def loaded_step(folder: Path) -> int:
 # ---------------------------------------------------------------------------------------------------- save and load
 
 
-def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_a_saved_state_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(7, 5)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
@@ -83,14 +83,14 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000015.pt", "step-00000020.pt"]
 
 
-def test_newest_is_by_step_and_not_by_name(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_chosen_by_step_and_not_by_name(tmp_path: Path) -> None:
     for step in (7, 99_999_999, 100_000_000):
         save(tmp_path, step, state(step))
     assert loaded_step(tmp_path) == 100_000_000
     assert names(tmp_path) == ["step-100000000.pt", "step-99999999.pt"]
 
 
-def test_the_same_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+def test_saving_the_same_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 5, state(4))
     save(tmp_path, 5, state(5))
     assert names(tmp_path) == ["step-00000005.pt"]
@@ -106,10 +106,10 @@ def test_other_files_are_neither_read_nor_removed(tmp_path: Path) -> None:
     assert {"notes.txt", "step-9.pt.bak", "step-best.pt"} < set(names(tmp_path))
 
 
-# ----------------------------------------------------------------------------------------------- what is unreadable
+# ------------------------------------------------------------------------------------------------- unreadable files
 
 
-def test_what_an_interrupted_save_left_is_ignored_and_removed_by_the_next(tmp_path: Path) -> None:
+def test_files_of_an_interrupted_save_are_ignored_and_the_next_save_removes_them(tmp_path: Path) -> None:
     save(tmp_path, 5, state(5))
     whole = (tmp_path / "step-00000005.pt").read_bytes()
     (tmp_path / "step-00000010.tmp").write_bytes(whole[: len(whole) // 2])
@@ -120,36 +120,38 @@ def test_what_an_interrupted_save_left_is_ignored_and_removed_by_the_next(tmp_pa
 
 
 @pytest.mark.parametrize("kept_share", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_newest_is_named_and_the_one_before_it_taken(tmp_path: Path, kept_share: float) -> None:
+def test_a_truncated_newest_checkpoint_is_named_and_the_previous_one_is_loaded(
+    tmp_path: Path, kept_share: float
+) -> None:
     for step in (5, 10):
         save(tmp_path, step, state(step, size=10_000))
     newest = tmp_path / "step-00000010.pt"
     os.truncate(newest, int(newest.stat().st_size * kept_share))
-    said: list[str] = []
-    loaded = load_latest(tmp_path, said.append)
+    messages: list[str] = []
+    loaded = load_latest(tmp_path, messages.append)
     assert is_whole(loaded)
     assert loaded is not None
     assert loaded["step"] == 5
-    assert len(said) == 1
-    assert str(newest) in said[0]
-    assert "trying the one before it" in said[0]
+    assert len(messages) == 1
+    assert str(newest) in messages[0]
+    assert "trying the one before it" in messages[0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
-def test_a_flipped_bit_in_the_newest_is_noticed_and_the_one_before_it_taken(tmp_path: Path, share: float) -> None:
+def test_a_flipped_bit_in_the_newest_is_reported_and_the_previous_one_is_loaded(tmp_path: Path, share: float) -> None:
     for step in (5, 10):
         save(tmp_path, step, state(step, size=10_000))
     newest = tmp_path / "step-00000010.pt"
     flip(newest, share)
-    said: list[str] = []
-    loaded = load_latest(tmp_path, said.append)
+    messages: list[str] = []
+    loaded = load_latest(tmp_path, messages.append)
     assert loaded is not None
     assert loaded["step"] == 5
-    assert len(said) == 1
-    assert f"{newest} is damaged" in said[0]
+    assert len(messages) == 1
+    assert f"{newest} is damaged" in messages[0]
 
 
-def test_no_byte_of_a_checkpoint_can_change_unnoticed(tmp_path: Path) -> None:
+def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     path = save(tmp_path, 5, state(5, size=4))
     whole = path.read_bytes()
     for number in range(len(whole)):
@@ -161,24 +163,24 @@ def test_no_byte_of_a_checkpoint_can_change_unnoticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty", "dangling link"])
-def test_what_is_no_file_of_a_checkpoint_is_named_and_does_not_stop_the_next_ones(tmp_path: Path, kind: str) -> None:
+def test_a_path_that_is_no_checkpoint_is_named_and_later_saves_work(tmp_path: Path, kind: str) -> None:
     for step in (5, 10):
         save(tmp_path, step, state(step))
     newest = tmp_path / "step-00000010.pt"
     newest.unlink()
     if kind == "folder":
         newest.mkdir()
-        (newest / "mine").write_text("a person's")
+        (newest / "mine").write_text("a file of the user")
     elif kind == "empty":
         newest.touch()
     else:
         newest.symlink_to(tmp_path / "nowhere")
-    said: list[str] = []
-    loaded = load_latest(tmp_path, said.append)
+    messages: list[str] = []
+    loaded = load_latest(tmp_path, messages.append)
     assert loaded is not None
     assert loaded["step"] == 5
-    assert len(said) == 1
-    assert str(newest) in said[0]
+    assert len(messages) == 1
+    assert str(newest) in messages[0]
     for step in (8, 10, 12):
         save(tmp_path, step, state(step))
         assert loaded_step(tmp_path) == step
@@ -186,7 +188,7 @@ def test_what_is_no_file_of_a_checkpoint_is_named_and_does_not_stop_the_next_one
     assert names(tmp_path) == sorted([*kept, "step-00000010.pt.damaged"] if kind == "folder" else kept)
 
 
-def test_a_damaged_newest_does_not_push_out_the_good_one_before_it(tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_does_not_remove_the_good_one_before_it(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step, state(step))
     flip(tmp_path / "step-00000010.pt", 0.5)
@@ -194,7 +196,7 @@ def test_a_damaged_newest_does_not_push_out_the_good_one_before_it(tmp_path: Pat
     assert names(tmp_path) == ["step-00000005.pt", "step-00000008.pt"]
 
 
-def test_a_checkpoint_from_before_checksums_were_written_loads(tmp_path: Path) -> None:
+def test_an_old_checkpoint_without_a_checksum_loads(tmp_path: Path) -> None:
     path = tmp_path / "step-00000005.pt"
     torch.save(state(5), path)
     assert loaded_step(tmp_path) == 5
@@ -203,26 +205,26 @@ def test_a_checkpoint_from_before_checksums_were_written_loads(tmp_path: Path) -
         load(path)
 
 
-def test_torch_alone_reads_a_checkpoint(tmp_path: Path) -> None:
+def test_torch_without_relora_reads_a_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path, 5, state(5))
     assert is_whole(torch.load(path, weights_only=True))
     assert is_whole(torch.load(path, weights_only=True, mmap=True))
 
 
-def test_where_none_can_be_read_the_error_says_what_to_do(tmp_path: Path) -> None:
+def test_if_no_checkpoint_can_be_read_the_error_gives_the_remedy(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step, state(step))
         (tmp_path / f"step-{step:08d}.pt").write_bytes(b"no checkpoint")
-    said: list[str] = []
-    with pytest.raises(CheckpointError, match=rf"no checkpoint in {tmp_path} can be read; remove the folder"):
-        load_latest(tmp_path, said.append)
-    assert len(said) == 2
-    assert "step-00000010" in said[0]
-    assert "step-00000005" in said[1]
+    messages: list[str] = []
+    with pytest.raises(CheckpointError, match=rf"no checkpoint in {tmp_path} .*; remove the folder"):
+        load_latest(tmp_path, messages.append)
+    assert len(messages) == 2
+    assert "step-00000010" in messages[0]
+    assert "step-00000005" in messages[1]
 
 
 class Hostile:
-    """Unpickled, it makes a folder."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -235,11 +237,11 @@ def test_loading_runs_no_code_of_the_file(tmp_path: Path) -> None:
     checkpoints, mark = tmp_path / "checkpoints", tmp_path / "mark"
     save(checkpoints, 5, state(5))
     save(checkpoints, 10, {"step": 10, "x": Hostile(mark)})
-    said: list[str] = []
-    loaded = load_latest(checkpoints, said.append)
+    messages: list[str] = []
+    loaded = load_latest(checkpoints, messages.append)
     assert loaded is not None
     assert loaded["step"] == 5
-    assert len(said) == 1
+    assert len(messages) == 1
     assert not mark.exists()
     torch.load(checkpoints / "step-00000010.pt", weights_only=False)
     assert mark.exists(), "the file was harmless, so the test shows nothing"
@@ -250,14 +252,14 @@ def test_loading_runs_no_code_of_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000, 300_000, 2_000_000])
-def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(small_disk: Path, size: int) -> None:
+def test_a_full_disk_is_an_error_and_keeps_earlier_checkpoints(small_disk: Path, size: int) -> None:
     checkpoints = small_disk / "checkpoints"
     for step in (5, 10):
         save(checkpoints, step, state(step, size=10_000))
     before = {name: (checkpoints / name).read_bytes() for name in names(checkpoints)}
     filler = fill(small_disk, max(20_000, size))
 
-    with pytest.raises(CheckpointError, match=rf"step 15 could not be written to {checkpoints}: .*No space left"):
+    with pytest.raises(CheckpointError, match=rf"step 15 .*{checkpoints}: .*No space left"):
         save(checkpoints, 15, state(15, size=size))
 
     assert {name: (checkpoints / name).read_bytes() for name in names(checkpoints)} == before
@@ -277,7 +279,7 @@ from relora.runs.checkpoint import load_latest, save
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
-said, steps, torn = [], [], 0
+messages, steps, torn = [], [], 0
 for attempt in range(300):
     first = steps[-1] + 1 if steps else 1
     reading, writing = os.pipe()
@@ -293,12 +295,12 @@ for attempt in range(300):
     os.close(reading)
     os.close(writing)
     torn += any(folder.glob("*.tmp"))
-    loaded = load_latest(folder, said.append)
+    loaded = load_latest(folder, messages.append)
     assert bool((loaded["x"] == loaded["step"]).all())
     steps.append(loaded["step"])
     if torn >= wanted:
         break
-print(json.dumps({"said": said, "steps": steps, "torn": torn}))
+print(json.dumps({"messages": messages, "steps": steps, "torn": torn}))
 """
 
 
@@ -311,37 +313,37 @@ def test_a_kill_at_any_moment_leaves_a_readable_newest_checkpoint(tmp_path: Path
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["torn"] >= 12, "hardly any kill fell into a save, so the test shows nothing"
-    assert told["said"] == []
-    assert told["steps"] == sorted(set(told["steps"])), "every attempt went on from the newest checkpoint"
+    result = json.loads(done.stdout)
+    assert result["torn"] >= 12, "too few kills hit a save, so the test shows nothing"
+    assert result["messages"] == []
+    assert result["steps"] == sorted(set(result["steps"])), "every attempt resumes from the newest checkpoint"
 
 
 # -------------------------------------------------------------------------------------------------- the other files
 
 
 @pytest.mark.parametrize("file", ["status.json", "config.yaml"])
-def test_a_runs_files_are_on_the_disk_before_they_have_their_name(
+def test_a_file_of_a_run_is_on_the_disk_before_it_gets_its_name(
     tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, done = tmp_path / file, []
+    path, calls = tmp_path / file, []
     fsync, rename = os.fsync, os.replace
 
-    def noted_fsync(descriptor: int) -> None:
-        done.append(("synced", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+    def recorded_fsync(descriptor: int) -> None:
+        calls.append(("synced", Path(f"/proc/self/fd/{descriptor}").readlink().name))
         fsync(descriptor)
 
-    def noted_rename(source: Any, target: Any) -> None:
-        done.append(("renamed", Path(source).name))
+    def recorded_rename(source: Any, target: Any) -> None:
+        calls.append(("renamed", Path(source).name))
         rename(source, target)
 
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_rename)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_rename)
     if file == "config.yaml":
         freeze(compose([]), path)
     else:
         write_json(path, {"state": "running"})
-    temporary = done[0][1]
+    temporary = calls[0][1]
     assert temporary.startswith(f"{file}.")
-    assert done == [("synced", temporary), ("renamed", temporary), ("synced", tmp_path.name)]
+    assert calls == [("synced", temporary), ("renamed", temporary), ("synced", tmp_path.name)]
     assert names(tmp_path) == [file]

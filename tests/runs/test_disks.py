@@ -1,4 +1,4 @@
-"""Full and read-only disks: one clear line, a true status, and the same weights once there is space again."""
+"""A full or read-only disk gives one clear line and a true status. With space again, the weights are the same."""
 
 import subprocess
 import sys
@@ -27,14 +27,14 @@ FREE = {
     "warm start": 600 * KB,
     "later": 1300 * KB,
 }
-"""How much of the disk is free where the run breaks off."""
+"""The free bytes of the disk, by the part of the run that fails."""
 
 
-Told = pytest.CaptureFixture[str]
+Captured = pytest.CaptureFixture[str]
 
 
-def line_told(capsys: Told, word: str) -> str:
-    """The one line that tells the reason."""
+def line_with(capsys: Captured, word: str) -> str:
+    """The one line of the output that contains the word. The output has no traceback."""
     shown = capsys.readouterr()
     assert "Traceback" not in shown.out + shown.err
     (line,) = [line for line in (shown.out + shown.err).splitlines() if word in line]
@@ -46,13 +46,13 @@ def on(disk: Path, case: Case) -> Case:
 
 
 @pytest.mark.parametrize("where", FREE)
-def test_a_full_disk_is_one_line_and_costs_nothing_but_time(
-    small_disk: Path, finished_run: Case, where: str, capsys: Told
+def test_a_full_disk_gives_one_line_and_the_next_launch_gives_the_same_weights(
+    small_disk: Path, finished_run: Case, where: str, capsys: Captured
 ) -> None:
     case = on(small_disk, finished_run)
     filler = fill(small_disk, FREE[where])
     assert cli.run(case.overrides) == 1
-    line = line_told(capsys, "No space left on device")
+    line = line_with(capsys, "No space left on device")
     assert str(small_disk) in line
     assert case.run.status is not None
     assert case.run.status.state == "failed"
@@ -61,7 +61,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_but_time(
     assert case.weights == finished_run.weights
 
 
-def test_the_errors_of_libraries_on_a_full_disk_are_those_of_the_system(small_disk: Path) -> None:
+def test_libraries_raise_the_error_of_the_system_on_a_full_disk(small_disk: Path) -> None:
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
 
@@ -77,14 +77,14 @@ def test_the_errors_of_libraries_on_a_full_disk_are_those_of_the_system(small_di
         assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
-def test_a_full_disk_with_mlflow(small_disk: Path, finished_run: Case, capsys: Told) -> None:
+def test_a_full_disk_with_mlflow(small_disk: Path, finished_run: Case, capsys: Captured) -> None:
     from mlflow import MlflowClient
 
     case = on(small_disk, finished_run)
     case.overrides.append("tracker=mlflow")
     filler = fill(small_disk, FREE["checkpoint"])
     assert cli.run(case.overrides) == 1
-    assert "No space left on device" in line_told(capsys, "failed: ")
+    assert "No space left on device" in line_with(capsys, "failed: ")
     assert case.run.status is not None
     assert case.run.status.state == "failed"
     filler.unlink()
@@ -96,10 +96,10 @@ def test_a_full_disk_with_mlflow(small_disk: Path, finished_run: Case, capsys: T
     assert run.info.status == "FINISHED"
 
 
-def test_a_run_whose_status_cannot_be_written_is_not_finished(
-    finished: Case, tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_cannot_write_its_status_is_not_finished(
+    finished: Case, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The status is what the next launch goes by. The tests may run as root, whom no mode stops; a folder does."""
+    """The next launch reads the status. A folder blocks the file here, because no file mode stops root."""
     case = Case(overrides=[*finished.overrides, f"runs_dir={tmp_path / 'runs'}"])
     progress, file = Console.progress, case.run.status_file
 
@@ -111,21 +111,23 @@ def test_a_run_whose_status_cannot_be_written_is_not_finished(
 
     monkeypatch.setattr(Console, "progress", block)
     assert cli.run(case.overrides) == 1
-    line = line_told(capsys, "cannot be written")
+    line = line_with(capsys, "cannot be written")
     assert line.startswith("failed: ")
     assert str(file) in line
 
 
 @pytest.mark.parametrize("options", [[], ["-m", "trainer.seed=0,1"]], ids=["run", "study"])
-def test_a_read_only_disk_is_one_line(small_disk: Path, finished_run: Case, options: list[str], capsys: Told) -> None:
+def test_a_read_only_disk_gives_one_line(
+    small_disk: Path, finished_run: Case, options: list[str], capsys: Captured
+) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert cli.run([*options, *on(small_disk, finished_run).overrides]) == 1
-    line = line_told(capsys, "Read-only file system")
+    line = line_with(capsys, "Read-only file system")
     assert line.startswith("relora: ")
     assert str(small_disk) in line
 
 
-def test_a_job_on_a_read_only_disk_is_one_line(small_disk: Path, finished_run: Case) -> None:
+def test_a_job_on_a_read_only_disk_gives_one_line(small_disk: Path, finished_run: Case) -> None:
     case = finished_run.copied(small_disk / "runs")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     command = [sys.executable, "-m", "relora.training.job", str(case.run.path)]
@@ -137,18 +139,20 @@ def test_a_job_on_a_read_only_disk_is_one_line(small_disk: Path, finished_run: C
     assert str(case.run.path) in line
 
 
-def test_a_run_that_cannot_be_started_does_not_stop_the_others_of_its_study(tiny: list[str], capsys: Told) -> None:
+def test_a_run_that_cannot_be_started_does_not_stop_the_others_of_its_study(tiny: list[str], capsys: Captured) -> None:
     sweep = [*tiny, "study=two"]
     first, second = (item.run for item in planned_runs(expand(sweep)))
     (first.path / "log.txt").mkdir(parents=True)
     assert cli.run(["-m", *sweep]) == 1
-    assert line_told(capsys, "log.txt").startswith(first.path.name)
+    assert line_with(capsys, "log.txt").startswith(first.path.name)
     assert first.known_status is None
     assert second.known_status is not None
     assert second.known_status.state == "finished"
 
 
-def test_a_report_that_finds_no_space_leaves_the_one_before(small_disk: Path, tiny: list[str], capsys: Told) -> None:
+def test_a_report_without_disk_space_keeps_the_previous_report(
+    small_disk: Path, tiny: list[str], capsys: Captured
+) -> None:
     runs_dir = small_disk / "runs"
     plain = [item for item in tiny if not item.startswith("method.")]
     sweep = [*plain, f"runs_dir={runs_dir}", "method=full", "trainer.total_steps=4", "study=one", "cluster=debug"]
@@ -158,7 +162,7 @@ def test_a_report_that_finds_no_space_leaves_the_one_before(small_disk: Path, ti
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     filler = fill(small_disk, 8 * KB)
     assert cli.main(["report", "one", f"runs_dir={runs_dir}"]) == 1
-    assert str(folder) in line_told(capsys, "No space left on device")
+    assert str(folder) in line_with(capsys, "No space left on device")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.glob("report*")] == ["report"]
     filler.unlink()

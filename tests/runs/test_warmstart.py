@@ -23,7 +23,7 @@ def weights(run: RunDir) -> dict[str, torch.Tensor]:
 
 
 def reproducible(run: RunDir) -> list[dict[str, float]]:
-    """The rows of a run without what belongs to the machine."""
+    """The rows of a run without the values that depend on the machine."""
     return [
         {name: value for name, value in row.items() if not name.startswith(("perf/", "time_ms", "summary/"))}
         for row in read_rows(run.metrics_file)
@@ -46,7 +46,7 @@ def test_a_fork_equals_a_run_that_trained_its_own_warm_start(tiny: list[str], tm
     assert summary["flops"] == alone.status.summary["flops"]  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def test_a_fork_is_charged_for_the_seconds_of_the_warm_start(tiny: list[str]) -> None:
+def test_a_fork_counts_the_seconds_of_the_warm_start(tiny: list[str]) -> None:
     first = trained(setting(tiny, *RELORA))
     forked = trained(setting(tiny, *OTHERS[0]))
     seconds = [
@@ -77,18 +77,16 @@ def test_a_fork_is_charged_for_the_seconds_of_the_warm_start(tiny: list[str]) ->
         (False, "model.layers=1"),
     ],
 )
-def test_what_affects_the_warm_start_and_nothing_else_tells_it_from_another(
-    tiny: list[str], same: bool, change: str
-) -> None:
+def test_the_key_depends_only_on_values_that_affect_the_warm_start(tiny: list[str], same: bool, change: str) -> None:
     rates = ["optimizer.embedding_learning_rate=5e-3"]
     assert (key(compose([*tiny, *rates, change])) == key(compose([*tiny, *rates]))) is same
 
 
-def test_no_warm_start_has_no_key(tiny: list[str]) -> None:
+def test_a_run_without_a_warm_start_has_no_key(tiny: list[str]) -> None:
     assert key(compose([*tiny, "method.warm_start_steps=0"])) is None
 
 
-def test_runs_that_start_at_once_train_it_once(tiny: list[str]) -> None:
+def test_runs_that_start_together_train_the_warm_start_once(tiny: list[str]) -> None:
     launches = [setting(tiny, "method=relora", f"method.rank={rank}") for rank in (2, 4, 8)]
     processes = [
         subprocess.Popen(
@@ -96,9 +94,9 @@ def test_runs_that_start_at_once_train_it_once(tiny: list[str]) -> None:
         )
         for overrides in launches
     ]
-    told = [process.communicate(timeout=600)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert sum("forked the warm start" in text for text in told) == 2
+    assert sum("forked the warm start" in text for text in outputs) == 2
 
 
 SLOW = ["method.warm_start_steps=300", "trainer.total_steps=320", "trainer.checkpoint_interval_steps=50"]
@@ -114,7 +112,7 @@ def killed_in_its_warm_start(overrides: list[str], when: Callable[[RunDir], bool
     assert not folder_of(compose(overrides)).exists()
 
 
-def test_a_run_killed_in_its_warm_start_goes_on_and_publishes_it(tiny: list[str]) -> None:
+def test_a_run_killed_in_its_warm_start_resumes_and_publishes_it(tiny: list[str]) -> None:
     overrides = [*setting(tiny, *RELORA), *SLOW]
     killed_in_its_warm_start(overrides, lambda run: any(run.checkpoints.glob("step-*.pt")))
     first = trained(overrides)
@@ -123,7 +121,7 @@ def test_a_run_killed_in_its_warm_start_goes_on_and_publishes_it(tiny: list[str]
     assert not (other.checkpoints / "step-00000050.pt").exists()
 
 
-def test_a_run_killed_before_any_checkpoint_forks_what_another_has_trained(tiny: list[str]) -> None:
+def test_a_run_killed_before_any_checkpoint_forks_the_warm_start_of_another_run(tiny: list[str]) -> None:
     overrides = [*setting(tiny, *RELORA), *SLOW]
     killed_in_its_warm_start(overrides, lambda run: len(read_rows(run.metrics_file)) > 20)
     run = RunDir(compose(overrides).run_dir)
@@ -131,12 +129,12 @@ def test_a_run_killed_before_any_checkpoint_forks_what_another_has_trained(tiny:
     trained([*overrides, "method.rank=2"])
     after = trained(overrides)
     whole = before[: before.rfind(b"\n") + 1]
-    assert after.metrics_file.read_bytes().startswith(whole), "what MLflow has taken stays where it was"
+    assert after.metrics_file.read_bytes().startswith(whole), "rows that MLflow has read keep their place"
     steps = [row["step"] for row in read_rows(after.metrics_file) if "train/loss" in row]
     assert sorted(steps) == list(range(1, 321))
 
 
-def test_a_warm_start_that_cannot_be_read_is_trained_anew(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warm_start_that_cannot_be_read_is_trained_again(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     overrides = setting(tiny, *RELORA)
     trained(overrides)
     (folder_of(compose(overrides)) / "checkpoint.pt").write_bytes(b"")
@@ -145,7 +143,7 @@ def test_a_warm_start_that_cannot_be_read_is_trained_anew(tiny: list[str], capsy
     assert (folder_of(compose(overrides)) / "checkpoint.pt").stat().st_size > 0
 
 
-def test_a_warm_start_of_other_text_is_trained_anew(tiny: list[str], text: Path, tmp_path: Path) -> None:
+def test_a_warm_start_of_other_text_is_trained_again(tiny: list[str], text: Path, tmp_path: Path) -> None:
     own = tmp_path / "own_text"
     own.mkdir()
     for file in text.iterdir():

@@ -87,6 +87,7 @@ def test_a_moved_folder_is_reported_in_the_store_that_moved_with_it(lab: Lab, tm
     output = capsys.readouterr().out
     assert f"{moved} was moved or copied" in output
     assert f"keeps artifacts in {tmp_path / 'runs' / 'mlartifacts'}" in output
+    assert "move it back" in output
     assert not lab.runs_dir.exists()
     found = recorded(read_frozen(moved / relora.name / "config.yaml"))
     assert found.info.run_id == before.info.run_id

@@ -73,7 +73,7 @@ def trainer_on(
     config = compose([*kept, *method, "trainer.total_steps=40", *overrides])
     trainer = trainer_of(config, folder, tracker=SlowRecorder(device), **changes)
     trainer.under_way = UnderWay(trainer.device, ahead=ahead, event=device.event, now=lambda: device.now)
-    trainer.under_way.go_on_from(trainer.counters.training_seconds)
+    trainer.under_way.resume_from(trainer.counters.training_seconds)
     return trainer
 
 
