@@ -105,7 +105,10 @@ def write_tokens(
         raise CorpusError(f"data.tokenizer={config.tokenizer} cannot be read as a tokenizer: {error}") from error
     vocab_size, end_of_text_id = tokenizer.get_vocab_size(), tokenizer.token_to_id(end_of_text)
     if end_of_text_id is None:
-        raise CorpusError(f"the tokenizer {config.tokenizer} does not know its own end-of-text token {end_of_text!r}")
+        raise CorpusError(
+            f"the tokenizer {config.tokenizer} does not know its own end-of-text token {end_of_text!r}; set eos_token "
+            "in its tokenizer_config.json to a token of its vocabulary"
+        )
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     counts = {name: {"tokens": 0, "pieces": 0} for name in SPLITS}
     digest = hashlib.blake2b(digest_size=16)

@@ -504,7 +504,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path, corpora: 
 
 def test_an_end_of_text_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path, corpora: Path) -> None:
     own = word_tokenizer(tmp_path / "own", 1000, eos_token="<eos>")
-    with pytest.raises(CorpusError, match=r"does not know .*end-of-text token '<eos>'"):
+    with pytest.raises(CorpusError, match=r"does not know .*end-of-text token '<eos>'; set eos_token"):
         prepare(settings(word_texts(tmp_path / "t", 999), tokenizer=str(own)), corpora, silent)
 
 

@@ -13,6 +13,7 @@ from trainers import config_of, stop_after, trainer_of
 from relora.budget.cost import MATRICES, REST, Trained
 from relora.common.errors import ConfigError, Interrupted
 from relora.config.compose import compose
+from relora.config.frozen import freeze, thaw
 from relora.config.run import RunConfig
 from relora.core.lowrank import ReLoRAConfig, merge_and_reinit, wrap
 from relora.core.reset import reset_optimizer
@@ -216,10 +217,15 @@ def test_galore_refuses_another_optimizer() -> None:
 # --------------------------------------------------------------------------------------------------- missing packages
 
 
-def test_without_bitsandbytes_the_error_gives_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_error_gives_the_install_command_and_old_runs_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose([*CODES])
+    freeze(config, tmp_path / "config.yaml")
     monkeypatch.setattr("relora.optimizers.adamw_8bit.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'relora\[8bit\]'"):
         compose([*CODES])
+    assert thaw(tmp_path / "config.yaml") == config
 
 
 def test_an_older_torch_has_no_muon(monkeypatch: pytest.MonkeyPatch) -> None:
