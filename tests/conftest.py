@@ -1,10 +1,10 @@
-"""Shared by all tests: a small setting that passes through a warm start and several restarts in seconds."""
+"""Shared by all tests: a small setting that has a warm start and several restarts, and takes seconds."""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-# Before torch is imported, which reads it then. Workers that share the cores, with several threads each, are ten times
-# slower at small models than with one.
+# This is set before the import of torch, which reads it. The workers share the cores. With several threads each, they
+# train small models ten times more slowly than with one thread.
 
 import gc
 import random
@@ -29,7 +29,7 @@ settings.load_profile("relora")
 
 
 STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
-"""Python's audit events."""
+"""Names of audit events of Python."""
 _quick_test: list[str] = []
 """The quick test that runs now."""
 
@@ -42,9 +42,14 @@ def _forbid_processes(event: str, _: tuple[object, ...]) -> None:
 sys.addaudithook(_forbid_processes)
 
 
+LONGEST_FIRST = ("slurm", "training", "distributed", "launching", "runs", "browser")
+"""Folders whose tests take long. With the short files last, all workers end at about the same time."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """SLURM's tests first, because they take the longest. Tests without the mark `slow` are `quick`."""
-    items.sort(key=lambda item: item.path.parent.name != "slurm")
+    """Put the folders with the longest tests first. Mark tests without the mark `slow` as `quick`."""
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
     for item in items:
         if item.get_closest_marker("slow") is None:
             item.add_marker("quick")
@@ -55,10 +60,10 @@ _modules_frozen = 0
 
 
 def _freeze_imports() -> None:
-    """Keep what imports made out of all later garbage collections.
+    """Exclude the imported modules from all later garbage collections.
 
-    Every run collects garbage before it measures its memory. With the modules of torch, transformers and MLflow that
-    takes 0.3 s, more than the rest of a small run takes.
+    Every run collects garbage before it measures its memory. With the modules of torch, transformers and MLflow this
+    takes 0.3 s, which is more than the rest of a small run.
     """
     global _modules_frozen
     if len(sys.modules) > _modules_frozen + 100:
@@ -80,9 +85,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 class OneWorkerPerFile(LoadFileScheduling):
-    """The tests of a file stay on one worker, as they share what they make, and those of the one SLURM too.
+    """The tests of a file stay on one worker, because they share fixtures. So do all SLURM tests: they share a cluster.
 
-    The marks of `--dist loadgroup` say nothing to xdist 3.8 under pytest 9.2.
+    xdist 3.8 ignores the marks of `--dist loadgroup` under pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -91,7 +96,7 @@ class OneWorkerPerFile(LoadFileScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneWorkerPerFile:
-    """Which worker takes which test."""
+    """Return the scheduler, which assigns the tests to workers."""
     return OneWorkerPerFile(config, log)
 
 
@@ -109,13 +114,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(text: Path, tmp_path: Path) -> list[str]:
-    """Overrides of a complete small run in a folder of its own, recorded as JSONL alone."""
+    """Overrides of a complete small run in a separate folder. Its only record is JSONL."""
     return [*TINY, "data=text", f"data.path={text}", f"runs_dir={tmp_path / 'runs'}", "tracker=jsonl"]
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store without runs; creating one takes MLflow seconds, so tests copy this one."""
+    """An MLflow store without runs. MLflow takes seconds to create one, so tests copy this one."""
     from relora.tracking.store import open_store
 
     folder = tmp_path_factory.mktemp("store")
@@ -125,7 +130,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Nothing happened to it; tests only read it."""
+    """An undisturbed run. Tests only read it."""
     case = Case(overrides=settings_of(text, tmp_path_factory.mktemp("finished") / "runs"))
     assert case.launch().state == "finished"
     return case
@@ -133,25 +138,25 @@ def finished_run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="session")
 def killed_run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Killed after the update `KILLED_AT`, with checkpoints of steps 4 and 8; tests only read it."""
+    """A run that was killed after step `KILLED_AT`, with checkpoints of steps 4 and 8. Tests only read it."""
     return killed_case(settings_of(text, tmp_path_factory.mktemp("killed") / "runs"))
 
 
 @pytest.fixture
 def finished(finished_run: Case, tmp_path: Path) -> Case:
-    """A finished run of one's own."""
+    """A copy of the finished run for one test."""
     return finished_run.copied(tmp_path / "damaged")
 
 
 @pytest.fixture
 def killed(killed_run: Case, tmp_path: Path) -> Case:
-    """A killed run of one's own."""
+    """A copy of the killed run for one test."""
     return killed_run.copied(tmp_path / "damaged")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB. Where none can be mounted the test is skipped, or fails if disks are required."""
+    """A file system of 16 MB. If it cannot be mounted, the test is skipped, or fails if RELORA_REQUIRE names disk."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
@@ -164,7 +169,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _terminal_untouched() -> Iterator[None]:
-    """Hydra's main replaces sys.argv."""
+    """Restore sys.argv, because Hydra's main replaces it."""
     argv = list(sys.argv)
     yield
     sys.argv[:] = argv

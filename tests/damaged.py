@@ -1,4 +1,4 @@
-"""Small runs to damage: a finished one and one that was killed, made once and copied for every test."""
+"""Small runs to damage: a finished run and a killed run. Each is made once and copied for every test."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from relora.runs.rundir import RunDir, Status
 from relora.training.job import launch
 
 KILLED_AT = 12
-"""The update after which the killed run dies: a restart and three updates after the newest checkpoint, of step 8."""
+"""The killed run dies after this step. Its newest checkpoint is of step 8, and the restart at step 11 is later."""
 
 KILL = f"""
 import os, signal, sys
@@ -30,7 +30,7 @@ sys.exit(run(sys.argv[1:]))
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A copy of a run, for one test to damage and to launch again."""
+    """A copy of a run, which one test damages and launches again."""
 
     overrides: list[str]
 
@@ -66,12 +66,12 @@ def flip(file: Path, share: float) -> None:
 
 
 def settings_of(text: Path, runs_dir: Path) -> list[str]:
-    of_the_run = ["data=text", f"data.path={text}", "tracker=jsonl", "trainer.checkpoint_interval_steps=4"]
-    return [*TINY, *of_the_run, f"runs_dir={runs_dir}"]
+    changes = ["data=text", f"data.path={text}", "tracker=jsonl", "trainer.checkpoint_interval_steps=4"]
+    return [*TINY, *changes, f"runs_dir={runs_dir}"]
 
 
 def killed_case(overrides: list[str]) -> Case:
-    """A run of these overrides that a SIGKILL ends after the update `KILLED_AT`."""
+    """Return a run of these overrides that SIGKILL has ended after step `KILLED_AT`."""
     case = Case(overrides=overrides)
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", KILL, *case.overrides], env=threads, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, with the figures that a test asks for: studies without training."""
+"""Studies without training: run folders like those of training, with the figures that a test gives."""
 
 import math
 from pathlib import Path
@@ -19,14 +19,14 @@ SETTING = (f"trainer.total_steps={STEPS}", "schedule.warmup_steps=2")
 RELORA = ("method=relora", "method.warm_start_steps=0", "method.reset_interval_steps=20")
 FULL = ("method=full",)
 COMPOSER, PRESETS = Composer(), Presets()
-"""Of every lab: Hydra composes each choice of groups once, not every run of every test."""
+"""All labs share these. So Hydra composes each choice of groups only once."""
 
 
 class Lab:
-    """Makes run folders as training leaves them, with the figures that a test asks for."""
+    """Makes run folders like those of training, with the figures that a test gives."""
 
     def __init__(self, runs_dir: Path, tracker: str = "jsonl", *, noted: bool = False) -> None:
-        """`noted`: the runs keep a note of where their rates come from, as runs of this version do."""
+        """`noted`: the runs record the origin of their rates, as runs of this version do."""
         self.runs_dir, self.tracker, self.noted = runs_dir, tracker, noted
 
     def config(self, *overrides: str) -> RunConfig:
@@ -35,7 +35,7 @@ class Lab:
         return PRESETS.noted(config, texts) if self.noted else config
 
     def run(self, *overrides: str, loss: float = 3.0, state: str = "finished", **changes: Any) -> RunConfig:
-        """A run whose validation loss falls linearly to `loss`; the test loss is 0.1 above."""
+        """Make a run with a validation loss that falls linearly to `loss`. The test loss is 0.1 above."""
         config = self.config(*overrides)
         run = RunDir(config.run_dir)
         freeze(config, run.config_file)

@@ -1,4 +1,4 @@
-"""Runs of several ranks, each a real process; forked from one that has imported all, so that a run takes a second."""
+"""Runs of several ranks. Each rank is a fork of a process that has imported all, so that a run takes a second."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ CONTEXT.set_forkserver_preload(
 WITHIN_SECONDS = 180.0
 
 Sabotage = Callable[[int], None]
-"""Done in every rank's process, which is told its rank, before it starts."""
+"""Each process calls this with its rank before it starts the run."""
 
 
 def nothing(rank: int) -> None:
@@ -40,7 +40,7 @@ def nothing(rank: int) -> None:
 
 
 def at_step(step: int, action) -> None:
-    """Do `action(trainer)` after the update of `step`."""
+    """Call `action(trainer)` after the update of `step`."""
     from relora.training.trainer import Trainer
 
     update = Trainer.update
@@ -73,7 +73,7 @@ def free_port() -> int:
 class Ranks:
     """`size` processes that train the run of `overrides` together.
 
-    `composed`: overrides that say where, should those of the run be wrong.
+    `composed`: overrides that give the run folder if the overrides of the run are wrong.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Ranks:
             process.start()
 
     def ended(self, within_seconds: float = WITHIN_SECONDS) -> list[int | None]:
-        """The exit codes of all ranks, which must end in time."""
+        """Wait until all ranks have ended, and return their exit codes. Fail after `within_seconds`."""
         limit = time.monotonic() + within_seconds
         for process in self.processes:
             process.join(max(0.0, limit - time.monotonic()))
@@ -109,13 +109,13 @@ class Ranks:
         return codes
 
     def until_step(self, step: int) -> None:
-        """Wait until the run has come so far."""
+        """Wait until the run has logged this step."""
         while not any(row["step"] >= step for row in read_rows(self.run.metrics_file)):
             assert all(process.exitcode is None for process in self.processes), self.shown
             time.sleep(0.01)
 
     def send(self, rank: int, number: signal.Signals) -> None:
-        """A signal to one rank."""
+        """Send a signal to one rank."""
         pid = self.processes[rank].pid
         assert pid is not None
         os.kill(pid, number)
@@ -127,7 +127,7 @@ class Ranks:
 
 
 def trained(size: int, overrides: Sequence[str], sabotage: Sabotage = nothing) -> RunDir:
-    """A run that `size` ranks trained to its end."""
+    """Train a run with `size` ranks to its end, and return it."""
     ranks = Ranks(size, overrides, sabotage)
     assert ranks.ended() == [0] * size, ranks.shown
     return ranks.run

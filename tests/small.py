@@ -1,4 +1,4 @@
-"""What the tests share: where the project is, overrides of a run of seconds, full disks, and patience."""
+"""Helpers of all tests: the project folder, the overrides of a run that takes seconds, full disks and waiting."""
 
 import os
 import time
@@ -35,25 +35,25 @@ TINY = (
     "data.test_fraction=0.05",
     "baseline_rates=[1]",
 )
-"""Restarts at 7 and 11 of 14 steps, re-warm-ups of 2 steps, an evaluation and a checkpoint every 5."""
+"""Restarts at steps 7 and 11 of 14, re-warm-ups of 2 steps, and an evaluation and a checkpoint every 5 steps."""
 
 
 def skip_or_fail(needed: str, reason: str) -> NoReturn:
-    """Skip the test, or fail it where RELORA_REQUIRE names what it needs."""
+    """Skip the test, or fail it if RELORA_REQUIRE names what it needs."""
     if needed in os.environ.get("RELORA_REQUIRE", ""):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def fill(disk: Path, free_bytes: int) -> Path:
-    """Leave so much of a file system free; returns the file that fills the rest."""
+    """Fill a file system except `free_bytes`. Return the file that fills it."""
     filler, found = disk / "filler", os.statvfs(disk)
     filler.write_bytes(bytes(found.f_bavail * found.f_frsize - free_bytes))
     return filler
 
 
 def eventually(question: Callable[[], T | None], what: str, seconds: float = 600.0) -> T:
-    """The first answer that is true."""
+    """Ask until the answer is true, and return this answer. Fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         answer = question()

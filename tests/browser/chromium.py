@@ -1,4 +1,4 @@
-"""What the browser tests share: `relora ui` as a process, and what a page shows."""
+"""Helpers of the browser tests: `relora ui` as a process, and what a page shows."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ PAGE_SECONDS = 120.0
 
 SCREEN = (1600, 1400)
 ALL_IN_VIEW = (1600, 5000)
-"""Tall enough for every chart of a run: MLflow draws what is in view."""
+"""Tall enough for every chart of a run. MLflow draws only charts that are in view."""
 
 
 SETTING = (
@@ -43,21 +43,21 @@ SETTING = (
 
 
 def setting(folder: Path) -> list[str]:
-    """Overrides of a run of seconds, on a text of its own in `folder`."""
+    """Write a text into `folder`. Return the overrides of a run that trains on it for seconds."""
     text = "".join(f"line {number} says {number * number % 97} and {'ab' * (number % 7)}\n" for number in range(3000))
     (folder / "text.txt").write_text(text)
     return [*SETTING, f"data.path={folder / 'text.txt'}", f"runs_dir={folder / 'runs'}"]
 
 
 def required(name: str, found: str | None) -> str:
-    """What a browser test needs; without it the test is skipped, or fails where RELORA_REQUIRE says "browser"."""
+    """Return what a browser test needs. If it is missing, skip the test, or fail if RELORA_REQUIRE names browser."""
     if found is None:
         skip_or_fail("browser", f"{name} is missing; on Debian: apt-get install chromium chromium-driver")
     return found
 
 
 class Ui:
-    """`relora ui` of a runs folder; whatever it started is gone at the end of the block."""
+    """`relora ui` of a runs folder. All its processes are killed at the end of the block."""
 
     def __init__(self, runs_dir: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -85,20 +85,23 @@ class Ui:
         return json.loads(line)
 
     def grown_family(self) -> list[int]:
-        """The process and all that it ever started, so far as they are alive."""
+        """Return the living processes among this one and all that it has started."""
         parents = living()
         while more := {pid for pid, parent in parents.items() if parent in self.family} - self.family:
             self.family |= more
         return sorted(self.family & parents.keys())
 
     def stop(self, number: signal.Signals) -> int:
-        """The exit code after a signal to the process alone, as Ctrl-C does not reach a server in its own session."""
+        """Send a signal to this process only, and return its exit code.
+
+        Ctrl-C does not reach a server in a separate session.
+        """
         self.grown_family()
         self.process.send_signal(number)
         return self.process.wait(20)
 
     def left_behind(self) -> list[int]:
-        """Processes that outlive the stop by more than a moment."""
+        """Return the processes that are alive 3 seconds after the stop."""
         deadline = time.monotonic() + 3
         while (left := self.grown_family()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -106,7 +109,7 @@ class Ui:
 
 
 def living() -> dict[int, int]:
-    """The parent of every process that is not a zombie."""
+    """Return the parent of every process that is not a zombie."""
     found: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -141,11 +144,11 @@ SETTLED = {
 
 
 def plots(page: Any) -> list[dict[str, Any]]:
-    """Every chart that is drawn."""
+    """Return every chart that is drawn."""
     return page.execute_script(PLOTS)
 
 
 def plot_of(page: Any, metric: str) -> dict[str, Any] | None:
-    """The chart of a metric, once it is drawn."""
+    """Return the chart of a metric, or None if it is not drawn yet."""
     drawn = [plot for plot in plots(page) if f"({metric})" in plot["card"] and plot["lines"]]
     return drawn[0] if drawn else None

@@ -31,7 +31,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, link: str) -> Any:
-    """The browser, as of one who has been at this server before."""
+    """The browser of a user who has visited this server before."""
     browser.get(f"{link.partition('#')[0]}version")
     for key, value in SETTLED.items():
         browser.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, value)

@@ -1,4 +1,4 @@
-"""A study in the MLflow UI: what a reader finds behind the link that `relora ui` prints."""
+"""A study in the MLflow UI, at the link that `relora ui` prints."""
 
 import sys
 from collections.abc import Iterator
@@ -36,32 +36,32 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def study(overrides: list[str]) -> Study:
-    """Its runs, finished."""
+    """The study with finished runs."""
     assert launch_study(expand(overrides), overrides)
     return load_study(Path(expand(overrides).runs[0].runs_dir), "ranks")
 
 
 @pytest.fixture(scope="module")
 def ui(study: Study) -> Iterator[Ui]:
-    """A UI that serves."""
+    """A running UI."""
     with Ui(study.members[0].run.path.parent) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def links(ui: Ui) -> dict[str, Any]:
-    """Its links."""
+    """The links that the UI prints."""
     return ui.links()
 
 
 @pytest.fixture(scope="module")
 def link(links: dict[str, Any]) -> str:
-    """To the prepared view."""
+    """The link to the prepared view."""
     return links["studies"]["ranks"]
 
 
 CELLS = "return [...document.querySelectorAll('[role=gridcell]')].map(cell => cell.innerText.split('\\n').pop())"
-"""A run's cell holds its colour on a line of its own."""
+"""The texts of all cells. The cell of a run has one more line for its colour."""
 
 
 HEADER = """
@@ -69,7 +69,7 @@ const left = cell => cell.getBoundingClientRect().left;
 const cells = [...document.querySelectorAll('[role=columnheader][col-id]')];
 return cells.sort((a, b) => left(a) - left(b)).map(cell => cell.innerText.trim());
 """
-"""From left to right: a grid moves its cells on the screen and not in the document."""
+"""The column names from left to right. Their order in the document differs from the order on the screen."""
 
 
 PARALLEL_LINES = """
@@ -82,14 +82,16 @@ for (const axes of document.querySelectorAll('[class*=parcoords]')) {
 }
 return null;
 """
-"""What is drawn on a canvas: the records that React gave to it."""
+"""The lines are drawn on a canvas. Their values are in the records that React has."""
 
 
 def best_first(study: Study) -> list[str]:
     return [m.run.name for m in sorted(study.members, key=lambda m: m.run.summary["test_perplexity"])]
 
 
-def test_the_table_answers_which_rank_and_interval(study: Study, link: str, page: Any, screenshots: Path) -> None:
+def test_the_table_shows_the_runs_in_the_order_of_their_perplexity(
+    study: Study, link: str, page: Any, screenshots: Path
+) -> None:
     page.set_window_size(2600, 1000)  # a column out of view is not drawn
     columns = [
         "method.name",
@@ -105,8 +107,8 @@ def test_the_table_answers_which_rank_and_interval(study: Study, link: str, page
         return found if set(best_first(study)) <= set(found) else None
 
     def shown_in_order() -> list[str] | None:
-        # loaded anew each time: MLflow 3.17's grid saves the order it starts with 250 ms later, and where this
-        # overtakes the prepared view the columns stand in the alphabet's order until the page is loaded again
+        # Each try loads the page again. The grid of MLflow 3.17 saves its first order after 250 ms. If the prepared
+        # view is not applied by then, the columns are in alphabetical order until the page is loaded again.
         page.get(link.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
         shown = eventually(cells, "a row for every run", PAGE_SECONDS)
         return shown if [name for name in page.execute_script(HEADER) if name in columns] == columns else None
@@ -147,7 +149,9 @@ def test_the_charts_are_drawn(study: Study, link: str, page: Any, screenshots: P
     perplexities = [line["summary/test_perplexity"] for line in lines]
     assert sorted(perplexities) == pytest.approx(sorted(m.run.summary["test_perplexity"] for m in study.members))
     full_rank = [member for member in study.members if member.run.config and member.run.config.method.name == "full"]
-    assert [line["method.rank"] for line in lines].count("0") == len(full_rank) > 0, "full rank's lines are among them"
+    assert [line["method.rank"] for line in lines].count("0") == len(full_rank) > 0, (
+        "the lines of full rank are drawn too"
+    )
 
 
 def test_the_client_finds_the_study_and_its_gaps(study: Study, overrides: list[str]) -> None:
@@ -176,7 +180,7 @@ def test_the_report_page_is_readable(study: Study, browser: Any, screenshots: Pa
     assert len(images) == 4
     assert all(complete and width > 300 for complete, width in images)
     body = browser.find_element("tag name", "body").text
-    assert "Caution, rates not tuned for this setting" in body
+    assert "Caution, rates not tuned" in body
     assert "use rank" not in body
     narrow = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)

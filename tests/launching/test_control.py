@@ -1,5 +1,6 @@
-"""What the verbs say to names and settings that are wrong; what they do to runs, tests/slurm."""
+"""The messages of the verbs for wrong names and settings. tests/slurm tests what the verbs do to runs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from relora.studies.sweeps import expand
 
 @pytest.fixture(scope="module")
 def runs_dir(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the study `ranks`, of which no run was started. Tests leave it as it is."""
+    """A folder with the study `ranks`. None of its runs was started. Tests do not change it."""
     folder = tmp_path_factory.mktemp("control") / "runs"
     overrides = [*TINY, "data=text", f"data.path={text}", f"runs_dir={folder}", "tracker=jsonl"]
     overrides += ["method.rank=2,3", "study=ranks"]
@@ -33,35 +34,37 @@ def runs_dir(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["status", "rank"], "there is no study or run rank in {runs_dir}; there are ranks, llama_tiny-full-"),
-        (["cancel", "nothing"], "there is no study or run nothing in {runs_dir}; there are ranks, "),
-        (["status", "ranks", "runs_dir=nowhere"], "nowhere; the folder has none; give runs_dir=..."),
-        (["logs", "ranks"], "ranks is a study; give one of its runs: ranks/llama_tiny-full-"),
-        (["logs", "ranks/r9"], "study ranks has no run r9; it has llama_tiny-full-"),
+        (["status", "rank"], "no study or run rank in {runs_dir}; .* ranks, llama_tiny-full-"),
+        (["cancel", "nothing"], "no study or run nothing in {runs_dir}; .* ranks, "),
+        (["status", "ranks", "runs_dir=nowhere"], r"nowhere; .*give runs_dir=\.\.\."),
+        (["logs", "ranks"], "ranks is a study; give .*: ranks/llama_tiny-full-"),
+        (["logs", "ranks/r9"], "study ranks has no run r9; .* llama_tiny-full-"),
         (["logs", "ranks/relora"], "ranks/relora may be llama_tiny-relora-r2-"),
-        (["logs", "ranks/r2"], "has no log: it is missing"),
-        (["report", "../../x"], "study=../../x may contain only letters, digits"),
-        (["status", "../x"], "study=.. may contain only letters, digits"),
-        (["status", ""], "'' is not a valid name; give STUDY, RUN or STUDY/RUN"),
-        (["logs", "a*"], "'a*' is not a valid name"),
-        (["cancel", "a\nb"], "'a\\nb' is not a valid name"),
-        (["retry", "../../ranks"], "study=../.. may contain only letters, digits"),
-        (["clean", "../x"], "study ../x does not exist in {runs_dir}"),
-        (["logs", "rinks/r2"], "study rinks does not exist in {runs_dir}; the studies there: ranks."),
-        (["retry", "rinks"], "there is no study or run rinks in {runs_dir}"),
-        (["retry", "r2"], "r2 is a single run, and retry needs a study; continue it with: python run.py -m "),
-        (["retry", "ranks", "method.rank=5"], "method.rank=5 would change the runs; retry accepts only cluster"),
-        (["retry", "ranks", "cluster.mem_gb=1"], "unknown key cluster.mem_gb"),
-        (["retry", "ranks", "cluster=slurm", "cluster.mem_gb=much"], "cluster.mem_gb: Value 'much'"),
-        (["retry", "ranks", "cluster=nowhere"], "cluster=nowhere does not exist; choose cluster= one of debug, local"),
-        (["retry", "ranks", "cluster.max_parallel=0"], "cluster.max_parallel=0 must be at least 1"),
+        (["logs", "ranks/r2"], "llama_tiny-relora-r2-.* has no log: .*missing"),
+        (["report", "../../x"], r"study=\.\./\.\./x .*only letters, digits"),
+        (["status", "../x"], r"study=\.\. .*only letters, digits"),
+        (["status", ""], "'' is not a valid name; .*STUDY, RUN or STUDY/RUN"),
+        (["logs", "a*"], r"'a\*' is not a valid name"),
+        (["cancel", "a\nb"], r"'a\\nb' is not a valid name"),
+        (["retry", "../../ranks"], r"study=\.\./\.\. .*only letters, digits"),
+        (["clean", "../x"], r"study \.\./x does not exist in {runs_dir}"),
+        (["logs", "rinks/r2"], r"study rinks does not exist in {runs_dir}; .*studies there: ranks\."),
+        (["retry", "rinks"], "no study or run rinks in {runs_dir}"),
+        (["retry", "r2"], r"r2 is a single run, .*retry needs a study; .*: python run\.py -m "),
+        (["retry", "ranks", "method.rank=5"], r"method\.rank=5 would .*; retry accepts only cluster"),
+        (["retry", "ranks", "cluster.mem_gb=1"], r"unknown key cluster\.mem_gb"),
+        (["retry", "ranks", "cluster=slurm", "cluster.mem_gb=much"], r"cluster\.mem_gb: Value 'much'"),
+        (["retry", "ranks", "cluster=nowhere"], "cluster=nowhere does not exist; .*cluster= one of debug, local"),
+        (["retry", "ranks", "cluster.max_parallel=0"], r"cluster\.max_parallel=0 must be at least 1"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(words: list[str], message: str, runs_dir: Path, capsys) -> None:
+def test_a_wrong_name_or_setting_is_reported_in_one_line(
+    words: list[str], message: str, runs_dir: Path, capsys
+) -> None:
     where = [] if any(word.startswith("runs_dir=") for word in words) else [f"runs_dir={runs_dir}"]
     assert cli.main([*words, *where]) == 2
     shown = capsys.readouterr().err
-    assert message.format(runs_dir=runs_dir) in shown
+    assert re.search(message.format(runs_dir=re.escape(str(runs_dir))), shown)
     assert shown.count("\n") == 1
 
 
@@ -69,8 +72,8 @@ def test_what_is_wrong_is_told_in_a_line(words: list[str], message: str, runs_di
 
 
 @pytest.mark.slow
-def test_a_run_of_this_machine_is_cancelled_with_a_checkpoint_and_goes_on(tiny: list[str], capsys) -> None:
-    """Without SLURM: relora cancel sends SIGTERM to the run's process."""
+def test_cancel_stops_a_run_of_this_machine_with_a_checkpoint(tiny: list[str], capsys) -> None:
+    """Without SLURM, `relora cancel` sends SIGTERM to the process of the run."""
     overrides = [*tiny, "trainer.total_steps=3002", "trainer.validation_interval_steps=3002"]
     config = compose(overrides)
     run, where = RunDir(config.run_dir), f"runs_dir={config.runs_dir}"
@@ -94,12 +97,12 @@ def test_a_run_of_this_machine_is_cancelled_with_a_checkpoint_and_goes_on(tiny: 
     assert (state.name, state.needs_launch) == ("interrupted", True)
 
     assert cli.main(["cancel", config.name[-8:], where]) == 0
-    assert capsys.readouterr().out == "0 runs cancelled\n", "it has ended already"
-    stopped_before = max(row["step"] for row in read_rows(run.metrics_file))
-    assert stopped_before == step, "no update is lost and none is made twice"
+    assert capsys.readouterr().out == "0 runs cancelled\n", "the run has ended already"
+    last_logged_step = max(row["step"] for row in read_rows(run.metrics_file))
+    assert last_logged_step == step, "the resumed run loses no step and repeats no step"
 
 
-def test_a_run_of_another_machine_is_not_cancelled_from_here(runs_dir: Path, capsys) -> None:
+def test_a_run_of_another_machine_is_not_cancelled_from_this_machine(runs_dir: Path, capsys) -> None:
     folder = next(path for path in sorted(runs_dir.glob("*relora-r2*")))
     run = RunDir(folder)
     run.status = Status(state="running", host="elsewhere", pid=1)

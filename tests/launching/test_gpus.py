@@ -24,13 +24,13 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(gpus, "_listed", cache(gpus._listed.__wrapped__))  # nothing is kept from or for other tests
+    monkeypatch.setattr(gpus, "_listed", cache(gpus._listed.__wrapped__))  # tests share no cache
     monkeypatch.setattr(gpus, "_taken", [])
     monkeypatch.setattr(gpus, "_warned", set())
 
 
 def seen(tmp_path: Path, device: str, count: int, max_parallel: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES as child processes that run at once have it."""
+    """Start child processes that live at the same time. Return the CUDA_VISIBLE_DEVICES of each."""
     processes, found = [], []
     configs = [compose([f"runs_dir={tmp_path}", f"trainer.seed={seed}"]) for seed in range(count)]
     try:
@@ -39,7 +39,7 @@ def seen(tmp_path: Path, device: str, count: int, max_parallel: int) -> list[str
             item = Planned(config=config, role="arm")
             item.run.path.mkdir(parents=True)
             processes.append(start_process(item, max_parallel))
-            processes[-1].send_signal(signal.SIGSTOP)  # a process that has ended, as this one soon would, frees its GPU
+            processes[-1].send_signal(signal.SIGSTOP)  # it would end soon, and that frees its GPU
             environment = Path(f"/proc/{processes[-1].pid}/environ")
             deadline = time.monotonic() + 120
             while not (pairs := environment.read_text().split("\0"))[0] and time.monotonic() < deadline:
@@ -52,16 +52,16 @@ def seen(tmp_path: Path, device: str, count: int, max_parallel: int) -> list[str
     return found
 
 
-def test_local_runs_get_a_gpu_each_and_share_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_local_run_gets_a_gpu_and_more_runs_share_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert seen(tmp_path, "auto", 3, 3) == ["GPU-000", "GPU-111", "GPU-000"]
     assert capsys.readouterr().out.count("cluster.max_parallel=3 is more than 2 GPUs") == 1
 
 
-def test_gpus_that_the_user_names_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_that_the_user_names_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,5")
     assert seen(tmp_path, "auto", 2, 2) == ["GPU-abc", "5"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-def test_a_run_that_needs_no_choice_keeps_its_environment(tmp_path: Path, device: str) -> None:
+def test_a_run_that_needs_no_choice_of_a_gpu_keeps_its_environment(tmp_path: Path, device: str) -> None:
     assert seen(tmp_path, device, 1, 2) == [None]

@@ -1,3 +1,4 @@
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from relora.studies.sweeps import search
 SWEEP = "sweeps=tune_learning_rate"
 
 
-def test_the_file_says_what_is_searched() -> None:
+def test_the_file_sets_what_is_searched() -> None:
     found = search([SWEEP, "experiments=laptop/small", "method=lora", "trainer.seed=0,1", "tune.trials=3"])
     assert found is not None
     assert (found.method, found.experiment, found.trials, found.seeds) == ("lora", "laptop/small", 3, [0, 1])
@@ -35,21 +36,24 @@ def test_other_sweeps_are_no_search() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.rank=2,4"], "method.rank cannot be swept in a search"),
-        (["tune.trials=0"], "tune.trials=0 must be a whole number of at least 1"),
-        (["tune.trials=abc"], "tune.trials=abc must be a whole number"),
-        (["tune.ranges.optimizer.learning_rate=1e-3"], "must be two positive numbers"),
+        (["method.rank=2,4"], r"method\.rank cannot be swept .*; launch one search"),
+        (["tune.trials=0"], r"tune\.trials=0 must be .*at least 1"),
+        (["tune.trials=abc"], r"tune\.trials=abc must be a whole number"),
+        (["tune.ranges.optimizer.learning_rate=1e-3"], r"optimizer\.learning_rate=0\.001 must be two positive numbers"),
         (["trainer.seed=abc"], "trainer.seed"),
-        (["tune.ranges.optimizer.learning_rate=[1e-2,1e-3]"], "must be two positive numbers, the lower first"),
+        (
+            ["tune.ranges.optimizer.learning_rate=[1e-2,1e-3]"],
+            r"=\[0\.01, 0\.001\] .*positive numbers, the lower first",
+        ),
         (["method.rank=100000"], "exceeds min"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_runs(overrides: list[str], message: str) -> None:
+def test_a_wrong_search_is_refused_before_anything_runs(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         search([SWEEP, *overrides])
 
 
-def test_a_preset_keeps_what_it_held(tmp_path: Path) -> None:
+def test_a_preset_keeps_its_other_values(tmp_path: Path) -> None:
     file = tmp_path / "laptop" / "relora.yaml"
     file.parent.mkdir()
     file.write_text("# @package _global_\nmethod:\n  rank: 8\noptimizer:\n  learning_rate: 1.0\n")
@@ -83,9 +87,9 @@ def test_a_preset_keeps_its_comments_and_says_what_the_search_replaced(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "text", ["optimizer: {learning_rate: 1.0, beta1: 0.8} # told\n", "optimizer:\n    beta1: 0.8\n", ""]
+    "text", ["optimizer: {learning_rate: 1.0, beta1: 0.8} # a comment\n", "optimizer:\n    beta1: 0.8\n", ""]
 )
-def test_a_preset_laid_out_in_another_way_is_still_right(tmp_path: Path, text: str) -> None:
+def test_a_preset_with_another_layout_gets_the_same_values(tmp_path: Path, text: str) -> None:
     file = tmp_path / "full.yaml"
     file.write_text("# @package _global_\n" + text)
     presets.write_preset(file, {"optimizer.learning_rate": 2e-3}, "by a search")
@@ -104,7 +108,7 @@ def judged_study(*losses: float) -> optuna.Study:
 
 
 @pytest.mark.slow
-def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_search_writes_its_best_rates_to_the_preset_of_the_method(tmp_path: Path, monkeypatch, capsys) -> None:
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments")
     shutil.copytree(REPOSITORY / "sweeps", tmp_path / "sweeps")
@@ -116,7 +120,7 @@ def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypa
     file = tmp_path / "conf" / "presets" / "laptop" / "crossing" / "relora.yaml"
     assert f"preset: {file}" in capsys.readouterr().out
     text = file.read_text()
-    assert "# Learning rates: the best of 16 trials on validation, 2 seeds each (loss 2.0000), by\n" in text
+    assert re.search(r"^# Learning rates: .*best of 16 trials .*2 seeds .*\(loss 2\.0000\), by$", text, re.MULTILINE)
     assert (
         "#   python run.py -m sweeps=tune_learning_rate experiments=laptop/crossing method=relora trainer.seed=0,1\n"
         in text
@@ -128,7 +132,7 @@ def test_what_a_search_finds_becomes_the_methods_preset(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_only_trials_whose_runs_failed_are_failures(tmp_path: Path, tiny: list[str], monkeypatch) -> None:
+def test_only_trials_with_failed_runs_count_as_failures(tmp_path: Path, tiny: list[str], monkeypatch) -> None:
     found = search([*tiny, SWEEP])
     assert found is not None
     config = compose.compose(tiny)
@@ -138,7 +142,7 @@ def test_only_trials_whose_runs_failed_are_failures(tmp_path: Path, tiny: list[s
     runs = [Planned(config=config, role="arm")]
     for _ in range(tune.MOST_FAILURES):
         tune._try_again(study, tune._Attempt(trial=study.ask(), runs=runs))
-    with pytest.raises(RunError, match=f"{tune.MOST_FAILURES + 1} trials have failed"):
+    with pytest.raises(RunError, match=rf"{tune.MOST_FAILURES + 1} trials have failed.*see its log\.txt"):
         tune._try_again(study, tune._Attempt(trial=study.ask(), runs=runs))
 
 
@@ -170,7 +174,7 @@ def test_a_search_of_another_setting_is_another_search(tmp_path: Path, tiny: lis
 
 
 @pytest.mark.slow
-def test_a_search_that_goes_on_draws_other_values(tmp_path: Path, tiny: list[str]) -> None:
+def test_a_resumed_search_draws_other_values(tmp_path: Path, tiny: list[str]) -> None:
     found = search([*tiny, SWEEP])
     assert found is not None
     drawn = []
@@ -193,14 +197,14 @@ def launched(overrides: list[str]) -> str:
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_where_it_stood_and_finds_the_best(tiny: list[str]) -> None:
+def test_a_search_resumes_after_its_judged_trials_and_finds_the_best(tiny: list[str]) -> None:
     ranges = ["tune.ranges.optimizer.learning_rate=[1e-4,1e-2]"]
     overrides = [*tiny, SWEEP, *ranges, "cluster.max_parallel=2"]
     first = launched([*overrides, "tune.trials=2"])
-    assert "0 of 2 trials are judged already" in first
+    assert re.search("0 of 2 trials .*judged already", first)
     assert first.count("validation loss") == 2
     second = launched([*overrides, "tune.trials=3"])
-    assert "2 of 3 trials are judged already" in second
+    assert re.search("2 of 3 trials .*judged already", second)
     assert second.count("validation loss") == 1
     runs_dir = Path(compose.compose(tiny).runs_dir)
     storage = f"sqlite:///{runs_dir / 'studies' / 'tune_learning_rate' / 'optuna.db'}"
@@ -218,7 +222,7 @@ def test_a_search_goes_on_where_it_stood_and_finds_the_best(tiny: list[str]) -> 
 
 
 @pytest.mark.slow
-def test_a_trial_whose_process_died_is_tried_again_with_the_same_values(tmp_path: Path, tiny: list[str]) -> None:
+def test_the_trial_of_a_dead_process_is_tried_again_with_the_same_values(tmp_path: Path, tiny: list[str]) -> None:
     found = search([*tiny, SWEEP])
     assert found is not None
     config = compose.compose(tiny)

@@ -1,12 +1,17 @@
-"""A SLURM of two nodes for the tests of this folder; without one they are skipped, or fail where it is required."""
+"""A SLURM cluster of two nodes for the tests of this folder.
+
+The tests are skipped if there can be no cluster, or fail if RELORA_REQUIRE names slurm.
+"""
 
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from jobs import CLUSTER
 from small import skip_or_fail
 
@@ -15,21 +20,22 @@ NEEDED = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "ip
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> Iterator[None]:
-    """Up for the session. Its nodes are different hosts where network namespaces can be made."""
+    """A cluster that is up for the session. Its nodes are different hosts if network namespaces can be made."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
     reason = f"{', '.join(missing)} missing; see tests/slurm/cluster.sh" if missing else ""
     if not missing and os.geteuid() != 0:
-        reason = "a cluster of one's own needs root"
+        reason = "starting a cluster needs root"
     conf = Path("/etc/slurm/slurm.conf")
     if conf.is_file() and "ClusterName=relora\n" not in conf.read_text():
-        reason = f"{conf} belongs to another cluster, whose place the tests' own would take"
+        reason = f"{conf} belongs to another cluster, and the cluster of the tests would replace it"
     if reason:
         skip_or_fail("slurm", reason)
-    os.environ["NETNS"] = "1" if _namespaces_work() else "0"
-    subprocess.run(["bash", CLUSTER, "down"], check=False, capture_output=True)
-    subprocess.run(["bash", CLUSTER, "up"], check=True)
-    yield
-    subprocess.run(["bash", CLUSTER, "down"], check=False, capture_output=True)
+    with FileLock(Path(tempfile.gettempdir()) / "relora-slurm.lock"):  # a second test session waits for the first
+        os.environ["NETNS"] = "1" if _namespaces_work() else "0"
+        subprocess.run(["bash", CLUSTER, "down"], check=False, capture_output=True)
+        subprocess.run(["bash", CLUSTER, "up"], check=True)
+        yield
+        subprocess.run(["bash", CLUSTER, "down"], check=False, capture_output=True)
 
 
 def _namespaces_work() -> bool:
@@ -40,11 +46,11 @@ def _namespaces_work() -> bool:
 
 @pytest.fixture
 def runs_dir(tmp_path: Path) -> Path:
-    """Where `tiny` has its runs."""
+    """The runs folder of `tiny`."""
     return tmp_path / "runs"
 
 
 @pytest.fixture
 def one(tiny: list[str]) -> list[str]:
-    """A run of seconds as a job."""
+    """A run that takes seconds, as a SLURM job."""
     return [*tiny, "cluster=slurm", "cluster.timeout_minutes=10"]

@@ -1,4 +1,4 @@
-"""What the SLURM tests share: runs as a user launches them, what SLURM says of them, and undisturbed runs beside."""
+"""Helpers of the SLURM tests: launch runs as a user does, ask SLURM for jobs, and train undisturbed runs to compare."""
 
 import json
 import os
@@ -18,18 +18,18 @@ from relora.runs.state import observe
 CLUSTER = Path(__file__).with_name("cluster.sh")
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Sums, and so weights, are the same to the bit only for the same number of threads."""
+"""Sums, and so weights, are equal to the bit only with the same number of threads."""
 
 SLOW_STEPS = 800
 SLOW = (
     *(f"trainer.total_steps={SLOW_STEPS}", "trainer.validation_interval_steps=400", "method.reset_interval_steps=150"),
     "trainer.checkpoint_interval_steps=50",
 )
-"""Long enough, some seconds, to be disturbed."""
+"""A run of some seconds, which is long enough to disturb."""
 
 
 def relora(*arguments: str, code: int = 0) -> str:
-    """What a verb prints."""
+    """Return what a verb prints."""
     command = [sys.executable, "-m", "relora", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert done.returncode == code, done.stdout + done.stderr
@@ -37,44 +37,44 @@ def relora(*arguments: str, code: int = 0) -> str:
 
 
 def run_py(*arguments: str, code: int = 0, cwd: Path = REPOSITORY) -> str:
-    """What `python run.py` prints."""
+    """Return what `python run.py` prints."""
     command = [sys.executable, "run.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def standing(runs_dir: Path, name: str) -> list[dict[str, Any]]:
-    """What `relora status --json` prints, from this process: a new one each time would take a core from the jobs."""
+def status_rows(runs_dir: Path, name: str) -> list[dict[str, Any]]:
+    """Return what `relora status --json` prints. A new process for each call would take a core from the jobs."""
     return control.status_json(runs_dir, name)
 
 
 def ended(runs_dir: Path, name: str, seconds: float = 900.0) -> list[dict[str, Any]]:
-    """How the runs stand once none is queued or running."""
+    """Wait until no run is queued or running, and return the status rows."""
 
     runs = [item.run for item in control.runs_of(runs_dir, name)]
     eventually(lambda: not any(state.is_under_way for state in observe(runs)), f"{name} has ended", seconds)
-    return standing(runs_dir, name)
+    return status_rows(runs_dir, name)
 
 
 def folder(overrides: list[str]) -> RunDir:
-    """The run that the overrides describe."""
+    """Return the run that the overrides describe."""
     return RunDir(compose(overrides).run_dir)
 
 
 def job_of(run: RunDir) -> str:
-    """Its SLURM job."""
+    """Return the SLURM job of a run."""
     return read_json(run.submission_file)["job"]
 
 
 def accounted(job: str, field: str = "State") -> list[str]:
-    """What sacct keeps of a job, an entry for each time it was in the queue."""
+    """Return a field of a job from sacct, one entry for each time that the job was in the queue."""
     command = ["sacct", "-n", "-P", "-X", "-D", "-j", job, "-o", field]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
 
 
 def states_of(job: str) -> list[str]:
-    """How each attempt of a job ended, once the last has."""
+    """Wait until the last attempt of a job has ended. Return the final state of each attempt."""
 
     def states() -> list[str] | None:
         found = accounted(job)
@@ -84,13 +84,13 @@ def states_of(job: str) -> list[str]:
 
 
 def trains(run: RunDir, steps: int = 80) -> bool:
-    """Whether it has come some way, past a checkpoint or two."""
+    """Return whether a run has logged more than `steps` rows, and so has a checkpoint."""
     rows = run.metrics_file.read_bytes().count(b"\n") if run.metrics_file.exists() else 0
     return rows > steps
 
 
 def weights(run: RunDir) -> bytes:
-    """Of the finished model."""
+    """Return the weights of the finished model."""
     return (run.model / "model.safetensors").read_bytes()
 
 
@@ -98,29 +98,29 @@ _UNDISTURBED: dict[str, bytes] = {}
 
 
 def undisturbed(overrides: list[str], tmp_path: Path) -> bytes:
-    """The weights of the same run, trained here from first to last in a process of its own."""
+    """Return the weights of the same run, trained without a stop in a process of this machine."""
     runs_dir = tmp_path / "undisturbed"
     plain = [text for text in overrides if not text.startswith(("cluster", "runs_dir=", "tracker", "study="))]
-    here = [*plain, f"runs_dir={runs_dir}", "tracker=jsonl"]
-    key = compose(here).config_hash
+    local = [*plain, f"runs_dir={runs_dir}", "tracker=jsonl"]
+    key = compose(local).config_hash
     if key not in _UNDISTURBED:
-        _UNDISTURBED[key] = weights(trained(1, here))
+        _UNDISTURBED[key] = weights(trained(1, local))
     return _UNDISTURBED[key]
 
 
 def steps_logged(run: RunDir) -> list[int]:
-    """Of every row with a training loss, in the order they were written."""
+    """Return the steps of all rows with a training loss, in the order of the file."""
     rows = map(json.loads, run.metrics_file.read_text().splitlines())
     return [row["step"] for row in rows if "train/loss" in row]
 
 
 def queued_names() -> list[str]:
-    """Of the jobs in the queue, each task of an array by itself."""
+    """Return the names of the jobs in the queue, with one entry for each task of an array."""
     return subprocess.run(["squeue", "-h", "-r", "-o", "%j"], capture_output=True, text=True, check=True).stdout.split()
 
 
 def occupy(nodes: int = 2) -> str:
-    """A job of a higher partition on whole nodes; returns its number."""
+    """Submit a job of a higher partition that takes whole nodes. Return its number."""
     command = ["sbatch", "--parsable", "-p", "high", "--exclusive", "-N", str(nodes), "-o", "/dev/null"]
     done = subprocess.run([*command, "--wrap", "sleep 600"], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -12,7 +12,7 @@ from small import REPOSITORY, eventually
 pytestmark = pytest.mark.slow
 
 
-def test_a_study_with_it_is_submitted_and_finished(tiny: list[str], runs_dir: Path, tmp_path: Path) -> None:
+def test_a_study_with_such_a_method_is_submitted_and_finished(tiny: list[str], runs_dir: Path, tmp_path: Path) -> None:
     env = {**environment(install(tmp_path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "run.py", "-m", *tiny, "cluster=slurm", "method=orthogonal", "study=own"]
     subprocess.run([*command, "method.rank=2,3", "method.warm_start_steps=0"], cwd=REPOSITORY, env=env, check=True)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -51,7 +52,7 @@ def elsewhere(overrides: list[str], folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, list[str]]:
-    """One finished tiny run, recorded in MLflow, and its overrides; tests only read it."""
+    """One finished tiny run, recorded in MLflow, and its overrides. Tests only read it."""
     from small import TINY
 
     runs_dir = tmp_path_factory.mktemp("finished")
@@ -75,19 +76,19 @@ def test_every_precision_ends_with_a_model_of_the_logged_perplexity(
     data = [item for item in tiny if item.startswith(("data", "runs_dir"))]
     capsys.readouterr()
     assert cli.main(["evaluate", "--json", str(run_of(overrides).model), *data, "trainer.device=cpu"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["perplexity"] == pytest.approx(status.summary["test_perplexity"], rel=1e-9)
+    result = json.loads(capsys.readouterr().out)
+    assert result["perplexity"] == pytest.approx(status.summary["test_perplexity"], rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("has_checksum", "told"),
+    ("has_checksum", "reason"),
     [
         (True, "model.safetensors: its checksum is"),
-        (False, "model.layers.0.mlp.up_proj.weight differs in 1 of 1,536 values"),
+        (False, "model.layers.0.mlp.up_proj.weight differs in 1 of 1,536"),
     ],
 )
-def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(
-    tiny: list[str], monkeypatch, capsys, has_checksum: bool, told: str
+def test_an_exported_model_with_other_weights_than_the_trained_model_fails_the_run(
+    tiny: list[str], monkeypatch, capsys, has_checksum: bool, reason: str
 ) -> None:
 
     def corrupt(model, tokenizer_file: Path, folder: Path, *others: dict[str, Any]) -> None:
@@ -102,8 +103,8 @@ def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(
     monkeypatch.setattr("relora.training.export.save_pretrained", corrupt)
     status = launch(compose(tiny), tiny)
     assert status.state == "failed"
-    assert status.message.startswith("the exported model differs from the trained model: ")
-    assert told in status.message
+    assert status.message.startswith("the exported model differs")
+    assert reason in status.message
     assert "run the same command again" in status.message
     assert latest_step(run_of(tiny).checkpoints) == 14
     assert "the model writes" not in capsys.readouterr().out
@@ -112,7 +113,7 @@ def test_a_folder_with_other_weights_than_the_trained_ones_fails_the_run(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_merge_that_changes_the_model_is_a_warning_and_no_lost_run(
+def test_a_merge_that_changes_the_model_gives_a_warning_and_the_run_finishes(
     tiny: list[str], precision: str, monkeypatch, capsys
 ) -> None:
     overrides = [*tiny, f"trainer.precision={precision}", "method=lora", "optimizer.learning_rate=5e-2"]
@@ -120,14 +121,17 @@ def test_a_merge_that_changes_the_model_is_a_warning_and_no_lost_run(
     monkeypatch.setattr(LoRA, "finish", lambda self, model, run: zero_factors_and_unwrap(model))
     status = launch(compose(overrides), overrides)
     assert status.state == "finished"
-    assert "the merge may have changed the model" in status.message
+    run = run_of(overrides)
+    warning = re.search(rf"merge .*changed the model: .*state is kept in {run.checkpoints}", status.message)
+    assert warning is not None
     shown = capsys.readouterr().out
-    assert "warning: the merge may have changed the model" in shown
+    assert re.search("warning: .*merge .*changed the model", shown)
+    assert warning[0] in shown
     assert "the model writes" in shown
 
 
 @pytest.mark.parametrize("way", ["resident", "never"])
-def test_a_deep_healthy_bf16_model_is_exported_without_a_doubt(tiny: list[str], way: str) -> None:
+def test_a_deep_healthy_bf16_model_is_exported_without_a_warning(tiny: list[str], way: str) -> None:
     deep = [item for item in tiny if not item.startswith("model.")]
     deep += ["model.hidden_size=32", "model.intermediate_size=48", "model.layers=24", "model.heads=2"]
     overrides = [*deep, "trainer.precision=bf16", f"method.merged_weight={way}"]
@@ -135,7 +139,7 @@ def test_a_deep_healthy_bf16_model_is_exported_without_a_doubt(tiny: list[str], 
     assert (status.state, status.message) == ("finished", "")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
+@pytest.mark.filterwarnings("ignore")  # warnings of torch while it traces
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_compiled_by_inductor_is_exported_and_resumes_to_the_bit(tiny: list[str], precision: str) -> None:
     if shutil.which("g++") is None:
@@ -152,7 +156,7 @@ def test_a_run_compiled_by_inductor_is_exported_and_resumes_to_the_bit(tiny: lis
     plain = [*overrides, "trainer.compile=false", f"runs_dir={run_of(overrides).path.parent.parent / 'plain'}"]
     assert launch(compose(plain), plain).summary["test_loss"] == pytest.approx(status.summary["test_loss"], abs=1e-4)
 
-    # The state after step 2, as a run that was stopped there left it, in a new process.
+    # A run that stopped after step 2 leaves this state. The next launch is like one in a new process.
     again = [*overrides, f"runs_dir={run_of(overrides).path.parent.parent / 'again'}"]
     run = run_of(again)
     run.checkpoints.mkdir(parents=True)
@@ -165,8 +169,8 @@ def test_a_run_compiled_by_inductor_is_exported_and_resumes_to_the_bit(tiny: lis
 # ------------------------------------------------------------------------------------ results first, then decoration
 
 
-def in_pieces(folder: Path, settings: dict[str, Any]) -> Path:
-    """A tokenizer of one's own, in a folder with `settings` as its tokenizer_config.json."""
+def tokenizer_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    """Make a folder with a small tokenizer, and with `settings` as its tokenizer_config.json."""
     tokenizer = Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -189,10 +193,10 @@ def in_pieces(folder: Path, settings: dict[str, Any]) -> Path:
     ],
     ids=["auto_map", "other kind", "wrong values"],
 )
-def test_a_tokenizer_config_that_does_not_fit_is_told_at_the_start_and_costs_nothing(
+def test_a_tokenizer_config_that_does_not_fit_gives_a_note_and_the_run_finishes(
     tiny: list[str], tmp_path: Path, settings: dict[str, Any], reason: str, capsys
 ) -> None:
-    overrides = [*tiny, f"data.tokenizer={in_pieces(tmp_path / 'own', settings)}"]
+    overrides = [*tiny, f"data.tokenizer={tokenizer_folder(tmp_path / 'own', settings)}"]
     (tmp_path / "own" / "tok.py").write_text("raise SystemExit('code of the folder was run')")
     status = launch(compose(overrides), overrides)
     assert (status.state, status.message) == ("finished", "")
@@ -206,7 +210,9 @@ def test_a_tokenizer_config_that_does_not_fit_is_told_at_the_start_and_costs_not
     assert tokenizer.eos_token == "<end>"
 
 
-def test_a_closing_sample_that_fails_is_a_warning_and_the_results_stand(tiny: list[str], monkeypatch, capsys) -> None:
+def test_a_closing_sample_that_fails_gives_a_warning_and_the_results_are_kept(
+    tiny: list[str], monkeypatch, capsys
+) -> None:
     def fail(*_: object, **__: object) -> str:
         rows = [row for row in read_rows(run_of(tiny).metrics_file) if "summary/test_loss" in row]
         assert len(rows) == 1, "the results are recorded first"
@@ -217,10 +223,10 @@ def test_a_closing_sample_that_fails_is_a_warning_and_the_results_stand(tiny: li
     status = run_of(tiny).status
     assert status is not None
     assert status.state == "finished"
-    assert status.message == "the closing sample could not be written: RuntimeError: no text today"
+    assert re.fullmatch("the closing sample [^:]*: RuntimeError: no text today", status.message)
     assert math.isfinite(status.summary["test_loss"])
     assert "sample" not in status.summary
-    assert "warning      the closing sample could not be written" in capsys.readouterr().out
+    assert f"warning      {status.message}" in capsys.readouterr().out
     assert cli.run(tiny) == 0
     assert "is finished already" in capsys.readouterr().out
 
@@ -237,7 +243,7 @@ def test_a_run_that_failed_in_its_last_second_is_finished_by_the_same_command(ti
 
 @pytest.mark.parametrize("rate", ["1e3", "1e6"])
 @pytest.mark.parametrize("method", ["full", "relora"])
-def test_a_run_that_diverged_to_finite_weights_ends_finished_and_says_so(
+def test_a_run_that_diverged_to_finite_weights_is_finished_with_a_warning(
     tiny: list[str], method: str, rate: str, capsys
 ) -> None:
     own = [item for item in tiny if method == "relora" or not item.startswith("method.")]
@@ -265,7 +271,7 @@ def test_a_run_that_ends_without_a_finite_loss_fails_with_the_reason_at_every_la
         assert status.state == "failed"
         messages.append(status.message)
     assert messages[0] == messages[1]
-    assert "the run diverged: its validation loss is nan after 14 steps" in messages[0]
+    assert re.search("the run diverged: .*validation loss is nan after 14 steps", messages[0])
     assert "lower optimizer.learning_rate" in messages[0]
     shown = capsys.readouterr()
     assert "Traceback" not in shown.out + shown.err
@@ -277,8 +283,8 @@ def zero_factors_and_unwrap(model) -> None:
     unwrap(model)
 
 
-def test_the_peak_memory_is_the_runs_own(tiny: list[str]) -> None:
-    """Not that of what the process did before: another run of cluster=debug, or a corpus that had to be prepared."""
+def test_the_peak_memory_does_not_include_earlier_work_of_the_process(tiny: list[str]) -> None:
+    """Earlier work is another run of cluster=debug, or the preparation of a corpus."""
     block = np.ones(2**29, dtype=np.uint8)
     high = peak_memory_bytes(torch.device("cpu"))
     del block
@@ -306,7 +312,7 @@ def test_the_model_loads_with_hugging_face_alone_and_computes_the_logged_perplex
     assert tokenizer.decode(ids) == "text 5: abc."
 
 
-def test_the_summary_tells_what_happened(finished) -> None:
+def test_the_summary_has_the_figures_of_the_run(finished) -> None:
     run, _ = finished
     summary = run.status.summary  # type: ignore[union-attr]
     assert summary["tokens"] == 14 * 4 * 16
@@ -319,7 +325,7 @@ def test_the_summary_tells_what_happened(finished) -> None:
     assert summary["eval_perplexity"] == last["eval/perplexity"]
 
 
-def test_mlflow_holds_every_metric_of_the_file_and_a_true_status(finished) -> None:
+def test_mlflow_has_every_metric_of_the_file_and_the_correct_status(finished) -> None:
     from mlflow import MlflowClient
 
     run, overrides = finished
@@ -361,25 +367,25 @@ def test_evaluate_gives_the_perplexity_that_the_run_logged(finished, capsys) -> 
     assert cli.main(["evaluate", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
     shown = capsys.readouterr()
     assert "note:" not in shown.err
-    told = json.loads(shown.out)
-    assert told["perplexity"] == pytest.approx(run.status.summary["test_perplexity"], rel=1e-9)  # type: ignore[union-attr]
+    result = json.loads(shown.out)
+    assert result["perplexity"] == pytest.approx(run.status.summary["test_perplexity"], rel=1e-9)  # type: ignore[union-attr]
     assert cli.main(["evaluate", "--split", "validation", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["perplexity"] == pytest.approx(run.status.summary["eval_perplexity"], rel=1e-5)  # type: ignore[union-attr]
+    result = json.loads(capsys.readouterr().out)
+    assert result["perplexity"] == pytest.approx(run.status.summary["eval_perplexity"], rel=1e-5)  # type: ignore[union-attr]
 
 
-def test_evaluate_on_another_text_than_the_runs_says_so(finished, tmp_path: Path, capsys) -> None:
+def test_evaluate_on_another_text_than_the_run_used_prints_a_note(finished, tmp_path: Path, capsys) -> None:
     run, overrides = finished
     data = [item for item in overrides if item.startswith(("data=", "data.v", "data.t"))]
     (tmp_path / "other.txt").write_text("".join(f"line {number} of another text\n" for number in range(2000)))
     data += [f"data.path={tmp_path / 'other.txt'}", f"runs_dir={tmp_path / 'runs'}"]
     assert cli.main(["evaluate", "--json", str(run.model), *data, "trainer.device=cpu"]) == 0
     shown = capsys.readouterr()
-    assert f"note: data=text is not the text, or not the split, of the training of {run.path.name}" in shown.err
+    assert re.search(rf"note: data=text is not the text.* {run.path.name}: .*cannot be compared", shown.err)
     assert json.loads(shown.out)["perplexity"] > 1
 
 
-def test_sample_writes_on_from_the_prompt_and_the_same_for_the_same_seed(finished, capsys) -> None:
+def test_sample_continues_the_prompt_and_gives_the_same_text_for_the_same_seed(finished, capsys) -> None:
     run, _ = finished
     texts = []
     for seed in ("0", "0", "1"):
@@ -396,7 +402,7 @@ def test_verbs_on_a_folder_that_is_no_model_say_so(tmp_path: Path, capsys) -> No
         assert "is not a model folder" in capsys.readouterr().err
 
 
-def test_the_same_launch_again_says_that_it_is_done_and_trains_nothing(finished, capsys) -> None:
+def test_a_second_launch_of_a_finished_run_says_so_and_trains_nothing(finished, capsys) -> None:
     run, overrides = finished
     before = digest(run.model), run.metrics_file.read_bytes()
     assert cli.run(overrides) == 0
@@ -407,7 +413,7 @@ def test_the_same_launch_again_says_that_it_is_done_and_trains_nothing(finished,
     assert (digest(run.model), run.metrics_file.read_bytes()) == before
 
 
-def test_another_commit_and_other_switches_than_the_finished_runs_are_told(
+def test_a_finished_run_of_another_commit_or_with_other_switches_is_reported(
     tiny: list[str], capsys, monkeypatch
 ) -> None:
     launch(compose(tiny), tiny)
@@ -415,7 +421,7 @@ def test_another_commit_and_other_switches_than_the_finished_runs_are_told(
     launch(compose([*tiny, "trainer.activation_checkpointing=true"]), tiny)
     shown = capsys.readouterr().out
     assert "this is commit another" in shown
-    assert "trained with other switches (trainer.activation_checkpointing False against True)" in shown
+    assert "other switches (trainer.activation_checkpointing False against True)" in shown
 
 
 def test_the_summary_gives_commands_that_work(finished, capsys) -> None:
@@ -435,7 +441,7 @@ def test_the_summary_gives_commands_that_work(finished, capsys) -> None:
 # ---------------------------------------------------------------------------------------------- what can go wrong
 
 
-def test_a_text_that_changed_under_the_run_is_refused(tiny: list[str], tmp_path: Path, capsys) -> None:
+def test_a_text_that_changed_since_the_run_began_is_refused(tiny: list[str], tmp_path: Path, capsys) -> None:
     own = tmp_path / "own"
     own.mkdir()
     for number in range(120):
@@ -449,7 +455,8 @@ def test_a_text_that_changed_under_the_run_is_refused(tiny: list[str], tmp_path:
     run.status = status
     (own / "7.txt").write_text("another text " * 30)
     assert launch(compose(overrides), overrides).state == "failed"
-    assert "has changed since this run began" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(rf"data=text has changed since .*; restore it, or remove {run.path} ", shown)
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(tiny: list[str], capsys) -> None:
@@ -460,12 +467,12 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(tiny: list[str], capsy
     assert "is being trained by" in capsys.readouterr().err
 
 
-def test_a_sweep_without_m_is_no_silent_default_run(tiny: list[str], capsys) -> None:
+def test_a_sweep_without_m_is_refused(tiny: list[str], capsys) -> None:
     assert cli.run([*tiny, "sweeps=methods"]) == 2
-    assert "sweeps=methods is a sweep and this is a single run; write python run.py -m" in capsys.readouterr().err
+    assert re.search(r"sweeps=methods is a sweep .*; write python run\.py -m", capsys.readouterr().err)
 
 
-def test_a_runs_dir_that_cannot_be_made_is_one_message(tiny: list[str], tmp_path: Path, capsys) -> None:
+def test_a_runs_dir_that_cannot_be_made_gives_one_line(tiny: list[str], tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("no folder")
     assert cli.run([*tiny, f"runs_dir={tmp_path / 'file' / 'runs'}"]) == 1
     shown = capsys.readouterr().err
@@ -473,13 +480,13 @@ def test_a_runs_dir_that_cannot_be_made_is_one_message(tiny: list[str], tmp_path
     assert len(shown.splitlines()) == 1
 
 
-def test_a_gpu_that_is_not_there_is_one_message(tiny: list[str], capsys) -> None:
+def test_a_missing_gpu_gives_a_message_without_a_traceback(tiny: list[str], capsys) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     overrides = [*tiny, "trainer.device=cuda"]
     assert cli.run(overrides) == 1
     shown = capsys.readouterr()
-    assert "trainer.device=cuda: torch sees 0 CUDA devices" in shown.out
+    assert re.search(r"trainer\.device=cuda: .*0 CUDA devices; use trainer\.device=auto or cpu", shown.out)
     assert "Traceback" not in shown.out + shown.err
 
 
@@ -498,7 +505,9 @@ def test_a_diverged_run_is_recorded_as_failed(tiny: list[str]) -> None:
     assert "diverged" in recorded.data.tags["message"]
 
 
-def test_an_unexpected_error_leaves_a_true_status_and_its_traceback(tiny: list[str], monkeypatch, capsys) -> None:
+def test_an_unexpected_error_is_in_the_status_and_its_traceback_is_printed(
+    tiny: list[str], monkeypatch, capsys
+) -> None:
     monkeypatch.setattr("relora.training.trainer.Trainer.restart", lambda self, step: 1 / 0)
     assert cli.run(tiny) == 1
     run = run_of(tiny)
@@ -507,13 +516,13 @@ def test_an_unexpected_error_leaves_a_true_status_and_its_traceback(tiny: list[s
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_mlflow_that_is_down_stops_nothing(tiny: list[str], capsys) -> None:
+def test_a_run_finishes_while_mlflow_is_down(tiny: list[str], capsys) -> None:
     overrides = [*tiny, "tracker=mlflow", "tracker.uri=http://127.0.0.1:9"]
     assert cli.run(overrides) == 0
     assert "relora sync" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------ killed, stopped, and gone on
+# ------------------------------------------------------------------------------------ killed, stopped and resumed
 
 KILL_AT = {
     "in the warm start, before any checkpoint": """
@@ -556,7 +565,7 @@ KILL_AT = {
 
 @pytest.fixture(scope="module")
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Digest of the weights of the tiny run that nothing happened to."""
+    """Digest of the weights of the undisturbed tiny run."""
     from small import TINY
 
     overrides = [
@@ -595,7 +604,7 @@ def test_a_killed_run_started_again_ends_with_the_same_weights(tiny: list[str], 
 
 
 def started(overrides: list[str]) -> subprocess.Popen[str]:
-    """A run in a process of its own, in the middle of its training."""
+    """Start a run in a separate process, and wait until it trains."""
     process = subprocess.Popen(
         [sys.executable, "run.py", *overrides],
         cwd=REPOSITORY,
@@ -614,7 +623,9 @@ LONG = ["trainer.total_steps=203", "method.reset_interval_steps=100", "trainer.c
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_write_a_checkpoint_and_say_how_to_go_on(tiny: list[str], number: signal.Signals) -> None:
+def test_ctrl_c_and_sigterm_write_a_checkpoint_and_print_the_command_to_resume(
+    tiny: list[str], number: signal.Signals
+) -> None:
     from mlflow import MlflowClient
 
     overrides = [*tiny, *LONG, "tracker=mlflow", "trainer.validation_interval_steps=1000"]
@@ -628,13 +639,13 @@ def test_ctrl_c_and_sigterm_write_a_checkpoint_and_say_how_to_go_on(tiny: list[s
     assert run.status.state == "interrupted"
     stopped_at = max(row["step"] for row in read_rows(run.metrics_file))
     assert latest_step(run.checkpoints) == stopped_at
-    told = [line for line in shown.splitlines() if line.startswith("go on with: python run.py ")]
-    assert len(told) == 1
+    commands = [line for line in shown.splitlines() if line.startswith("go on with: python run.py ")]
+    assert len(commands) == 1
     client = MlflowClient(compose(overrides).mlflow_uri)
     run_id = json.loads(run.mirror_file.read_text())["run_id"]
     assert client.get_run(run_id).info.status == "KILLED"
 
-    resumed = shlex.split(told[0].removeprefix("go on with: python run.py "))
+    resumed = shlex.split(commands[0].removeprefix("go on with: python run.py "))
     assert launch(compose(resumed), resumed).state == "finished"
     recorded = client.get_run(run_id)
     assert recorded.info.status == "FINISHED"
@@ -669,7 +680,7 @@ def test_hydras_own_multirun_runs_every_job(tiny: list[str], tmp_path: Path) -> 
 
 
 def on_a_terminal(overrides: list[str], columns: int = 150) -> str:
-    """What python run.py shows on a terminal."""
+    """Return what `python run.py` shows on a terminal."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "run.py", *overrides],
@@ -693,7 +704,7 @@ def on_a_terminal(overrides: list[str], columns: int = 150) -> str:
     return shown.decode()
 
 
-def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]) -> None:
+def test_a_terminal_shows_a_live_bar_with_all_values(tiny: list[str]) -> None:
     overrides = [*tiny, "trainer.total_steps=203", "method.reset_interval_steps=50"]
     text = on_a_terminal(overrides)
     for part in ("203/203", "loss ", "lr ", "tokens/s", " left", "next restart 53"):
@@ -701,13 +712,13 @@ def test_on_a_terminal_there_is_a_live_bar_with_everything_on_it(tiny: list[str]
     assert "restart 1, merged" in text
 
 
-def test_a_study_on_a_terminal_is_a_live_table(tiny: list[str]) -> None:
+def test_a_terminal_shows_a_study_as_a_live_table(tiny: list[str]) -> None:
     overrides = [*tiny, "method.rank=2,4", "study=ranks", "trainer.total_steps=203"]
     text = on_a_terminal(["-m", *overrides, "method.reset_interval_steps=50"], columns=220)
     table, note, below = text.rpartition("gap to full: at equal tokens")
     assert note
     drawn, _, last = table.rpartition("gap to full")
-    assert drawn.count("gap to full") > 3, "the table was drawn again and again"
+    assert drawn.count("gap to full") > 3, "the table is drawn several times"
     for part in ("running", "missing", "/203", "baseline", "finished"):
         assert part in drawn, part
     assert "\x1b[" in drawn

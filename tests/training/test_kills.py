@@ -1,4 +1,4 @@
-"""The short form of benchmarks/kills.py, and that it sees what it is there to see."""
+"""The short form of benchmarks/kills.py, and tests that the benchmark detects faults."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def test_killed_runs_end_like_an_undisturbed_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "state", "said", "fault"),
+    ("number", "code", "state", "output", "fault"),
     [
         (signal.SIGTERM, -signal.SIGTERM, "interrupted", "", "exit code -15"),
         (signal.SIGINT, 130, "running", "", "says that the run is running"),
@@ -44,28 +44,28 @@ def test_killed_runs_end_like_an_undisturbed_one() -> None:
     ],
 )
 def test_a_process_that_ends_in_a_wrong_way_is_a_fault(
-    kills: ModuleType, tmp_path: Path, number: signal.Signals, code: int, state: str, said: str, fault: str
+    kills: ModuleType, tmp_path: Path, number: signal.Signals, code: int, state: str, output: str, fault: str
 ) -> None:
     (tmp_path / "status.json").write_text(json.dumps({"state": state}))
     kill = kills.Kill("merge", number, False)
-    (found,) = kills.check_end(kill, code, said, 1, tmp_path)
+    (found,) = kills.check_end(kill, code, output, 1, tmp_path)
     assert fault in found
     right = -signal.SIGKILL if number == signal.SIGKILL else 130
     (tmp_path / "status.json").write_text(json.dumps({"state": "interrupted"}))
     assert kills.check_end(kill, right, "", 1, tmp_path) == []
 
 
-def test_whatever_a_run_leaves_otherwise_is_a_fault(kills: ModuleType) -> None:
+def test_any_difference_in_what_a_run_leaves_is_a_fault(kills: ModuleType) -> None:
     expected = {"weights": "ab", "eval/loss at step 5": 3.0, "temporary files": []}
     assert kills.differences(expected, dict(expected)) == []
     for key, value in [("weights", "cd"), ("eval/loss at step 5", 3.0000001), ("temporary files", ["a.tmp"])]:
-        (told,) = kills.differences(expected, {**expected, key: value})
-        assert key in told
+        (fault,) = kills.differences(expected, {**expected, key: value})
+        assert key in fault
     assert kills.differences(expected, {"weights": "ab", "temporary files": []})
 
 
 def test_every_named_moment_is_reached_and_every_signal_is_used(kills: ModuleType) -> None:
-    """The full form tries all; a share of a long one must not be left out by the way they are dealt."""
+    """A long form of the benchmark tries every signal at every moment, and as many random moments."""
     made = kills.planned(8 * len(kills.MOMENTS), seed=0, seconds=10.0)
     named = {(kill.moment, kill.number) for kill in made if kill.moment != kills.RANDOM}
     assert named == {(moment, number) for moment in kills.MOMENTS for number in kills.SIGNALS}

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 # ------------------------------------------------------------------------------------------- independent references
 
 
-def test_full_rank_equals_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
+def test_full_rank_equals_a_plain_loop(tmp_path: Path) -> None:
     config = compose([override for override in TINY if not override.startswith("method")] + ["method=full"])
     trainer = trainer_of(config, tmp_path)
     trainer.train()
@@ -59,7 +59,7 @@ def test_full_rank_equals_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_relora_equals_a_plain_implementation_of_its_cycle(tmp_path: Path, monkeypatch: Any) -> None:
-    """Factors kept outside of the model, W + s B A formed by hand, Adam written out; only A's draws are taken over."""
+    """The plain form has separate factors, computes W + s B A and Adam itself, and copies only the draws of A."""
     settings = ("method.optimizer_reset.mode=zero", "method.warm_start_steps=0", "optimizer.max_grad_norm=null")
     config = config_of(*settings, "optimizer.learning_rate=5e-3")
     first_draws: dict[int, dict[str, Tensor]] = {}
@@ -139,7 +139,7 @@ def test_a_warm_start_is_the_beginning_of_the_full_rank_run(tmp_path: Path) -> N
 # -------------------------------------------------------------------------------------------------------- the cycle
 
 
-def test_every_restart_of_the_clock_happens_and_is_told(tmp_path: Path) -> None:
+def test_every_restart_of_the_clock_happens_and_is_logged(tmp_path: Path) -> None:
     trainer = trainer_of(config_of(), tmp_path)
     trainer.train()
     rows = trainer.tracker.rows  # type: ignore[attr-defined]
@@ -178,7 +178,7 @@ def test_every_cell_of_the_ablation_runs(tmp_path: Path, mode: str, restart_warm
 
 
 @pytest.mark.parametrize("overrides", [["method=lora"], ["method.reset_interval_steps=null"]])
-def test_a_run_without_restarts_has_none(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_run_without_a_reset_interval_has_no_restarts(tmp_path: Path, overrides: list[str]) -> None:
     kept = [item for item in TINY if not (overrides == ["method=lora"] and "reset_interval" in item)]
     trainer = trainer_of(compose([*kept, *overrides]), tmp_path)
     trainer.train()
@@ -196,7 +196,7 @@ def test_the_wrapped_matrices_hold_no_gradient_and_no_optimizer_state(tmp_path: 
     assert len(held) == sum(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
-def test_the_embedding_learning_rate_moves_only_what_no_method_wraps(tmp_path: Path) -> None:
+def test_the_embedding_learning_rate_is_only_for_weights_that_no_method_wraps(tmp_path: Path) -> None:
     trainer = trainer_of(config_of("optimizer.embedding_learning_rate=1e-12"), tmp_path)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
@@ -207,7 +207,7 @@ def test_the_embedding_learning_rate_moves_only_what_no_method_wraps(tmp_path: P
     assert not torch.allclose(after[name], before[name], atol=1e-6)
 
 
-def test_a_trained_scale_moves_at_the_rate_of_the_factors_and_does_not_decay(tmp_path: Path) -> None:
+def test_a_trained_scale_has_the_learning_rate_of_the_factors_and_no_weight_decay(tmp_path: Path) -> None:
     rates = ("optimizer.learning_rate=1e-3", "optimizer.embedding_learning_rate=1e-1", "optimizer.weight_decay=0.5")
     trainer = trainer_of(config_of("method.trainable_scaling=true", *rates), tmp_path)
     trainer.train()
@@ -249,16 +249,16 @@ def test_every_precision_learns(tmp_path: Path, precision: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_bf16_gradients_of_micro_steps_are_added_up_in_fp32_and_rounded_once(tmp_path: Path, ranks: int) -> None:
-    """Against the float64 sum of what each sequence alone gives in bf16."""
+def test_bf16_gradients_of_micro_steps_are_summed_in_fp32_and_rounded_once(tmp_path: Path, ranks: int) -> None:
+    """The reference is the float64 sum of the bf16 gradients of each sequence."""
     settings = ("trainer.precision=bf16", "trainer.sequences_per_step=64")
-    alone = trainer_of(config_of(*settings, "trainer.sequences_per_micro_step=1"), tmp_path)
+    single = trainer_of(config_of(*settings, "trainer.sequences_per_micro_step=1"), tmp_path)
     sums: dict[str, Tensor] = {}
-    inputs, targets = alone.training.training_batch(0, 64, 0)
-    alone.model.train()
+    inputs, targets = single.training.training_batch(0, 64, 0)
+    single.model.train()
     for one, target in zip(inputs.split(1), targets.split(1), strict=True):
-        (summed_cross_entropy(alone.model, one, target) / alone.config.tokens_per_step).backward()
-        for name, parameter in alone.model.named_parameters():
+        (summed_cross_entropy(single.model, one, target) / single.config.tokens_per_step).backward()
+        for name, parameter in single.model.named_parameters():
             assert parameter.grad is not None
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + parameter.grad.double()
             parameter.grad = None
@@ -270,12 +270,12 @@ def test_bf16_gradients_of_micro_steps_are_added_up_in_fp32_and_rounded_once(tmp
             tensor.mul_(2)
 
     if ranks == 2:
-        alone.micro.world = Twice(rank=0, size=2)
-        alone.micro.make_room(alone._parameters)
-        # This rank takes the whole batch, as does its twin.
-        alone.training.training_batch = lambda *_, **__: (inputs, targets)  # type: ignore[method-assign]
-    alone.forward_backward(0)
-    for name, parameter in alone.model.named_parameters():
+        single.micro.world = Twice(rank=0, size=2)
+        single.micro.make_room(single._parameters)
+        # Each of the two ranks takes the whole batch.
+        single.training.training_batch = lambda *_, **__: (inputs, targets)  # type: ignore[method-assign]
+    single.forward_backward(0)
+    for name, parameter in single.model.named_parameters():
         gradient, exact = parameter.grad, ranks * sums[name]
         assert gradient is not None
         assert gradient.dtype == torch.bfloat16
@@ -284,7 +284,7 @@ def test_bf16_gradients_of_micro_steps_are_added_up_in_fp32_and_rounded_once(tmp
         assert ((gradient.double() - exact).abs() <= 1.01 * half_a_spacing + 1e-9).all(), name
 
 
-def test_tokens_are_tokens(tmp_path: Path) -> None:
+def test_progress_counts_tokens_and_steps(tmp_path: Path) -> None:
     trainer = trainer_of(config_of(), tmp_path)
     trainer.train()
     rows = trainer.tracker.rows  # type: ignore[attr-defined]
@@ -301,8 +301,8 @@ def test_running_out_of_memory_halves_the_micro_batch_and_says_so(tmp_path: Path
     small = trainer_of(config, tmp_path, model=model, checkpoint_folder=tmp_path / "other")
     small.train()
     assert small.micro.sequences_per_micro_step == 1
-    told = [line for line in small.tracker.said if "out of memory" in line]  # type: ignore[attr-defined]
-    assert ["=3 " in told[0], "=1 " in told[1], len(told)] == [True, True, 2]
+    lines = [line for line in small.tracker.said if "out of memory" in line]  # type: ignore[attr-defined]
+    assert ["=3 " in lines[0], "=1 " in lines[1], len(lines)] == [True, True, 2]
     assert small.tracker.rows[3]["train/loss"] == pytest.approx(plain.tracker.rows[3]["train/loss"], abs=1e-5)  # type: ignore[attr-defined]
 
 
@@ -322,15 +322,12 @@ def test_running_out_of_memory_in_a_validation_leaves_dropout_on(tmp_path: Path)
 def test_one_sequence_that_does_not_fit_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     config = config_of()
     model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
-    with pytest.raises(TrainingError) as told:
+    options = "trainer.activation_checkpointing=true, method.merged_weight=rebuilt, trainer.precision=bf16"
+    with pytest.raises(TrainingError, match=f"; use {options}, .*shorter sequences$"):
         trainer_of(config, tmp_path, model=model).train()
-    assert str(told.value).endswith(
-        "use trainer.activation_checkpointing=true, method.merged_weight=rebuilt, trainer.precision=bf16, "
-        "a smaller model or shorter sequences"
-    )
 
 
-def test_what_is_taken_already_is_no_remedy(tmp_path: Path) -> None:
+def test_a_setting_that_the_run_has_already_is_no_remedy(tmp_path: Path) -> None:
     config = compose([item for item in TINY if not item.startswith("method")] + ["method=full"])
     model = OutOfMemory(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), 0, "cuda")
     with pytest.raises(TrainingError, match=r"use trainer\.activation_checkpointing=true, trainer\.precision=bf16, a "):
@@ -348,9 +345,7 @@ def test_no_memory_for_the_merged_weights_is_an_error_with_a_remedy(
 
     trainer = trainer_of(config_of(), tmp_path)
     monkeypatch.setattr("relora.core.exact_ways.materialise", no_room)
-    with pytest.raises(
-        TrainingError, match=r"while the method prepared the forward pass; use method\.merged_weight=rebuilt"
-    ):
+    with pytest.raises(TrainingError, match=r"out of memory .*forward pass; use method\.merged_weight=rebuilt"):
         trainer.train()
 
 
@@ -358,7 +353,7 @@ def test_no_memory_for_the_merged_weights_is_an_error_with_a_remedy(
 
 
 class NotANumber(nn.Module):
-    """A model whose training output is NaN in the calls that are named."""
+    """A model that returns NaN in the given training calls."""
 
     def __init__(self, model: nn.Module, calls: set[int]) -> None:
         super().__init__()
@@ -372,7 +367,7 @@ class NotANumber(nn.Module):
         return output
 
 
-def test_a_non_finite_update_is_skipped_counted_and_leaves_the_clock_in_phase(tmp_path: Path) -> None:
+def test_a_non_finite_update_is_skipped_and_counted_and_shifts_no_rate_or_restart(tmp_path: Path) -> None:
     config = config_of("trainer.validation_interval_steps=1")
     model = NotANumber(build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0), {2, 8})
     trainer = trainer_of(config, tmp_path, model=model)
@@ -428,7 +423,7 @@ def test_a_run_stopped_after_any_step_continues_to_the_bit(tmp_path: Path, step:
 
 
 @pytest.mark.parametrize(("validation", "step"), [(0, 0), (1, 5), (3, 14)])
-def test_a_run_asked_to_stop_in_a_validation_leaves_the_rest_of_it_for_later(
+def test_a_run_asked_to_stop_in_a_validation_repeats_it_after_the_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validation: int, step: int
 ) -> None:
     config = config_of("trainer.checkpoint_interval_steps=100")
@@ -461,7 +456,7 @@ def test_a_run_asked_to_stop_before_a_validation_does_not_begin_it(
     per_validation = math.ceil(trainer.validation.count / trainer.micro.sequences_per_micro_step)
     with pytest.raises(Interrupted, match="test after step 5"):
         trainer.train()
-    assert len(done) == per_validation, "that before the first update"
+    assert len(done) == per_validation, "only the validation before the first step"
     assert checkpoint.latest_step(tmp_path / "checkpoints") == 5
 
 
@@ -565,14 +560,12 @@ def test_replaying_steps_after_the_last_checkpoint_keeps_their_first_rows(tmp_pa
 
 
 @pytest.mark.parametrize(("before", "after", "taken"), [("4", "1", 1), ("1", "4", 1), ("2", "2", 2)])
-def test_a_smaller_micro_step_asked_for_on_relaunch_is_taken(
-    tmp_path: Path, before: str, after: str, taken: int
-) -> None:
+def test_a_relaunch_takes_the_smaller_of_two_micro_steps(tmp_path: Path, before: str, after: str, taken: int) -> None:
     path, changes = tmp_path / "metrics.jsonl", ("trainer.checkpoint_interval_steps=3",)
     config = config_of(*changes, f"trainer.sequences_per_micro_step={before}")
     with MetricsLog.opened(path, exact=True) as log, pytest.raises(Interrupted):
         trainer_of(config, tmp_path, tracker=log, stop=stop_after(8)).train()
-    # The run is thrown back to step 6, as by a crash: two steps are replayed, with another micro-batch.
+    # The newest checkpoint is lost, as in a crash. The run repeats two steps from step 6, with another micro-step.
     max((tmp_path / "checkpoints").glob("step-*.pt")).unlink()
     first = path.read_bytes()
     with MetricsLog.opened(path, exact=True) as log:
@@ -584,7 +577,7 @@ def test_a_smaller_micro_step_asked_for_on_relaunch_is_taken(
     assert path.read_bytes().startswith(first)
 
 
-def test_precision_is_of_parameters_and_never_of_buffers(tmp_path: Path) -> None:
+def test_precision_applies_to_parameters_and_not_to_buffers(tmp_path: Path) -> None:
     trainer = trainer_of(config_of("trainer.precision=bf16"), tmp_path)
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.bfloat16}
     buffers = dict(trainer.model.named_buffers())
@@ -599,7 +592,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_whose_optimizer_has_other_groups_is_refused_with_a_remedy(tmp_path: Path) -> None:
-    """As versions wrote it that trained a scale at the embeddings' rate."""
+    """Earlier versions wrote such a checkpoint. They trained a scale at the rate of the embeddings."""
     trainer = trainer_of(config_of("method.trainable_scaling=true"), tmp_path)
     trainer.train()
     path = max((tmp_path / "checkpoints").glob("step-*.pt"))
@@ -626,11 +619,11 @@ def test_the_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     assert trainer.tracker.rows[1]["train/loss"] == pytest.approx(mean, rel=1e-6)  # type: ignore[attr-defined]
 
 
-# ---------------------------------------------------------------------------------------------- faster, and the same
+# ----------------------------------------------------------------------------------------- faster with equal results
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a number off it."""
+    """Counts reads of a number from a device. Each read makes the host wait for the device."""
 
     count = 0
 
@@ -640,7 +633,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["full", "relora"])
-def test_an_update_waits_for_nothing_from_its_device(method: str, tmp_path: Path) -> None:
+def test_an_update_does_not_wait_for_its_device(method: str, tmp_path: Path) -> None:
     kept = [override for override in TINY if method == "relora" or not override.startswith("method")]
     trainer = trainer_of(compose([*kept, f"method={method}"]), tmp_path)
     trainer.begin_method(0)
@@ -653,20 +646,20 @@ def test_an_update_waits_for_nothing_from_its_device(method: str, tmp_path: Path
     assert waits.count > 0
 
 
-def test_a_host_that_runs_ahead_tells_and_keeps_the_same(tmp_path: Path) -> None:
+def test_a_host_that_runs_ahead_logs_and_trains_the_same(tmp_path: Path) -> None:
     runs = {}
     for ahead in (0, 1):
         trainer = runs[ahead] = trainer_of(config_of(), tmp_path / str(ahead))
         trainer.under_way.ahead = ahead
         trainer.train()
-    told: list[dict[int, dict[str, float]]] = [
+    rows: list[dict[int, dict[str, float]]] = [
         {
             step: {name: value for name, value in row.items() if not name.startswith("perf/")}
             for step, row in trainer.tracker.rows.items()
         }
         for trainer in runs.values()
     ]
-    assert told[0] == told[1]
+    assert rows[0] == rows[1]
     assert runs[0].tracker.said == runs[1].tracker.said  # type: ignore[attr-defined]
     assert_equal_states(runs[0], runs[1])
 
@@ -694,21 +687,21 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     assert calls[1] == calls[0] + 14
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
-def test_a_compiled_model_trains_alike_and_says_what_compiling_took(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.filterwarnings("ignore")  # warnings of torch while it traces
+def test_a_compiled_model_trains_equally_and_logs_the_time_of_compiling(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(
         "relora.training.model.COMPILER", "aot_eager"
-    )  # traces all the same, without a C++ compiler's minutes
+    )  # it traces too, and does not need minutes of a C++ compiler
     torch.compiler.reset()
     plain = trainer_of(config_of(), tmp_path / "plain")
     compiled = trainer_of(config_of("trainer.compile=true"), tmp_path / "compiled")
     assert compiled.train().loss == pytest.approx(plain.train().loss, abs=2e-5)
     assert isinstance(compiled.tracker, Recorder)
-    assert sum("compiled; this update took" in said for said in compiled.tracker.said) == 2
+    assert sum("compiled; this update took" in line for line in compiled.tracker.said) == 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, in tracing
+@pytest.mark.filterwarnings("ignore")  # warnings of torch while it traces
 def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("relora.training.model.COMPILER", "aot_eager")
     config = config_of("trainer.compile=true")

@@ -1,4 +1,7 @@
-"""Training seconds against known device time: no test machine has a GPU, so a device that lags behind is emulated."""
+"""Training seconds compared with known device time.
+
+No test machine has a GPU, so the tests emulate a device that works later than the host.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +19,16 @@ from relora.training.underway import UnderWay
 pytestmark = pytest.mark.slow
 
 HOST_SECONDS = 0.005
-"""What the host takes to make an update."""
+"""The time of the host for a step."""
 DEVICE_SECONDS = 0.05
-"""What the device takes for it, after all that it was given before."""
+"""The time of the device for a step. The device begins a step after it has finished all earlier steps."""
 LOG_SECONDS = 0.001
 PAUSE_SECONDS = 3.0
-"""What an evaluation or a checkpoint takes, which is not training."""
+"""The time of an evaluation or a checkpoint. It is not training time."""
 
 
 class Device:
-    """A clock, and a device that works through updates in order while the host goes on."""
+    """A clock, and a device that computes steps in order while the host continues."""
 
     def __init__(self) -> None:
         self.now = self.free_at = self.busy_seconds = 0.0
@@ -38,7 +41,7 @@ class Device:
 
 
 class Work:
-    """An update that the device was given."""
+    """A step that the host has sent to the device."""
 
     def __init__(self, device: Device, ready_at: float) -> None:
         self.device, self.ready_at = device, ready_at
@@ -48,7 +51,7 @@ class Work:
 
 
 class SlowRecorder(Recorder):
-    """Evaluations and checkpoints take long; telling people takes a little."""
+    """A tracker that takes time: much for an evaluation or a checkpoint, little for another row."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ def trainer_on(
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize(("interval", "pauses"), [(5, 8), (40, 1)])
-def test_training_seconds_hold_all_of_the_devices_work_and_no_pause(
+def test_training_seconds_contain_all_work_of_the_device_and_no_pause(
     interval: int, pauses: int, ahead: int, tmp_path: Path
 ) -> None:
     device = Device()
@@ -87,7 +90,7 @@ def test_training_seconds_hold_all_of_the_devices_work_and_no_pause(
     trainer = trainer_on(device, tmp_path, *every, ahead=ahead)
     trainer.train()
     assert device.busy_seconds == pytest.approx(2.0)
-    # Where the host does not run ahead, or begins anew after a pause, the device waits for it.
+    # The device waits for the host at every step if the host does not run ahead, and else only after a pause.
     idle = HOST_SECONDS * (40 if ahead == 0 else pauses)
     assert trainer.counters.training_seconds == pytest.approx(2.0 + idle)
     rows = trainer.tracker.rows  # type: ignore[attr-defined]
@@ -97,7 +100,7 @@ def test_training_seconds_hold_all_of_the_devices_work_and_no_pause(
     assert DEVICE_SECONDS - 1e-9 <= 1 / per_update <= DEVICE_SECONDS + HOST_SECONDS + 1e-9
 
 
-def test_the_wait_before_a_checkpoint_is_training_and_stays_after_a_resume(tmp_path: Path) -> None:
+def test_the_wait_before_a_checkpoint_is_training_time_and_is_kept_after_a_resume(tmp_path: Path) -> None:
     device = Device()
     every = ("trainer.validation_interval_steps=40", "trainer.checkpoint_interval_steps=7")
     with pytest.raises(Interrupted):
@@ -106,7 +109,7 @@ def test_the_wait_before_a_checkpoint_is_training_and_stays_after_a_resume(tmp_p
     assert trainer.first_step == 17
     assert trainer.counters.training_seconds == pytest.approx(17 * DEVICE_SECONDS + 3 * HOST_SECONDS)
     trainer.train()
-    # Pauses before updates 0, 7, 14, 17, 21, 28 and 35.
+    # There are pauses before updates 0, 7, 14, 17, 21, 28 and 35.
     assert device.busy_seconds == pytest.approx(2.0)
     assert trainer.counters.training_seconds == pytest.approx(2.0 + 7 * HOST_SECONDS)
 
@@ -123,7 +126,7 @@ def test_the_wait_before_a_restart_is_counted_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_every_evaluation_has_its_tokens_flops_and_seconds(ahead: int, tmp_path: Path) -> None:
-    """The log interval divides the validation interval nowhere but at the end."""
+    """Only the last step has both an evaluation and a log row of the log interval."""
     device = Device()
     every = ("trainer.validation_interval_steps=10", "trainer.log_interval_steps=7")
     trainer = trainer_on(device, tmp_path, *every, ahead=ahead)

@@ -1,6 +1,7 @@
-"""The command of the README, as a person types it."""
+"""The torchrun command of the README, as a user types it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ LONG = ["trainer.total_steps=2003", "method.reset_interval_steps=1000", "trainer
 
 
 def torchrun(overrides: list[str]) -> subprocess.Popen[str]:
-    """Two ranks of a run."""
+    """Start a run with two ranks."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "run.py"]
     return subprocess.Popen(
         [sys.executable, *command, *overrides],
@@ -68,7 +69,8 @@ def test_torchrun_stops_with_a_checkpoint_and_ends_when_a_rank_dies(tiny: list[s
     status = run.status
     assert status is not None
     stopped = latest_step(run.checkpoints)
-    assert (status.state, status.message) == ("interrupted", f"SIGTERM after step {stopped}; a checkpoint is written")
+    assert status.state == "interrupted"
+    assert re.fullmatch(rf"SIGTERM after step {stopped}; .*checkpoint is written", status.message)
     assert shown.count("go on with: ") == 1
 
     assert stopped is not None
@@ -77,17 +79,17 @@ def test_torchrun_stops_with_a_checkpoint_and_ends_when_a_rank_dies(tiny: list[s
     os.kill(rank_1(process.pid), signal.SIGKILL)
     began = time.monotonic()
     shown, _ = process.communicate(timeout=600)
-    assert time.monotonic() - began < 120, "much less than the time-out"
+    assert time.monotonic() - began < 120, "much sooner than the time-out"
     assert process.returncode == 1
     status = run.status
     assert status is not None
     assert status.state == "failed"
-    assert "another rank ended without an error message" in status.message
+    assert re.search(r"another rank ended .*\(killed", status.message)
     assert not run.is_locked
 
 
 def rank_1(torchrun_pid: int) -> int:
-    """The process of rank 1."""
+    """Return the process id of rank 1."""
     children = Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children")
     if not children.exists():
         pytest.skip("needs /proc with children")

@@ -23,7 +23,7 @@ def test_a_process_without_torchruns_variables_is_alone(monkeypatch: pytest.Monk
     assert not World.here().is_first
 
 
-def test_alone_nothing_is_sent_and_nothing_changes() -> None:
+def test_a_single_process_sends_nothing_and_changes_nothing() -> None:
     world = World()
     with world.joined():
         world.barrier()
@@ -35,7 +35,7 @@ def test_alone_nothing_is_sent_and_nothing_changes() -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_memory_that_ran_out_is_an_error_alone_too() -> None:
+def test_a_failed_allocation_is_an_error_in_a_single_process_too() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         World().sum(torch.zeros(1), fitted=False)
     with pytest.raises(torch.OutOfMemoryError):
@@ -49,7 +49,7 @@ def test_ranks_that_cannot_share_a_batch_are_refused_with_a_remedy() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_the_ranks_slices_are_the_batch(tmp_path, ranks: int) -> None:
+def test_the_slices_of_all_ranks_together_are_the_batch(tmp_path, ranks: int) -> None:
     path = tmp_path / "tokens.bin"
     path.write_bytes(torch.arange(200, dtype=torch.int16).numpy().tobytes())
     data = TokenSequences(path, "uint16", 4)
@@ -70,7 +70,7 @@ def test_a_digest_sees_the_last_bit_of_any_tensor(dtype: torch.dtype) -> None:
         assert digest(changed) != before
 
 
-def test_several_ranks_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_several_ranks_takes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -79,9 +79,9 @@ def test_several_ranks_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_device(name, World(rank=3, size=4, local_rank=1)) == torch.device("cuda:1")
     assert taken == [1, 1]
     assert choose_device("cpu", World(rank=3, size=4, local_rank=1)) == torch.device("cpu")
-    with pytest.raises(RunError, match=r"names one GPU for 4 ranks; use trainer.device=cuda"):
+    with pytest.raises(RunError, match=r"trainer\.device=cuda:0 .*4 ranks; use trainer\.device=cuda$"):
         choose_device("cuda:0", World(rank=3, size=4, local_rank=1))
-    with pytest.raises(RunError, match="rank 2 is number 2 on its machine, where torch sees 2 CUDA devices"):
+    with pytest.raises(RunError, match=r"rank 2 is number 2 .*2 CUDA devices; .*use trainer\.device=cpu"):
         choose_device("auto", World(rank=2, size=4, local_rank=2))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert choose_device("auto", World(rank=3, size=4, local_rank=1)) == torch.device("cuda:0")
@@ -100,7 +100,7 @@ def test_a_gpu_has_one_identity_and_the_cpu_none(monkeypatch: pytest.MonkeyPatch
 
 
 class Mirrored(World):
-    """One of two ranks; the other one has the same gradients."""
+    """One of two ranks. The other rank has the same gradients."""
 
     def _all_reduce(self, tensor: torch.Tensor) -> None:
         tensor.mul_(2)
@@ -111,15 +111,15 @@ def test_gradients_and_numbers_are_summed_in_one_buffer_that_is_used_again() -> 
     unused = torch.nn.Parameter(torch.ones(5))
     buffer = gradient_buffer([*parameters, unused], 2, torch.device("cpu"))
     wide = {parameters[1]: torch.full((4,), 0.1)}
-    told = []
+    sums = []
     for number in (1.0, 2.0):
         parameters[0].grad = torch.full((2, 3), number)
         numbers = torch.tensor([number, 7.0], dtype=torch.float64)
         world = Mirrored(rank=0, size=2)
-        told.append(world.sum_gradients([*parameters, unused], numbers, buffer, fitted=True, wide=wide))
+        sums.append(world.sum_gradients([*parameters, unused], numbers, buffer, fitted=True, wide=wide))
         assert torch.equal(parameters[0].grad, torch.full((2, 3), 2 * number))
     assert torch.equal(wide[parameters[1]], torch.full((4,), 0.4)), "summed twice, in fp32"
     assert unused.grad is None
-    assert [each.tolist() for each in told] == [[2.0, 14.0], [4.0, 14.0]], "the second sum leaves the first alone"
+    assert [each.tolist() for each in sums] == [[2.0, 14.0], [4.0, 14.0]], "the second sum does not change the first"
     with pytest.raises(torch.OutOfMemoryError):
         world.sum_gradients(parameters, numbers, buffer[: 6 + 4 + 3], fitted=False, wide={})
