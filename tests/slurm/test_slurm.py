@@ -72,6 +72,7 @@ def test_a_study_is_arrays_that_wait_for_the_corpus_and_the_warm_start(
     one: list[str], runs_dir: Path, tmp_path: Path
 ) -> None:
     study = [*one, "method.rank=2,3,4", "study=ranks", "cluster.max_parallel=2"]
+    blocker = occupy()  # without it, the corpus can be ready before squeue is asked
     shown = run_py("-m", *study)
     assert "submitted 4 runs as arrays" in shown
     assert "relora status ranks" in shown
@@ -80,6 +81,7 @@ def test_a_study_is_arrays_that_wait_for_the_corpus_and_the_warm_start(
     assert any(name.startswith("warm-start-") for name in names)
     again = run_py("-m", *study)
     assert "submitted nothing" in again
+    release(blocker)
     rows = json.loads(relora("status", "ranks", "--json", f"runs_dir={runs_dir}"))
     wait_for_finish(runs_dir, "ranks")
     arms = [row["run"] for row in rows if row["role"] == "arm"]
