@@ -36,7 +36,7 @@ HOMES = {
     "hydra": {"config.compose", "config.overrides"},
     "omegaconf": {"config.compose", "config.overrides", "config.typed"},
     "mlflow": {"tracking.store"},
-    "datasets": {"data.documents"},
+    "pyarrow": {"data.readers"},
     "tokenizers": {"data.encoding"},
     "transformers": {"training.model", "training.pretrained"},
     "rich": {"tracking.console"},

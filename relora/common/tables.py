@@ -1,4 +1,4 @@
-"""Format tables as text."""
+"""Format tables and sizes as text."""
 
 from collections.abc import Sequence
 
@@ -9,3 +9,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def in_units(size_bytes: int) -> str:
+    """Format a size for people: 1536 -> "1.5 KiB"."""
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"

@@ -25,10 +25,9 @@ from relora.common.checks import (
     positive,
 )
 from relora.common.errors import ConfigError, shown
+from relora.config.sources import check_path
 
 SOURCES = ("stdlib", "text")
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-RECORD_SUFFIXES = (".jsonl", ".parquet")
 TRACKERS = ("mlflow", "jsonl")
 
 LARGEST_MODEL = {
@@ -219,12 +218,6 @@ def check_architecture(name: str) -> None:
         )
 
 
-def text_files(path: Path) -> list[Path]:
-    """List the readable files of a folder, sorted by path. For a file, return the file itself."""
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    return [file for file in candidates if file.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and file.is_file()]
-
-
 def tokenizer_file(tokenizer: str) -> Path:
     """Return the path of tokenizer.json in a folder. For a file, return the file itself."""
     path = Path(tokenizer)
@@ -236,14 +229,7 @@ def check_files(data: DataConfig) -> None:
     name, value = "data.path", data.path
     try:
         if data.path is not None:
-            path = Path(data.path)
-            if not path.exists():
-                raise ConfigError(f"data.path={shown(path, 200)} does not exist")
-            if not text_files(path):
-                readable = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
-                raise ConfigError(
-                    f"data.path={shown(path, 200)} contains no text; relora reads files that end in {readable}"
-                )
+            check_path(Path(data.path))
         name, value = "data.tokenizer", data.tokenizer
         if data.tokenizer is not None and not tokenizer_file(data.tokenizer).is_file():
             raise ConfigError(f"data.tokenizer={shown(data.tokenizer, 200)} has no tokenizer.json")

@@ -1,4 +1,4 @@
 """Turn text into tokens on disk, and serve batches as a pure function of seed and step.
 
-Imports `config` and `common`. Only `documents` imports datasets, and only `encoding` tokenizers.
+Imports `config` and `common`. Only `readers` imports pyarrow, and only `encoding` tokenizers.
 """

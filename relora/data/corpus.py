@@ -23,8 +23,10 @@ from relora.common import signals
 from relora.common.errors import DamagedFile
 from relora.common.files import check_crc32, crc32_of, publishing, read_json, reason
 from relora.config.groups import DataConfig
-from relora.data.documents import CorpusError, fingerprint, source_files, split_documents
+from relora.config.sources import survey
+from relora.data.documents import fingerprint, source_files, split_documents
 from relora.data.encoding import SPLITS, copy_tokenizer, train_tokenizer, write_tokens
+from relora.data.readers import CorpusError, Tally
 from relora.data.sequences import TokenSequences
 
 USER_ERROR = 3
@@ -181,13 +183,17 @@ def _folder(config: DataConfig, files: list[Path], corpora: Path) -> Path:
 
 def _build(config: DataConfig, files: list[Path], folder: Path, log_line: Callable[[str], None]) -> None:
     started = time.perf_counter()
-    log_line(f"preparing the corpus {folder.name}: {len(files)} files")
-    splits = split_documents(config, files)
+    content = survey(Path(config.path)).described() if config.path else f"{len(files)} files"
+    log_line(f"preparing the corpus {folder.name}: {content}")
+    tally = Tally()
+    splits = split_documents(config, files, tally)
+    for remark in tally.remarks():
+        log_line(f"note: {remark}")
     with publishing(folder) as temporary:
         end_of_text = (
             train_tokenizer(config, files, splits, temporary)
             if config.tokenizer is None
-            else copy_tokenizer(config.tokenizer, temporary)
+            else copy_tokenizer(config.tokenizer, temporary, log_line)
         )
         meta = write_tokens(config, files, splits, temporary, end_of_text)
         meta["crc32"] = {path.name: crc32_of(path) for path in sorted(temporary.iterdir())}

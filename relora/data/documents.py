@@ -1,6 +1,5 @@
-"""The text of a corpus: its files, its documents, and which documents are held out. Imports datasets."""
+"""The text of a corpus: its files, and which documents are held out."""
 
-import glob
 import hashlib
 import json
 import os
@@ -10,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from relora.common.errors import RunError
-from relora.config.groups import RECORD_SUFFIXES, DataConfig, text_files, tokenizer_file
+from relora.common.errors import ConfigError
+from relora.config.groups import DataConfig, tokenizer_file
+from relora.config.sources import check_path
+from relora.data.readers import CorpusError, Tally, read_documents
 
-FORMAT = 2
+FORMAT = 3
 """The format of a prepared corpus. It is part of the fingerprint."""
 FEW_DOCUMENTS = 100
 """With fewer documents, pieces are held out instead. Otherwise a held-out set would have one document or none."""
@@ -22,18 +23,14 @@ LONGEST_LINE_PIECES = 4
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
-class CorpusError(RunError):
-    """The text of a corpus cannot be read, or there is too little of it."""
-
-
 def source_files(config: DataConfig) -> list[Path]:
     """The sorted files that hold the text. Raises CorpusError if there are none."""
     if config.name == "text":
         assert config.path is not None
-        files = text_files(Path(config.path))
-        if not files:
-            raise CorpusError(f"data.path={config.path} no longer holds text")
-        return files
+        try:
+            return check_path(Path(config.path)).read
+        except ConfigError as error:
+            raise CorpusError(str(error)) from error
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, below, names in os.walk(root):
@@ -48,49 +45,15 @@ def source_files(config: DataConfig) -> list[Path]:
 def fingerprint(config: DataConfig, files: list[Path]) -> str:
     """A digest of settings, tokenizer, and each file's path, size and time. It finds a corpus without reading text."""
     settings = {key: value for key, value in asdict(config).items() if key != "sequence_length_tokens"}
-    tokenizer = tokenizer_file(config.tokenizer).read_bytes() if config.tokenizer else b""
+    tokenizer = b""
+    if config.tokenizer:
+        file = tokenizer_file(config.tokenizer)
+        beside = file.with_name("tokenizer_config.json")  # names the end-of-text token
+        tokenizer = file.read_bytes() + (beside.read_bytes() if beside.exists() else b"")
     stats = ((path, path.stat()) for path in files)
     listing = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     key = json.dumps([FORMAT, settings, listing, hashlib.sha256(tokenizer).hexdigest()])
     return hashlib.sha256(key.encode()).hexdigest()[:8]
-
-
-def read_documents(files: list[Path], text_field: str) -> Iterator[str]:
-    """All non-empty documents. A text file is one document. Each record of a jsonl or parquet file is one document."""
-    for path in files:
-        if path.suffix in RECORD_SUFFIXES:
-            yield from filter(None, _records(path, text_field))
-        elif text := path.read_bytes().decode("utf-8", errors="replace"):  # read_text would change the line endings
-            yield text
-
-
-def _records(path: Path, text_field: str) -> Iterator[str]:
-    from datasets import load_dataset
-
-    kind = "json" if path.suffix == ".jsonl" else "parquet"
-    if kind == "json" and _is_blank(path):
-        return
-    number = 0
-    try:
-        for number, record in enumerate(
-            load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True), start=1
-        ):
-            text = record.get(text_field)
-            if not isinstance(text, str):
-                raise CorpusError(
-                    f"{path}, record {number}: field {text_field!r} holds no text; the record has "
-                    f"{', '.join(record)}; set data.text_field"
-                )
-            yield text
-    except CorpusError:
-        raise
-    except Exception as error:  # datasets and pyarrow raise many kinds
-        raise CorpusError(f"{path} cannot be read as {kind} after record {number}: {error}") from error
-
-
-def _is_blank(path: Path) -> bool:
-    with path.open("rb") as file:
-        return not any(line.strip() for line in file)
 
 
 def cut(document: str, piece_characters: int | None) -> Iterator[str]:
@@ -136,19 +99,24 @@ class Splits:
                 yield self.held_out.get(digest_of(piece), "train"), piece, number == len(pieces)
 
 
-def split_documents(config: DataConfig, files: list[Path]) -> Splits:
+def split_documents(config: DataConfig, files: list[Path], tally: Tally) -> Splits:
     """Split the text by document. In the order of their digests, documents fill validation, then test.
 
     Each held-out split is filled up to its share of the characters. Equal documents have equal digests, so they are all
     in the same split, and each of them counts. A new document moves only few other documents to another split. With
     fewer than FEW_DOCUMENTS documents, pieces are split instead.
 
+    Args:
+        config: The splits' shares and the text field.
+        files: The files of the text.
+        tally: Gets the counts of what reading changed or left out.
+
     Raises:
         CorpusError: No document fits into a held-out split.
     """
     sizes: Counter[bytes] = Counter()
     documents = total_characters = 0
-    for document in read_documents(files, config.text_field):
+    for document in read_documents(files, config.text_field, tally):
         sizes[digest_of(document)] += len(document)
         documents += 1
         total_characters += len(document)

@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 from relora.common.errors import DamagedFile
 from relora.common.files import read_json
 from relora.config.groups import DataConfig, tokenizer_file
-from relora.data.documents import FORMAT, CorpusError, Splits, digest_of
+from relora.data.documents import FORMAT, Splits, digest_of
+from relora.data.readers import CorpusError
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
@@ -53,16 +54,30 @@ def train_tokenizer(config: DataConfig, files: list[Path], splits: Splits, folde
     return END_OF_TEXT
 
 
-def copy_tokenizer(source: str, folder: Path) -> str:
+def copy_tokenizer(source: str, folder: Path, log_line: Callable[[str], None]) -> str:
     """Copy the user's tokenizer into `folder` and return its end-of-text token.
 
-    Raises CorpusError if its files cannot be read or it has no end-of-text token.
+    The copy does not truncate or pad. transformers leaves these settings in a tokenizer that was once called with
+    truncation=True or padding=True, and with them a long document would lose its end.
+
+    Args:
+        source: A tokenizer.json or its folder.
+        folder: It gets tokenizer.json and tokenizer_config.json.
+        log_line: Called with a message if the tokenizer would truncate or pad.
+
+    Raises:
+        CorpusError: The files cannot be read, or the tokenizer has no end-of-text token.
     """
     file = tokenizer_file(source)
     # Editors on Windows write a byte-order mark, which the libraries do not accept.
-    (folder / "tokenizer.json").write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         made = read_json(file)
+        ignored = [name for name in ("truncation", "padding") if made.get(name)]
+        if ignored:
+            log_line(f"note: data.tokenizer={source} has saved {' and '.join(ignored)}, which the corpus does not use")
+            content = json.dumps({**made, **dict.fromkeys(ignored)}, ensure_ascii=False).encode()
+        (folder / "tokenizer.json").write_bytes(content)
         settings = read_json(file.with_name("tokenizer_config.json"))
     except DamagedFile as error:
         raise CorpusError(f"data.tokenizer={source} is not a tokenizer: {error}") from error
@@ -103,7 +118,9 @@ def write_tokens(
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CorpusError(f"data.tokenizer={config.tokenizer} cannot be read as a tokenizer: {error}") from error
-    vocab_size, end_of_text_id = tokenizer.get_vocab_size(), tokenizer.token_to_id(end_of_text)
+    tokenizer.encode_special_tokens = True  # a special token that is written in the text is text
+    vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have holes
+    end_of_text_id = tokenizer.token_to_id(end_of_text)
     if end_of_text_id is None:
         raise CorpusError(
             f"the tokenizer {config.tokenizer} does not know its own end-of-text token {end_of_text!r}; set eos_token "

@@ -8,7 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from relora.common.errors import RunError
-from relora.common.tables import aligned
+from relora.common.tables import aligned, in_units
 from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, size_bytes, state_of_idle, survey
 
 # ------------------------------------------------------------------------------------------------------- deletion
@@ -115,7 +115,7 @@ def text(disk: Disk, *, deleted: bool) -> str:
     runs = [["run", "state", "checkpoints", "model", column, "why"]]
     for cost in disk.runs:
         sizes = (cost.checkpoints_bytes, cost.model_bytes, cost.deleted_bytes if deleted else cost.deletable_bytes)
-        runs.append([cost.run.path.name, cost.state, *map(_human, sizes), cost.why])
+        runs.append([cost.run.path.name, cost.state, *map(in_units, sizes), cost.why])
     warm_starts = [["warm start", "forked by", "size", column, "why"]]
     for cost in disk.warm_starts:
         sizes = (cost.warm_start_bytes, cost.deleted_bytes if deleted else cost.deletable_bytes)
@@ -123,14 +123,14 @@ def text(disk: Disk, *, deleted: bool) -> str:
             [
                 cost.folder.name,
                 f"{len(cost.runs)} run{'' if len(cost.runs) == 1 else 's'}",
-                *map(_human, sizes),
+                *map(in_units, sizes),
                 cost.why,
             ]
         )
     tables = [aligned(rows) for rows in (runs, warm_starts) if len(rows) > 1]
     if not tables:
         return f"there is no run in {disk.runs_dir}"
-    size = {name: _human(value) for name, value in disk.totals.items()}
+    size = {name: in_units(value) for name, value in disk.totals.items()}
     total = (
         f"{size['checkpoints_bytes']} of checkpoints, {size['model_bytes']} of models, "
         f"{size['warm_starts_bytes']} of warm starts; "
@@ -139,12 +139,3 @@ def text(disk: Disk, *, deleted: bool) -> str:
         f"{size['deleted_bytes']} deleted" if deleted else f"{size['deletable_bytes']} of it deletable with --delete"
     )
     return "\n\n".join([*tables, total])
-
-
-def _human(size_bytes: int) -> str:
-    size, unit = float(size_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} B" if unit == "B" else f"{size:,.1f} {unit}"

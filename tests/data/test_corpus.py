@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from relora.common.errors import DamagedFile
 from relora.config.run import DataConfig
 from relora.data.corpus import Corpus, load, prepare, prepare_apart
-from relora.data.documents import CorpusError, source_files
+from relora.data.documents import source_files
 from relora.data.encoding import SPLITS
+from relora.data.readers import CorpusError
 
 WORDS = ["alpha", "naïve", "straße", "日本語", "über", "тест", "🙂", "the", "of", "and", "run", "x1", "=", "foo(bar)"]
 
@@ -160,25 +162,22 @@ def test_a_file_may_have_any_name(tmp_path: Path, corpora: Path, name: str, look
     assert Counter(all_texts(prepare(settings(source), corpora, silent))) == Counter(DOCUMENTS)
 
 
-def test_a_record_without_the_text_field_is_named(tmp_path: Path, corpora: Path) -> None:
+def test_what_reading_leaves_out_or_changes_is_logged(tmp_path: Path, corpora: Path) -> None:
+    folder = write_documents(tmp_path / "texts", DOCUMENTS)
+    write_jsonl(folder / "r.jsonl", [{"text": text} for text in [*DOCUMENTS, None, ""]])
+    (folder / "latin1.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
+    (folder / "README.md").write_text("This describes the data.")
+    messages: list[str] = []
+    corpus = prepare(settings(folder), corpora, messages.append)
+    first, *notes, _ = messages
+    assert re.search(r"1 \.jsonl, 151 \.txt, .*left out: README\.md \(describes the data", first)
+    assert [note.split()[1] for note in notes] == ["2", "1"]
+    assert "describes" not in " ".join(all_texts(corpus))
+
+
+def test_a_wrong_text_field_is_refused(tmp_path: Path, corpora: Path) -> None:
     source = write_jsonl(tmp_path / "r.jsonl", [{"content": "x", "id": 1}])
-    with pytest.raises(CorpusError, match=r"r\.jsonl, record 1: field 'text' .*content, id; set data\.text_field"):
-        prepare(settings(source), corpora, silent)
-
-
-@pytest.mark.parametrize("value", [None, 5, ["a"]])
-def test_a_record_with_a_field_that_is_not_text_is_named(tmp_path: Path, corpora: Path, value: object) -> None:
-    source = tmp_path / "r.parquet"
-    pq.write_table(pa.table({"text": [value]}), source)
-    with pytest.raises(CorpusError, match=r"r\.parquet, record 1: field 'text' .*no text; .*set data\.text_field"):
-        prepare(settings(source), corpora, silent)
-
-
-@pytest.mark.parametrize(("name", "kind"), [("r.jsonl", "json"), ("r.parquet", "parquet")])
-def test_a_broken_file_is_named(tmp_path: Path, corpora: Path, name: str, kind: str) -> None:
-    source = tmp_path / name
-    source.write_text('{"text": "whole"}\n{"text": "broken\n')
-    with pytest.raises(CorpusError, match=rf"{source} .*as {kind} after record \d: .+"):
+    with pytest.raises(CorpusError, match=r"r\.jsonl: .*'text'.*line 1 has content, id; set data\.text_field"):
         prepare(settings(source), corpora, silent)
     assert not list(corpora.glob("*/meta.json"))
 
@@ -196,7 +195,7 @@ def test_a_folder_that_lost_its_text_is_refused(tmp_path: Path, corpora: Path) -
     config = settings(folder)
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(CorpusError, match=r"data\.path=.*texts no longer holds text"):
+    with pytest.raises(CorpusError, match=r"data\.path=.*texts contains no text"):
         prepare(config, corpora, silent)
 
 
@@ -494,6 +493,57 @@ def test_another_tokenizer_at_the_same_path_is_noticed(tmp_path: Path, corpora: 
     after = prepare(config, corpora, silent)
     assert after.tokenizer_digest != before.tokenizer_digest
     assert after.vocab_size == before.vocab_size + 1
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_a_saved_truncation_or_padding_does_not_change_the_corpus(tmp_path: Path, corpora: Path, setting: str) -> None:
+    """transformers leaves these settings in a tokenizer.json after a call with truncation=True or padding=True."""
+    own = word_tokenizer(tmp_path / "own", 1000, eos_token="[END]")
+    folder = word_texts(tmp_path / "texts", highest=999)
+    expected = prepare(settings(folder, tokenizer=str(own)), corpora, silent)
+    tokenizer = Tokenizer.from_file(str(own / "tokenizer.json"))
+    if setting == "truncation":
+        tokenizer.enable_truncation(3)
+    else:
+        tokenizer.enable_padding(length=64)
+    tokenizer.save(str(own / "tokenizer.json"))
+    messages: list[str] = []
+    corpus = prepare(settings(folder, tokenizer=str(own)), corpora, messages.append)
+    assert corpus.folder != expected.folder
+    for split in SPLITS:
+        assert token_ids(corpus, split) == token_ids(expected, split)
+    assert any(f"saved {setting}" in message and "does not use" in message for message in messages)
+    assert json.loads(corpus.tokenizer_file.read_text())[setting] is None
+
+
+def test_a_special_token_in_the_text_is_text(tmp_path: Path, corpora: Path) -> None:
+    documents = [f"{text}<|endoftext|>{text}" for text in DOCUMENTS]
+    corpus = prepare(settings(write_documents(tmp_path / "texts", documents)), corpora, silent)
+    ends = sum(token_ids(corpus, split).count(corpus.end_of_text_id) for split in SPLITS)
+    assert ends == len(documents)
+    assert Counter(all_texts(corpus)) == Counter(documents)
+
+
+def test_a_vocabulary_with_holes_is_as_large_as_its_largest_id(tmp_path: Path, corpora: Path) -> None:
+    own = word_tokenizer(tmp_path / "own", 1000, eos_token="[END]")
+    made = json.loads((own / "tokenizer.json").read_text())
+    word = "w999" if "w999" in made["model"]["vocab"] else sorted(made["model"]["vocab"])[-1]
+    made["model"]["vocab"][word] = 5000
+    (own / "tokenizer.json").write_text(json.dumps(made))
+    corpus = prepare(settings(word_texts(tmp_path / "texts", 999), tokenizer=str(own)), corpora, silent)
+    assert corpus.vocab_size == 5001
+    assert max(max(token_ids(corpus, split)) for split in SPLITS) <= 5000
+
+
+def test_another_end_of_text_token_gives_another_corpus(tmp_path: Path, corpora: Path) -> None:
+    own = word_tokenizer(tmp_path / "own", 1000, eos_token="[END]")
+    config = settings(word_texts(tmp_path / "texts", 999), tokenizer=str(own))
+    before = prepare(config, corpora, silent)
+    other = sorted(json.loads((own / "tokenizer.json").read_text())["model"]["vocab"])[5]
+    (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": other}))
+    after = prepare(config, corpora, silent)
+    assert after.folder != before.folder
+    assert after.end_of_text_id != before.end_of_text_id
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path, corpora: Path) -> None:

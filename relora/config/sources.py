@@ -1,0 +1,200 @@
+"""The files of `data.path`: which are read as text, and which are left out for what reason. Reads no text."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from relora.common.errors import ConfigError, shown
+from relora.common.tables import in_units
+
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""How the files with each ending are read."""
+COMPRESSIONS = (".gz", ".xz", ".zst")
+COMPRESSED_INSIDE = ("parquet", "arrow")
+"""Kinds that compress their own content. They are not read with one of COMPRESSIONS."""
+MEDIA = (
+    *(
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".gif",
+        ".webp",
+        ".svg",
+        ".ico",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".mp3",
+        ".wav",
+        ".flac",
+        ".ogg",
+    ),
+    *(".mp4", ".mov", ".webm", ".ttf", ".otf", ".woff", ".woff2"),
+)
+"""Files that hold no text. A folder may have any amount of them."""
+ABOUT_THE_DATA = (
+    "readme",
+    "license",
+    "licence",
+    "copying",
+    "notice",
+    "authors",
+    "changelog",
+    "citation",
+    "contributing",
+)
+"""Names of files beside records that describe the records, as the card of a dataset does."""
+NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A file that is not read."""
+
+    path: Path
+    reason: str
+    size_bytes: int
+    may_hold_text: bool = True
+
+
+@dataclass(kw_only=True)
+class Survey:
+    """All files of a data.path."""
+
+    read: list[Path] = field(default_factory=list)
+    """Sorted by path."""
+    read_bytes: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def missed_bytes(self) -> int:
+        """Bytes of the files that are left out although they may hold text."""
+        return sum(each.size_bytes for each in self.left_out if each.may_hold_text)
+
+    def described(self) -> str:
+        """Describe on one line how many files of each kind are read, and which are left out."""
+        kinds = Counter(f"{''.join(path.suffixes[-1 - is_compressed(path) :])}" for path in self.read)
+        text = f"{', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}, {in_units(self.read_bytes)}"
+        return f"{text}; {self.left_out_described()}" if self.left_out else text
+
+    def left_out_described(self) -> str:
+        """Describe on one line which files are left out and why, the largest first."""
+        largest = sorted(self.left_out, key=lambda each: (-each.size_bytes, each.path))
+        names = [f"{each.path.name} ({each.reason}, {in_units(each.size_bytes)})" for each in largest[:NAMES_SHOWN]]
+        more = [f"{len(largest) - NAMES_SHOWN} more"] if len(largest) > NAMES_SHOWN else []
+        return f"left out: {', '.join([*names, *more])}"
+
+
+def kind_of(path: Path) -> str | None:
+    """Return how a file is read, by its endings. None if it is not read."""
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        return KINDS.get(suffix)
+    kind = KINDS.get(Path(path.stem).suffix.lower())
+    return None if kind in COMPRESSED_INSIDE else kind
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether the last ending of a file is one of COMPRESSIONS."""
+    return path.suffix.lower() in COMPRESSIONS
+
+
+def survey(path: Path) -> Survey:
+    """List the files below a folder, or the one file, without reading their text.
+
+    Linked folders are followed, each folder once. Files and folders whose names begin with a dot are not listed.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    if path.is_file():
+        kind = kind_of(path)
+        if kind is None:
+            return Survey(left_out=[LeftOut(path=path, reason="unknown kind", size_bytes=path.stat().st_size)])
+        return Survey(read=[path], read_bytes=path.stat().st_size)
+    found = Survey()
+    files = sorted(_files(path))
+    has_records = any(kind_of(file) not in (None, "text") for file in files)
+    for file in files:
+        try:
+            size_bytes = file.stat().st_size
+        except OSError:
+            found.left_out.append(LeftOut(path=file, reason="a link to nothing", size_bytes=0))
+            continue
+        reason = _why_left_out(file, has_records=has_records)
+        if reason is None:
+            found.read.append(file)
+            found.read_bytes += size_bytes
+        else:
+            may = reason != ABOUT and file.suffix.lower() not in MEDIA
+            found.left_out.append(LeftOut(path=file, reason=reason, size_bytes=size_bytes, may_hold_text=may))
+    return found
+
+
+ABOUT = "describes the data"
+
+
+def _why_left_out(file: Path, *, has_records: bool) -> str | None:
+    kind = kind_of(file)
+    if kind is None:
+        return "unknown kind"
+    if not file.is_file():
+        return "no regular file"
+    if has_records and kind == "text" and file.stem.lower() in ABOUT_THE_DATA:
+        return ABOUT
+    if kind == "json" and not is_compressed(file) and not _is_array(file):
+        return "no JSON array of records"
+    return None
+
+
+def _is_array(file: Path) -> bool:
+    with file.open("rb") as opened:
+        start = opened.read(4096)
+    return start.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0").startswith(b"[")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    def stop(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for folder, below, names in os.walk(root, followlinks=True, onerror=stop):
+        own = os.path.realpath(folder)
+        if own in seen:
+            below.clear()
+            continue
+        seen.add(own)
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def check_path(path: Path) -> Survey:
+    """Survey `data.path`. Raises ConfigError if nothing can be read, or if most bytes would be left out."""
+    if not path.exists():
+        raise ConfigError(f"data.path={shown(path, 200)} does not exist")
+    found = survey(path)
+    if not found.read:
+        readable = f"{', '.join(KINDS)}, each except .parquet and .arrow also with {', '.join(COMPRESSIONS)}"
+        left_out = f"; {found.left_out_described()}" if found.left_out else ""
+        raise ConfigError(
+            f"data.path={shown(path, 200)} contains no text; relora reads files that end in {readable}{left_out}"
+        )
+    if found.missed_bytes > found.read_bytes:
+        raise ConfigError(
+            f"data.path={shown(path, 200)} has {in_units(found.read_bytes)} that relora can read, and "
+            f"{in_units(found.missed_bytes)} of other files; {found.left_out_described()}; move or convert them, or "
+            "name a folder or file with only the text"
+        )
+    return found

@@ -1,0 +1,369 @@
+"""Read the documents of one file. Only the text field of a record matters; other fields may have any type.
+
+Imports pyarrow, for parquet, arrow and zst.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora.common.errors import RunError, first_line
+from relora.common.files import reason
+from relora.config.sources import kind_of
+
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+)
+"""Byte-order marks. The mark of UTF-32 begins with that of UTF-16, so it comes first."""
+MOST_UNDECODABLE_SHARE = 0.002
+"""More bytes than this share that are not UTF-8 mean another encoding. Latin-1 text in German has ten times as many."""
+FEW_UNDECODABLE_BYTES = 8
+"""So many are always replaced. A short file with one wrong byte is no other encoding."""
+MOST_NUL_SHARE = 0.01
+MOST_WITHOUT_TEXT_SHARE = 0.1
+"""More records than this share without text mean that the text is in another field."""
+FIRST_RECORDS = 1000
+"""The share of records without text is checked after these records too, and not only at the end of the file."""
+CHUNK_CHARACTERS = 1 << 20
+ROWS = 512
+_BETWEEN = re.compile(r"[\s,]*")
+"""White space and commas between the records of an array."""
+
+
+class CorpusError(RunError):
+    """The text of a corpus cannot be read, or there is too little of it."""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Counts of what reading the text has changed or left out."""
+
+    records: int = 0
+    without_text: int = 0
+    """Records with no text field, with null, or with an empty text."""
+    replaced_bytes: int = 0
+    """Bytes that are not valid in the encoding of their file. Each becomes U+FFFD."""
+    replaced_surrogates: int = 0
+    """Halves of a character in a JSON text. Each becomes U+FFFD."""
+
+    def remarks(self) -> list[str]:
+        """Describe what was changed or left out. Empty if nothing was."""
+        said: list[str] = []
+        if self.without_text:
+            said.append(f"{self.without_text:,} of {self.records:,} records have no text and were skipped")
+        if self.replaced_bytes:
+            said.append(f"{self.replaced_bytes:,} bytes are not valid UTF-8 and were replaced by U+FFFD")
+        if self.replaced_surrogates:
+            said.append(f"{self.replaced_surrogates:,} halves of characters were replaced by U+FFFD")
+        return said
+
+
+def read_documents(files: list[Path], text_field: str, tally: Tally | None = None) -> Iterator[str]:
+    """Yield all non-empty documents. A text file is one document, and so is each record of the other kinds.
+
+    Args:
+        files: Files of which `kind_of` knows the kind.
+        text_field: The field or column that holds the text.
+        tally: Gets the counts.
+
+    Raises:
+        CorpusError: A file cannot be read, is not text, or has too few records with text.
+    """
+    tally = Tally() if tally is None else tally
+    for path in files:
+        kind = kind_of(path)
+        assert kind is not None
+        try:
+            if kind == "text":
+                if text := _whole_text(path, tally):
+                    yield text
+            else:
+                yield from _texts(path, kind, text_field, tally)
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+            raise CorpusError(f"{path} is cut or damaged: {first_line(error)}; copy it again") from error
+        except OSError as error:
+            raise CorpusError(f"{path} cannot be read: {reason(error)}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- bytes
+
+
+def _opened(path: Path) -> Any:
+    """Open a file for reading bytes. A compressed file gives its content."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path)
+    if suffix == ".xz":
+        return lzma.open(path)
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+    return path.open("rb")
+
+
+def _encoding(start: bytes) -> tuple[str, int]:
+    """Return the encoding that a byte-order mark names, and the length of the mark. UTF-8 without a mark."""
+    for mark, name in MARKS:
+        if start.startswith(mark):
+            return name, len(mark)
+    return "utf-8", 0
+
+
+@dataclass(kw_only=True)
+class _Decoder:
+    """Decodes a file, counts the bytes that it replaces, and refuses a file with too many of them."""
+
+    path: Path
+    tally: Tally
+    encoding: str
+    read_bytes: int
+    bad_bytes: int = 0
+    nul_bytes: int = 0
+    first_bad: int | None = None
+
+    def decoded(self, data: bytes) -> str:
+        try:
+            text = data.decode(self.encoding)
+        except UnicodeDecodeError as error:
+            if self.first_bad is None:
+                self.first_bad = self.read_bytes + error.start
+            text = data.decode(self.encoding, errors="replace")
+            bad = text.count("\ufffd") - data.count("\ufffd".encode(self.encoding))
+            self.bad_bytes += bad
+            self.tally.replaced_bytes += bad
+        self.nul_bytes += text.count("\0")
+        self.read_bytes += len(data)
+        return text
+
+    def check(self) -> None:
+        """Raise CorpusError if the file is hardly text."""
+        if self.bad_bytes > max(FEW_UNDECODABLE_BYTES, MOST_UNDECODABLE_SHARE * self.read_bytes):
+            raise CorpusError(
+                f"{self.path}: {self.bad_bytes:,} of {self.read_bytes:,} bytes are not valid {self.encoding.upper()}, "
+                f"the first at byte {self.first_bad}; convert the file to UTF-8, for example with iconv"
+            )
+        if self.nul_bytes > MOST_NUL_SHARE * self.read_bytes:
+            raise CorpusError(
+                f"{self.path}: {self.nul_bytes:,} of {self.read_bytes:,} bytes are NUL, as in a binary file or in "
+                "UTF-16 without a byte-order mark; convert the file to UTF-8, or move it away"
+            )
+
+
+def _whole_text(path: Path, tally: Tally) -> str:
+    with _opened(path) as file:
+        data = file.read()
+    encoding, length = _encoding(data[:4])
+    decoder = _Decoder(path=path, tally=tally, encoding=encoding, read_bytes=length)
+    text = decoder.decoded(data[length:])
+    decoder.check()
+    return text
+
+
+def _lines(path: Path, tally: Tally) -> Iterator[str]:
+    """Yield the lines of a file with their ends. Only "\\n" ends a line."""
+    with _opened(path) as file:
+        encoding, length = _encoding(file.peek(4)[:4])
+        file.read(length)
+        if encoding == "utf-8":
+            decoder = _Decoder(path=path, tally=tally, encoding=encoding, read_bytes=length)
+            for line in file:
+                yield decoder.decoded(line)
+            decoder.check()
+        else:
+            with io.TextIOWrapper(file, encoding=encoding, errors="replace", newline="\n") as text:
+                yield from text
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def _texts(path: Path, kind: str, text_field: str, tally: Tally) -> Iterator[str]:
+    """Yield the texts of the records of a file."""
+    read: Callable[[Path, str, Tally], Iterator[tuple[str, Any]]] = _READERS[kind]
+    records = without = 0
+    example = ""
+
+    def check() -> None:
+        if without > MOST_WITHOUT_TEXT_SHARE * records:
+            raise CorpusError(
+                f"{path}: {without:,} of {records:,} records have no text in the field {text_field!r}; {example} set "
+                "data.text_field to the field with the text"
+            )
+
+    for where, record in read(path, text_field, tally):
+        records += 1
+        tally.records += 1
+        value = record.get(text_field) if isinstance(record, dict) else record
+        if value is None:
+            without += 1
+            if not example:
+                fields = ", ".join(record) if isinstance(record, dict) else "no field"
+                example = f"{where} has {fields};"
+        elif not isinstance(value, str):
+            raise CorpusError(
+                f"{path}, {where}: the field {text_field!r} holds {_kind_of_value(value)} and not text; set "
+                "data.text_field to the field with the text"
+            )
+        if value:
+            yield _without_surrogates(value, tally)
+        else:
+            tally.without_text += 1
+        if records == FIRST_RECORDS:
+            check()
+    check()
+
+
+def _kind_of_value(value: object) -> str:
+    kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _without_surrogates(text: str, tally: Tally) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        tally.replaced_surrogates += sum("\ud800" <= character <= "\udfff" for character in text)
+        return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
+    return text
+
+
+def _jsonl(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(path, tally), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise CorpusError(f"{path}, line {number}: this is no JSON, or the line is cut: {error}") from error
+            yield f"line {number}", _as_record(path, f"line {number}", record)
+
+
+def _json(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+    """Read an array in chunks, so that memory holds a few records at a time."""
+    decoder, chunks = json.JSONDecoder(), _chunks(path, tally)
+    buffer = next(chunks, "")
+    position, number = _BETWEEN.match(buffer).end(), 0  # type: ignore[union-attr]
+    if position < len(buffer) and buffer[position] != "[":
+        raise CorpusError(f"{path} is no JSON array of records; write one record on each line of a .jsonl file")
+    position += 1
+    while True:
+        position = _BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
+        if buffer[position : position + 1] == "]":
+            return
+        try:
+            record, end = decoder.raw_decode(buffer, position)
+        except ValueError as error:
+            more = next(chunks, None)
+            if more is None:
+                where = f"{path}, record {number + 1}"
+                raise CorpusError(f"{where}: this is no JSON, or the file is cut: {error}") from error
+            buffer, position = buffer[position:] + more, 0
+            continue
+        number, position = number + 1, end
+        yield f"record {number}", _as_record(path, f"record {number}", record)
+
+
+def _chunks(path: Path, tally: Tally) -> Iterator[str]:
+    parts: list[str] = []
+    length = 0
+    for line in _lines(path, tally):
+        for start in range(0, len(line), CHUNK_CHARACTERS):
+            parts.append(line[start : start + CHUNK_CHARACTERS])
+            length += len(parts[-1])
+            if length >= CHUNK_CHARACTERS:
+                yield "".join(parts)
+                parts, length = [], 0
+    if parts:
+        yield "".join(parts)
+
+
+def _as_record(path: Path, where: str, record: object) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise CorpusError(f"{path}, {where}: this is {_kind_of_value(record)} and no record with fields")
+    return record
+
+
+def _table(delimiter: str) -> Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]:
+    def read(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+        csv.field_size_limit(sys.maxsize)
+        rows = csv.DictReader(_lines(path, tally), delimiter=delimiter, strict=True)
+        try:
+            columns = rows.fieldnames or []
+            _check_column(path, text_field, columns)
+            for number, row in enumerate(rows, start=1):
+                yield f"record {number}", row
+        except csv.Error as error:
+            raise CorpusError(f"{path}, line {rows.line_num}: the table cannot be read: {error}") from error
+
+    return read
+
+
+def _check_column(path: Path, text_field: str, columns: Any) -> None:
+    if text_field not in columns:
+        raise CorpusError(
+            f"{path} has no column {text_field!r}; it has {', '.join(columns)}; set data.text_field to the column with "
+            "the text"
+        )
+
+
+def _parquet(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_column(path, text_field, file.schema_arrow.names)
+            yield from _values(file.iter_batches(batch_size=ROWS, columns=[text_field]))
+    except pa.ArrowException as error:
+        raise CorpusError(f"{path} cannot be read as parquet: {first_line(error)}") from error
+
+
+def _arrow(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            try:
+                batches: Any = pa.ipc.open_stream(file)
+                schema = batches.schema
+            except pa.ArrowInvalid:
+                opened = pa.ipc.open_file(file)
+                schema = opened.schema
+                batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+            _check_column(path, text_field, schema.names)
+            yield from _values(batch.select([text_field]) for batch in batches)
+    except pa.ArrowException as error:
+        raise CorpusError(f"{path} cannot be read as arrow: {first_line(error)}") from error
+
+
+def _values(batches: Any) -> Iterator[tuple[str, Any]]:
+    number = 0
+    for batch in batches:
+        name = batch.schema.names[0]
+        for value in batch.column(0).to_pylist():
+            number += 1
+            yield f"record {number}", {name: value}
+
+
+_READERS: dict[str, Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]] = {
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": _table(","),
+    "tsv": _table("\t"),
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
