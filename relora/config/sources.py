@@ -114,7 +114,8 @@ def is_compressed(path: Path) -> bool:
 def survey(path: Path) -> Survey:
     """List the files below a folder, or the one file, without reading their text.
 
-    Linked folders are followed, each folder once. Files and folders whose names begin with a dot are not listed.
+    Linked folders are followed, each folder once. Files and folders whose names begin with a dot are not listed, and
+    neither is a runs_dir with a prepared corpus.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -176,8 +177,13 @@ def _files(root: Path) -> Iterator[Path]:
             below.clear()
             continue
         seen.add(own)
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in below if not name.startswith(".") and not _holds_runs(Path(folder, name))]
         yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Return whether a folder is a runs_dir. Its files must not become text, or each launch would change the text."""
+    return next((folder / "corpora").glob("*/meta.json"), None) is not None
 
 
 def check_path(path: Path) -> Survey:

@@ -44,6 +44,15 @@ def test_nested_folders_are_read_and_hidden_files_are_not(tmp_path: Path) -> Non
     assert found.left_out == []
 
 
+def test_a_runs_dir_below_the_text_is_not_text(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt")
+    for name in ("runs/corpora/text-1/meta.json", "runs/corpora/text-1/train.bin", "runs/llama/metrics.jsonl"):
+        write(tmp_path, name, 5000)
+    assert [file.name for file in check_path(tmp_path).read] == ["a.txt"]
+    write(tmp_path, "corpora/b.txt")
+    assert [file.name for file in check_path(tmp_path).read] == ["a.txt", "b.txt"]
+
+
 def test_a_linked_folder_is_read_once_even_in_a_loop(tmp_path: Path) -> None:
     write(tmp_path / "data", "a.txt")
     elsewhere = write(tmp_path / "elsewhere", "b.txt")

@@ -76,8 +76,9 @@ def test_another_text_is_another_setting_and_an_experiment_may_leave_the_text_op
         ("paper/relora_1b", "lora"),
     ],
 )
-def test_a_preset_that_nobody_tuned_is_untuned_also_in_its_setting(experiment: str, method: str) -> None:
-    found = noted(f"experiments={experiment}", f"method={method}", *(["data.path=."] if "paper" in experiment else []))
+def test_a_preset_that_nobody_tuned_is_untuned_also_in_its_setting(experiment: str, method: str, text: Path) -> None:
+    own = [f"data.path={text}"] if "paper" in experiment else []
+    found = noted(f"experiments={experiment}", f"method={method}", *own)
     assert found.basis == "untuned"
     (reason,) = found.differs
     assert reason.startswith(f"conf/presets/{experiment}/{method}.yaml ")

@@ -88,8 +88,9 @@ def test_a_flipped_bit_in_exported_weights_is_reported_and_checkpoints_are_kept(
 ) -> None:
     file, kept = finished.run.model / "model.safetensors", sorted(finished.run.checkpoints.iterdir())
     flip(file, 0.5)
-    for verb in ("evaluate", "sample"):
-        assert cli.main([verb, str(finished.run.model)]) == 1
+    data = [text for text in finished.overrides if text.startswith("data")]
+    for verb, overrides in (("evaluate", data), ("sample", [])):
+        assert cli.main([verb, str(finished.run.model), *overrides, f"runs_dir={finished.runs_dir}"]) == 1
         assert "checksum" in line_about(capsys, file)
     assert cli.main(["clean", "--delete", f"runs_dir={finished.runs_dir}"]) == 0
     assert "checksum" in line_about(capsys, file)
