@@ -99,7 +99,7 @@ def test_cancel_stops_a_run_of_this_machine_with_a_checkpoint(tiny: list[str], c
     assert cli.main(["cancel", config.name[-8:], where]) == 0
     assert capsys.readouterr().out == "0 runs cancelled\n", "the run has ended already"
     last_logged_step = max(row["step"] for row in read_rows(run.metrics_file))
-    assert last_logged_step == step, "the resumed run loses no step and repeats no step"
+    assert last_logged_step == step, "the checkpoint is of the last logged step"
 
 
 def test_a_run_of_another_machine_is_not_cancelled_from_this_machine(runs_dir: Path, capsys) -> None:
