@@ -56,6 +56,8 @@ ABOUT_THE_DATA = (
     "contributing",
 )
 """Names of files beside records that describe the records, as the card of a dataset does."""
+ABOUT = "describes the data"
+"""The reason for leaving them out."""
 NAMES_SHOWN = 4
 
 
@@ -85,7 +87,7 @@ class Survey:
 
     def described(self) -> str:
         """Describe on one line how many files of each kind are read, and which are left out."""
-        kinds = Counter(f"{''.join(path.suffixes[-1 - is_compressed(path) :])}" for path in self.read)
+        kinds = Counter("".join(path.suffixes[-1 - is_compressed(path) :]) for path in self.read)
         text = f"{', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}, {in_units(self.read_bytes)}"
         return f"{text}; {self.left_out_described()}" if self.left_out else text
 
@@ -142,9 +144,6 @@ def survey(path: Path) -> Survey:
             may = reason != ABOUT and file.suffix.lower() not in MEDIA
             found.left_out.append(LeftOut(path=file, reason=reason, size_bytes=size_bytes, may_hold_text=may))
     return found
-
-
-ABOUT = "describes the data"
 
 
 def _why_left_out(file: Path, *, has_records: bool) -> str | None:

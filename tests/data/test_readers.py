@@ -31,6 +31,14 @@ def read(*files: Path, field: str = "text") -> list[str]:
     return list(read_documents(list(files), field))
 
 
+def assert_refused(file: Path, parts: list[str]) -> None:
+    """Reading the file fails, and the message has the file and all `parts`."""
+    with pytest.raises(CorpusError) as raised:
+        read(file)
+    for part in (str(file), *parts):
+        assert part in str(raised.value)
+
+
 # ------------------------------------------------------------------------------------------------------- every kind
 
 
@@ -86,7 +94,7 @@ def test_every_kind_of_records_gives_its_texts(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
-def test_the_texts_are_those_that_datasets_reads(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_texts_are_those_that_datasets_reads(tmp_path: Path, name: str) -> None:
     from datasets import load_dataset
 
     KINDS[name](tmp_path / name)
@@ -174,10 +182,7 @@ LATIN = ("Ein Text mit Umlauten: Äpfel, Öl, Übung, Straße.\n" * 50).encode("
 )
 def test_text_in_another_encoding_is_refused(tmp_path: Path, name: str, content: bytes, parts: list[str]) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CorpusError) as raised:
-        read(tmp_path / name)
-    for part in (str(tmp_path / name), *parts):
-        assert part in str(raised.value)
+    assert_refused(tmp_path / name, parts)
 
 
 def test_a_few_wrong_bytes_are_replaced_and_counted(tmp_path: Path) -> None:
@@ -221,10 +226,7 @@ def test_records_without_text_are_skipped_and_counted(tmp_path: Path) -> None:
 )
 def test_a_wrong_record_is_named_with_its_place(tmp_path: Path, name: str, content: str, parts: list[str]) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(CorpusError) as raised:
-        read(tmp_path / name)
-    for part in (str(tmp_path / name), *parts):
-        assert part in str(raised.value)
+    assert_refused(tmp_path / name, parts)
 
 
 def test_a_wrong_text_field_is_noticed_before_the_end_of_a_long_file(tmp_path: Path) -> None:
