@@ -14,12 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from relora.common.errors import ConfigError, shown
 from relora.config import choices
 from relora.config.cluster import ClusterConfig, cluster_class
-from relora.config.groups import (
-    DataConfig,
-    ScheduleConfig,
-    check_architecture,
-    check_files,
-)
+from relora.config.data import DataConfig
+from relora.config.groups import ScheduleConfig, check_architecture
 from relora.config.overrides import as_hydra_reads, check, explain, given_values, leaves, overrides_of
 from relora.config.run import RunConfig
 from relora.config.typed import SWEEP_KEYS, checked, resolved, structured
@@ -237,7 +233,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     """Make the RunConfig of a composed config: typed, complete and checked, with absolute paths. Raises ConfigError."""
     config = checked(structured(resolved(composed)))
     _check_launch(config)
-    check_files(config.data)
+    config.data.check_files()
     return config
 
 
@@ -257,7 +253,7 @@ class Composer:
     def __init__(self) -> None:
         self._bases: dict[tuple[str, ...], DictConfig | None] = {}
         self._parsed: dict[str, tuple[str, Any]] = {}
-        self._files_checked: set[tuple[str | None, str | None]] = set()
+        self._files_checked: set[tuple[tuple[str, str], ...]] = set()
 
     def compose(self, overrides: Sequence[str]) -> RunConfig:
         """Return the same as the function `compose`."""
@@ -269,9 +265,9 @@ class Composer:
             return compose(overrides)
         config = self._with_values(base, [text for text in overrides if _is_plain(text)], overrides)
         _check_launch(config)
-        files = (config.data.path, config.data.tokenizer)
+        files = tuple(sorted(config.data.paths().items()))
         if files not in self._files_checked:
-            check_files(config.data)
+            config.data.check_files()
             self._files_checked.add(files)
         return config
 

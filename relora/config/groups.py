@@ -1,6 +1,6 @@
 """The settings of a run: one dataclass per config group. Each dataclass checks its own fields.
 
-The settings of methods, optimizers and clusters are in other files.
+The settings of data, methods, optimizers and clusters are in other files.
 
 Fields with the metadata UNHASHED do not change the mathematics of a run, and its hash leaves them out. All errors are
 ConfigError: the value, the rule and the remedy.
@@ -8,7 +8,6 @@ ConfigError: the value, the rule and the remedy.
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from relora.budget.cost import STORAGE_BYTES, LlamaShape
@@ -25,9 +24,7 @@ from relora.common.checks import (
     positive,
 )
 from relora.common.errors import ConfigError, shown
-from relora.config.sources import check_path
 
-SOURCES = ("stdlib", "text")
 TRACKERS = ("mlflow", "jsonl")
 
 LARGEST_MODEL = {
@@ -77,38 +74,6 @@ class ModelConfig:
             heads=self.heads,
             vocab_size=vocab_size,
         )
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """The source of the text, its tokenizer, the sequence length and the splits.
-
-    name: "stdlib" (the sources of the Python standard library) or "text" (`path`, a file or folder).
-    tokenizer: A tokenizer.json or its folder. None trains a byte-level BPE of `vocab_size` on the training split.
-    """
-
-    name: str
-    path: str | None = None
-    text_field: str = "text"
-    tokenizer: str | None = None
-    vocab_size: int = 2048
-    sequence_length_tokens: int = 128
-    validation_fraction: float = 0.01
-    test_fraction: float = 0.02
-
-    def __post_init__(self) -> None:
-        one_of("data.name", self.name, SOURCES)
-        if self.name == "text" and not self.path:
-            raise ConfigError("data=text needs data.path=FILE_OR_FOLDER")
-        if self.name == "stdlib" and self.path:
-            raise ConfigError(f"data.path={shown(self.path)} has no meaning with data=stdlib; use data=text")
-        at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
-        at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
-        at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
-        at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model accepts that many")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0.0 < getattr(self, name) <= 0.4:
-                raise ConfigError(f"data.{name}={shown(getattr(self, name))} must be above 0 and at most 0.4")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,22 +181,3 @@ def check_architecture(name: str) -> None:
             f"model.name={name} names another architecture, but every model here is a Llama-style decoder; "
             f"use another name, such as llama_{name}"
         )
-
-
-def tokenizer_file(tokenizer: str) -> Path:
-    """Return the path of tokenizer.json in a folder. For a file, return the file itself."""
-    path = Path(tokenizer)
-    return path / "tokenizer.json" if path.is_dir() else path
-
-
-def check_files(data: DataConfig) -> None:
-    """Raise ConfigError if a file of the config is missing or unreadable. Only a launch calls this."""
-    name, value = "data.path", data.path
-    try:
-        if data.path is not None:
-            check_path(Path(data.path))
-        name, value = "data.tokenizer", data.tokenizer
-        if data.tokenizer is not None and not tokenizer_file(data.tokenizer).is_file():
-            raise ConfigError(f"data.tokenizer={shown(data.tokenizer, 200)} has no tokenizer.json")
-    except OSError as error:  # the path is too long, or this user has no permission
-        raise ConfigError(f"{name}={shown(value, 150)} cannot be read: {error.strerror}") from error

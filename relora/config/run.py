@@ -14,8 +14,8 @@ from relora.common.checks import MOST_STEPS, UNHASHED, at_most, check_divides, c
 from relora.common.errors import ConfigError, shown
 from relora.config import identity
 from relora.config.cluster import ClusterConfig, LocalConfig, SlurmConfig
+from relora.config.data import DataConfig
 from relora.config.groups import (
-    DataConfig,
     ModelConfig,
     ScheduleConfig,
     TrackerConfig,

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from relora.common.errors import ConfigError, shown
 from relora.config import credentials
 from relora.config.cluster import cluster_class
+from relora.config.data import source_class
 from relora.config.groups import TrackerConfig
 from relora.config.overrides import explain, leaves
 from relora.config.run import RunConfig
@@ -38,7 +39,8 @@ def structured(values: Any) -> DictConfig:
     if missing:
         raise ConfigError(f"a value is missing: {shown(missing[0])}")
     schema = OmegaConf.structured(RunConfig)
-    for group, kind_of in (("method", METHODS.find), ("optimizer", OPTIMIZERS.find), ("cluster", cluster_class)):
+    kinds = {"method": METHODS.find, "optimizer": OPTIMIZERS.find, "cluster": cluster_class, "data": source_class}
+    for group, kind_of in kinds.items():
         chosen = values.get(group) or {}
         kind = kind_of(chosen.get("name") if isinstance(chosen, dict) else None)
         try:
@@ -67,10 +69,8 @@ def checked(structured: DictConfig) -> RunConfig:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, RunConfig)
     config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
-    for key in ("path", "tokenizer"):
-        value = getattr(config.data, key)
-        if value is not None:
-            setattr(config.data, key, str(Path(value).expanduser().absolute()))
+    for key, value in config.data.paths().items():
+        setattr(config.data, key, str(Path(value).expanduser().absolute()))
     config.tracker.uri = _store(config.tracker)
     return config
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from relora.common import signals
 from relora.common.errors import DamagedFile
 from relora.common.files import check_crc32, crc32_of, publishing, read_json, reason
-from relora.config.groups import DataConfig
+from relora.config.data import DataConfig, data_config
 from relora.config.sources import survey
 from relora.data.documents import fingerprint, source_files, split_documents
 from relora.data.encoding import SPLITS, copy_tokenizer, train_tokenizer, write_tokens
@@ -208,7 +208,7 @@ def _build(config: DataConfig, files: list[Path], folder: Path, log_line: Callab
 def _main(settings: str, corpora: str) -> int:
     """Run `prepare` in this process and return the exit code."""
     try:
-        prepare(DataConfig(**json.loads(settings)), Path(corpora), lambda message: print(message, flush=True))
+        prepare(data_config(json.loads(settings)), Path(corpora), lambda message: print(message, flush=True))
     except (CorpusError, OSError) as error:
         print(error, file=sys.stderr)
         return USER_ERROR

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from relora.common.errors import ConfigError
-from relora.config.groups import DataConfig, tokenizer_file
+from relora.config.data import DataConfig, tokenizer_file
 from relora.config.sources import check_path
 from relora.data.readers import CorpusError, Tally, read_documents
 
-FORMAT = 3
+FORMAT = 4
 """The format of a prepared corpus. It is part of the fingerprint."""
 FEW_DOCUMENTS = 100
 """With fewer documents, pieces are held out instead. Otherwise a held-out set would have one document or none."""

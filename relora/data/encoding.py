@@ -13,7 +13,7 @@ import numpy as np
 
 from relora.common.errors import DamagedFile
 from relora.common.files import read_json
-from relora.config.groups import DataConfig, tokenizer_file
+from relora.config.data import DataConfig, tokenizer_file
 from relora.data.documents import FORMAT, Splits, digest_of
 from relora.data.readers import CorpusError
 

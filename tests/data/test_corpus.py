@@ -19,7 +19,7 @@ from damaged import flip
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from relora.common.errors import DamagedFile
-from relora.config.run import DataConfig
+from relora.config.data import DataConfig, data_config
 from relora.data.corpus import Corpus, load, prepare, prepare_apart
 from relora.data.documents import source_files
 from relora.data.encoding import SPLITS
@@ -52,7 +52,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
 def settings(path: Path | None, **changes: Any) -> DataConfig:
     values: dict[str, Any] = {"vocab_size": 300, "sequence_length_tokens": 16}
     values |= {"validation_fraction": 0.1, "test_fraction": 0.1} | changes
-    return DataConfig(name="text", path=str(path), **values)
+    return data_config({"name": "text", "path": str(path), **values})
 
 
 def silent(message: str) -> None:
@@ -208,7 +208,7 @@ def test_a_split_shorter_than_a_sequence_is_named(tmp_path: Path, corpora: Path)
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
     root = Path(sysconfig.get_path("stdlib"))
-    files = source_files(DataConfig(name="stdlib"))
+    files = source_files(data_config({"name": "stdlib"}))
     names = [path.relative_to(root).as_posix() for path in files]
     assert {"argparse.py", "asyncio/tasks.py", "json/decoder.py", "typing.py"} <= set(names)
     forbidden = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -220,7 +220,7 @@ def test_the_standard_library_is_read_without_its_tests() -> None:
 @pytest.mark.slow
 def test_the_standard_library_makes_a_corpus(tmp_path: Path) -> None:
     messages: list[str] = []
-    corpus = prepare(DataConfig(name="stdlib"), tmp_path, messages.append)
+    corpus = prepare(data_config({"name": "stdlib"}), tmp_path, messages.append)
     tokens = {split: corpus.splits[split]["tokens"] for split in SPLITS}
     total = sum(tokens.values())
     assert total > 2_000_000
@@ -567,9 +567,9 @@ def test_a_corpus_built_in_another_process_is_the_same_and_loads_no_tokenizers(t
     alone = prepare(config, tmp_path / "other", silent)
     script = (
         "import json, sys; from pathlib import Path\n"
-        "from relora.config.run import DataConfig; from relora.data import corpus\n"
+        "from relora.config.data import data_config; from relora.data import corpus\n"
         "corpus._build = None\n"
-        "made = corpus.prepare_apart(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), print)\n"
+        "made = corpus.prepare_apart(data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), print)\n"
         "print(made.corpus_digest, 'tokenizers' in sys.modules)"
     )
     command = [sys.executable, "-c", script, json.dumps(asdict(config)), str(corpora)]
@@ -606,10 +606,10 @@ def test_a_signal_to_the_process_that_prepares_a_corpus_gives_one_line(
 PREPARE_AT_ONCE = """
 import json, os, sys
 from pathlib import Path
-from relora.config.run import DataConfig
+from relora.config.data import data_config
 from relora.data.corpus import prepare
 
-config, corpora, results = DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
+config, corpora, results = data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
 waiting, starting = os.pipe()
 children = []
 for number in range(6):
@@ -653,10 +653,10 @@ def test_processes_that_prepare_together_build_once(tmp_path: Path, corpora: Pat
 KILL_AND_PREPARE = """
 import json, os, shutil, signal, sys, time
 from pathlib import Path
-from relora.config.run import DataConfig
+from relora.config.data import data_config
 from relora.data.corpus import prepare
 
-config, corpora = DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])
+config, corpora = data_config(json.loads(sys.argv[1])), Path(sys.argv[2])
 corpora.mkdir()
 
 
