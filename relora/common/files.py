@@ -57,19 +57,24 @@ def publishing(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for base, _, names in os.walk(temporary):
-            for name in names:
-                with Path(base, name).open("rb") as file:
-                    os.fsync(file.fileno())
-            sync_folder(Path(base))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-        sync_folder(folder.parent)
+        publish(temporary, folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if (found := system_error(error)) is not None:
             raise naming(found, folder) from error
         raise
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Replace `folder` by a folder whose files are complete. The caller holds a lock. Raises OSError."""
+    for base, _, names in os.walk(temporary):
+        for name in names:
+            with Path(base, name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(base))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+    sync_folder(folder.parent)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,11 +3,12 @@
 Each source is a class with its own keys. `data.name` chooses it.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from relora.common.checks import at_least, at_most, one_of
+from relora.common.checks import at_least, at_most, one_of, parse_count
 from relora.common.errors import ConfigError, shown
 from relora.config.groups import LARGEST_MODEL
 from relora.config.sources import check_path
@@ -24,6 +25,8 @@ class DataConfig:
     path: A file or folder, for the sources that have files.
     text_field: The field or column with the text, in files of records.
     tokenizer: A tokenizer.json or its folder. None trains a byte-level BPE of `vocab_size` on the training split.
+    limit_tokens, held_out_tokens: The training split, and each held-out split, ends with the document that reaches so
+        many tokens.
     validation_fraction, test_fraction: The shares of the training text that are held out, for each split that the
         source does not have itself.
     """
@@ -38,9 +41,13 @@ class DataConfig:
     sequence_length_tokens: int = 128
     validation_fraction: float = 0.01
     test_fraction: float = 0.02
+    limit_tokens: Any = None
+    held_out_tokens: Any = None
 
     def __post_init__(self) -> None:
         self.check_path()
+        for name in ("limit_tokens", "held_out_tokens"):
+            self.limit(name)
         at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
         at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
         at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
@@ -59,10 +66,14 @@ class DataConfig:
         if not self.has_path and self.path:
             raise ConfigError(f"data.path={shown(self.path)} has no meaning with data={self.name}; use data=text")
 
+    def limit(self, name: str) -> int | None:
+        """Return the value of limit_tokens or held_out_tokens as a number; None for no limit. Raises ConfigError."""
+        value = getattr(self, name)
+        return None if value is None else parse_count(f"data.{name}", value)
+
     def paths(self) -> dict[str, str]:
         """Return the paths of the config by key: files and folders of this machine."""
-        found = {"path": self.path, "tokenizer": self.tokenizer}
-        return {key: value for key, value in found.items() if value is not None}
+        return own_paths(self, "path", "tokenizer")
 
     def check_files(self) -> None:
         """Raise ConfigError if a file of the config is missing or unreadable. Only a launch calls this."""
@@ -74,10 +85,10 @@ class DataConfig:
 
     def check_file(self, key: str, value: str) -> None:
         """Raise ConfigError if the file or folder of one key cannot be used. May raise OSError."""
-        if key == "tokenizer" and not tokenizer_file(value).is_file():
+        if key == "tokenizer" and is_local(value) and not tokenizer_file(value).is_file() and not Path(value).is_dir():
             raise ConfigError(f"data.tokenizer={shown(value, 200)} has no tokenizer.json")
-        if key == "path":
-            check_path(Path(value))
+        if key.endswith("path"):
+            check_path(Path(value), f"data.{key}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,12 +98,28 @@ class StdlibConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TextConfig(DataConfig):
-    """The user's files."""
+    """The user's files.
+
+    validation_path, test_path: The user's own held-out files. If only one of them is given, the other split is half of
+        the validation files, or is taken from the training text.
+    """
 
     has_path: ClassVar[bool] = True
 
+    validation_path: str | None = None
+    test_path: str | None = None
+
+    def paths(self) -> dict[str, str]:
+        """Return the paths of the config by key: files and folders of this machine."""
+        return super(TextConfig, self).paths() | own_paths(self, "validation_path", "test_path")
+
 
 SOURCES: dict[str, type[DataConfig]] = {"stdlib": StdlibConfig, "text": TextConfig}
+
+
+def own_paths(config: DataConfig, *keys: str) -> dict[str, str]:
+    """Return the values of these keys, without those that are None."""
+    return {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
 
 
 def source_class(name: object) -> type[DataConfig]:
@@ -104,6 +131,14 @@ def source_class(name: object) -> type[DataConfig]:
 def data_config(values: dict[str, Any]) -> DataConfig:
     """Return the settings with these values. `values["name"]` is the source."""
     return source_class(values.get("name"))(**values)
+
+
+def is_local(tokenizer: str) -> bool:
+    """Return whether a tokenizer is a file or folder of this machine, and not a name on the hub.
+
+    A name on the hub is NAME or OWNER/NAME.
+    """
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", tokenizer) is None or Path(tokenizer).exists()
 
 
 def tokenizer_file(tokenizer: str) -> Path:

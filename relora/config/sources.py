@@ -1,6 +1,7 @@
 """The files of `data.path`: which are read as text, and which are left out for what reason. Reads no text."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -59,6 +60,14 @@ ABOUT_THE_DATA = (
 ABOUT = "describes the data"
 """The reason for leaving them out."""
 NAMES_SHOWN = 4
+NAMED_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    "test": "test",
+}
+"""Names of files and folders -> the split that they hold."""
+UNNAMED_KINDS = (".py", ".md")
+"""Files of programs and documentation are called train, test or dev for other reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +84,30 @@ class LeftOut:
 class Survey:
     """All files of a data.path."""
 
+    root: Path
+    """The data.path itself."""
     read: list[Path] = field(default_factory=list)
     """Sorted by path."""
     read_bytes: int = 0
     left_out: list[LeftOut] = field(default_factory=list)
+
+    def by_split(self) -> dict[str, list[Path]]:
+        """Return split -> files, if the files are named after splits. Otherwise all files are for training.
+
+        A name has a split's name as a word, as in c4-train.00001.json.gz or val/a.txt. If at least one file is for
+        training and one is held out, then files without a split's name are left out.
+        """
+        named: dict[str, list[Path]] = {}
+        for path in self.read:
+            named.setdefault(_split_named(path, self.root), []).append(path)
+        if "train" not in named or not named.keys() & {"validation", "test"}:
+            return {"train": self.read}
+        for path in named.pop("", []):
+            size_bytes = path.stat().st_size
+            self.left_out.append(LeftOut(path=path, reason="not named after a split", size_bytes=size_bytes))
+            self.read_bytes -= size_bytes
+        self.read = sorted(path for files in named.values() for path in files)
+        return named
 
     @property
     def missed_bytes(self) -> int:
@@ -97,6 +126,14 @@ class Survey:
         names = [f"{each.path.name} ({each.reason}, {in_units(each.size_bytes)})" for each in largest[:NAMES_SHOWN]]
         more = [f"{len(largest) - NAMES_SHOWN} more"] if len(largest) > NAMES_SHOWN else []
         return f"left out: {', '.join([*names, *more])}"
+
+
+def _split_named(path: Path, root: Path) -> str:
+    """Return the split that a file is named after; empty if there is none."""
+    if path.name.endswith(UNNAMED_KINDS):
+        return ""
+    words = re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())
+    return next((NAMED_SPLITS[word] for word in words if word in NAMED_SPLITS), "")
 
 
 def kind_of(path: Path) -> str | None:
@@ -125,9 +162,11 @@ def survey(path: Path) -> Survey:
     if path.is_file():
         kind = kind_of(path)
         if kind is None:
-            return Survey(left_out=[LeftOut(path=path, reason="unknown kind", size_bytes=path.stat().st_size)])
-        return Survey(read=[path], read_bytes=path.stat().st_size)
-    found = Survey()
+            return Survey(
+                root=path, left_out=[LeftOut(path=path, reason="unknown kind", size_bytes=path.stat().st_size)]
+            )
+        return Survey(root=path, read=[path], read_bytes=path.stat().st_size)
+    found = Survey(root=path)
     files = sorted(_files(path))
     has_records = any(kind_of(file) not in (None, "text") for file in files)
     for file in files:
@@ -185,20 +224,20 @@ def _holds_runs(folder: Path) -> bool:
     return next((folder / "corpora").glob("*/meta.json"), None) is not None
 
 
-def check_path(path: Path) -> Survey:
-    """Survey `data.path`. Raises ConfigError if nothing can be read, or if most bytes would be left out."""
+def check_path(path: Path, key: str = "data.path") -> Survey:
+    """Survey the file or folder of a key. Raises ConfigError if nothing can be read, or if most bytes are left out."""
     if not path.exists():
-        raise ConfigError(f"data.path={shown(path, 200)} does not exist")
+        raise ConfigError(f"{key}={shown(path, 200)} does not exist")
     found = survey(path)
     if not found.read:
         readable = f"{', '.join(KINDS)}, each except .parquet and .arrow also with {', '.join(COMPRESSIONS)}"
         left_out = f"; {found.left_out_described()}" if found.left_out else ""
         raise ConfigError(
-            f"data.path={shown(path, 200)} contains no text; relora reads files that end in {readable}{left_out}"
+            f"{key}={shown(path, 200)} contains no text; relora reads files that end in {readable}{left_out}"
         )
     if found.missed_bytes > found.read_bytes:
         raise ConfigError(
-            f"data.path={shown(path, 200)} has {in_units(found.read_bytes)} that relora can read, and "
+            f"{key}={shown(path, 200)} has {in_units(found.read_bytes)} that relora can read, and "
             f"{in_units(found.missed_bytes)} of other files; {found.left_out_described()}; move or convert them, or "
             "name a folder or file with only the text"
         )

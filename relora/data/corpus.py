@@ -4,33 +4,41 @@ A corpus is a folder with one memory-mapped token file for each split, the token
 of both. It is built under a lock and gets its name only when it is complete.
 """
 
+import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
 from relora.common import signals
 from relora.common.errors import DamagedFile
-from relora.common.files import check_crc32, crc32_of, publishing, read_json, reason
-from relora.config.data import DataConfig, data_config
-from relora.config.sources import survey
-from relora.data.documents import fingerprint, source_files, split_documents
-from relora.data.encoding import SPLITS, copy_tokenizer, train_tokenizer, write_tokens
-from relora.data.readers import CorpusError, Tally
+from relora.common.files import check_crc32, naming, publish, read_json, reason, system_error, write_json
+from relora.common.tables import in_units
+from relora.config.data import DataConfig, TextConfig, data_config
+from relora.data.building import FORMAT, Build, crc32_of_values
+from relora.data.decoding import CorpusError, Unfinished
 from relora.data.sequences import TokenSequences
+from relora.data.source import SPLITS, Source
+from relora.data.text import StdlibSource, TextSource
+from relora.data.tokenizer import tokenizer_identity
 
 USER_ERROR = 3
 """Exit code of the process that builds a corpus when its stderr is an error message for the user."""
+NOT_PREPARED = ("sequence_length_tokens",)
+"""Settings that do not change the prepared corpus."""
+SMALL_BYTES = 100 << 20
+"""The need of disk is not logged for less."""
 REMEDY = "remove its folder, and the next launch prepares the corpus again"
 """The remedy in messages about a damaged corpus that the run does not repair by itself."""
 
@@ -66,51 +74,60 @@ class Corpus:
             raise CorpusError(f"the {split} split is too short: {error}") from error
 
 
-def prepare(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:
+def prepare(
+    config: DataConfig, corpora: Path, log_line: Callable[[str], None], *, workers: int | None = None
+) -> Corpus:
     """Load the corpus that `config` describes. Build it first if it is missing or damaged.
 
     Args:
         config: The text, its splits and its tokenizer.
         corpora: The folder that holds all prepared corpora.
         log_line: Called with each message about the building.
+        workers: Processes that encode; None for one for each CPU.
 
     Raises:
         CorpusError: The text cannot be read or is too little.
     """
-    files = source_files(config)
-    folder = _folder(config, files, corpora)
+    source = source_of(config)
+    folder = _folder(source, corpora)
     corpus = _prepared(folder, lambda message: None)
     if corpus is None:
         corpora.mkdir(parents=True, exist_ok=True)
         with FileLock(corpora / f"{folder.name}.lock"):
             corpus = _prepared(folder, log_line)
             if corpus is None:
-                _build(config, files, folder, log_line)
+                _build(source, folder, log_line, workers)
                 corpus = load(folder)
     return corpus
+
+
+def source_of(config: DataConfig) -> Source:
+    """Return the source of the documents. Raises CorpusError if it has none."""
+    if isinstance(config, TextConfig):
+        return TextSource(config)
+    return StdlibSource(config)
 
 
 def load(folder: Path) -> Corpus:
     """Load a prepared corpus. Raises DamagedFile if a file does not match meta.json.
 
-    Every byte is read. A start takes about a second for each GB of tokens that is cached in memory, and the disk's time
-    for the rest. This costs little compared with training on a damaged token. A corpus from before checksums were
-    written has only its sizes checked.
+    Every byte is read at the first time, which takes about a second for each GB that is cached in memory, and the
+    disk's time for the rest. This costs little compared with training on a damaged token. Later, only the sizes, the
+    times and the inodes of the files are compared with those of the first time.
     """
     meta = read_json(folder / "meta.json")
     names = ("corpus_digest", "tokenizer_digest", "vocab_size", "end_of_text_id", "dtype", "splits")
     try:
+        own = meta.pop("own_crc32", None)
+        if own not in (None, crc32_of_values(meta)):
+            raise DamagedFile(folder / "meta.json", "its values differ from those that were written", REMEDY)
         corpus = Corpus(folder=folder, **{name: meta[name] for name in names})
         for split in SPLITS:
             wanted = corpus.splits[split]["tokens"] * np.dtype(corpus.dtype).itemsize
             file = folder / f"{split}.bin"
             if (found := file.stat().st_size) != wanted:
                 raise DamagedFile(file, f"it has {found} bytes and should have {wanted}", REMEDY)
-        for name, wanted in meta.get("crc32", {}).items():
-            check_crc32(folder / name, wanted, REMEDY)
-        own = meta.pop("own_crc32", None)
-        if own not in (None, _crc32_of_values(meta)):
-            raise DamagedFile(folder / "meta.json", "its values differ from those that were written", REMEDY)
+        _check_sums(folder, meta.get("crc32", {}))
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(folder / "meta.json", f"a value is missing or wrong: {error}", REMEDY) from error
     except OSError as error:
@@ -118,9 +135,24 @@ def load(folder: Path) -> Corpus:
     return corpus
 
 
-def _crc32_of_values(meta: dict[str, Any]) -> str:
-    """The checksum of the values of a meta.json, without the checksum itself."""
-    return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
+def _check_sums(folder: Path, crc32: dict[str, str]) -> None:
+    """Compare the files with their checksums, unless that was done since they last changed. Raises DamagedFile."""
+    stamps = {name: _stamp(folder / name) for name in sorted(crc32)}
+    checked = folder.with_name(f"{folder.name}.checked")
+    with suppress(DamagedFile):
+        if read_json(checked) == {"crc32": crc32, "stamps": stamps}:
+            return
+    with ThreadPoolExecutor() as threads:
+        for each in [threads.submit(check_crc32, folder / name, wanted, REMEDY) for name, wanted in crc32.items()]:
+            each.result()
+    with suppress(OSError):  # a corpus of other people is checked each time
+        write_json(checked, {"crc32": crc32, "stamps": stamps})
+
+
+def _stamp(path: Path) -> list[int]:
+    """Values that change when a file changes. Nobody can set the time of the last change of the inode."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 def _prepared(folder: Path, log_line: Callable[[str], None]) -> Corpus | None:
@@ -174,35 +206,50 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
 
 def folder_of(config: DataConfig, corpora: Path) -> Path:
     """The folder of the corpus, prepared or not. The corpus is prepared if the folder has a meta.json."""
-    return _folder(config, source_files(config), corpora)
+    return _folder(source_of(config), corpora)
 
 
-def _folder(config: DataConfig, files: list[Path], corpora: Path) -> Path:
-    return corpora / f"{config.name}-{fingerprint(config, files)}"
+def _folder(source: Source, corpora: Path) -> Path:
+    """The name has a digest of settings, tokenizer, and each file's path, size and time. No text is read for it."""
+    settings = {key: value for key, value in asdict(source.config).items() if key not in NOT_PREPARED}
+    key = json.dumps([FORMAT, settings, source.identity, tokenizer_identity(source.config.tokenizer)])
+    return corpora / f"{source.config.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
-def _build(config: DataConfig, files: list[Path], folder: Path, log_line: Callable[[str], None]) -> None:
+def _build(source: Source, folder: Path, log_line: Callable[[str], None], workers: int | None) -> None:
+    """Build a corpus in a folder beside its own, and rename that. After a kill, the next call goes on with it."""
     started = time.perf_counter()
-    content = survey(Path(config.path)).described() if config.path else f"{len(files)} files"
-    log_line(f"preparing the corpus {folder.name}: {content}")
-    tally = Tally()
-    splits = split_documents(config, files, tally)
-    for remark in tally.remarks():
-        log_line(f"note: {remark}")
-    with publishing(folder) as temporary:
-        end_of_text = (
-            train_tokenizer(config, files, splits, temporary)
-            if config.tokenizer is None
-            else copy_tokenizer(config.tokenizer, temporary, log_line)
-        )
-        meta = write_tokens(config, files, splits, temporary, end_of_text)
-        meta["crc32"] = {path.name: crc32_of(path) for path in sorted(temporary.iterdir())}
-        meta["own_crc32"] = _crc32_of_values(meta)
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    log_line(f"preparing the corpus {folder.name}: {source.described()}")
+    work = folder.with_name(f"{folder.name}.partial")
+    _log_disk(source, folder.parent, log_line)
+    build = Build(source, work, log_line, workers=workers)
+    try:
+        if not (work / "meta.json").exists():
+            build.run()
+        build.remove_state()
+        publish(work, folder)
+    except Exception as error:
+        if (found := system_error(error)) is not None:
+            raise naming(found, folder) from error
+        if not isinstance(error, Unfinished):  # the text must change first
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    meta = read_json(folder / "meta.json")
     counts = ", ".join(f"{name} {meta['splits'][name]['tokens']:,}" for name in SPLITS)
     log_line(
         f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}"
     )
+
+
+def _log_disk(source: Source, corpora: Path, log_line: Callable[[str], None]) -> None:
+    """Log how much of the disk a large corpus needs: at most about two bytes for each byte of text."""
+    limit, size_bytes = source.config.limit("limit_tokens"), source.size_bytes
+    needed = [count for count in (2 * limit if limit else None, size_bytes) if count is not None]
+    free_bytes = shutil.disk_usage(corpora).free
+    if not needed:
+        log_line(f"the size of the source is unknown; {in_units(free_bytes)} of the disk are free")
+    elif min(needed) > SMALL_BYTES or min(needed) > free_bytes:
+        log_line(f"the corpus needs about {in_units(min(needed))} of the {in_units(free_bytes)} that are free")
 
 
 def _main(settings: str, corpora: str) -> int:

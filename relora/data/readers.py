@@ -3,37 +3,23 @@
 Imports pyarrow, for parquet, arrow and zst.
 """
 
-import codecs
 import csv
 import gzip
-import io
+import itertools
 import json
 import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from relora.common.errors import RunError, first_line
+from relora.common.errors import first_line
 from relora.common.files import reason
 from relora.config.sources import kind_of
+from relora.data.decoding import CorpusError, Tally, lines, text_chunks
 
-MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-    (codecs.BOM_UTF8, "utf-8"),
-)
-"""Byte-order marks. The mark of UTF-32 begins with that of UTF-16, so it comes first."""
-MOST_UNDECODABLE_SHARE = 0.002
-"""More bytes than this share that are not UTF-8 mean another encoding. Latin-1 text in German has ten times as many."""
-FEW_UNDECODABLE_BYTES = 8
-"""So many are always replaced. A short file with one wrong byte is no other encoding."""
-MOST_NUL_SHARE = 0.01
 MOST_WITHOUT_TEXT_SHARE = 0.1
 """More records than this share without text mean that the text is in another field."""
 FIRST_RECORDS = 1000
@@ -43,150 +29,43 @@ ROWS = 512
 _BETWEEN = re.compile(r"[\s,]*")
 """White space and commas between the records of an array."""
 
-
-class CorpusError(RunError):
-    """The text of a corpus cannot be read, or there is too little of it."""
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """Counts of what reading the text has changed or left out."""
-
-    records: int = 0
-    without_text: int = 0
-    """Records with no text field, with null, or with an empty text."""
-    replaced_bytes: int = 0
-    """Bytes that are not valid in the encoding of their file. Each becomes U+FFFD."""
-    replaced_surrogates: int = 0
-    """Halves of a character in a JSON text. Each becomes U+FFFD."""
-
-    def remarks(self) -> list[str]:
-        """Describe what was changed or left out. Empty if nothing was."""
-        said: list[str] = []
-        if self.without_text:
-            said.append(f"{self.without_text:,} of {self.records:,} records have no text and were skipped")
-        if self.replaced_bytes:
-            said.append(f"{self.replaced_bytes:,} bytes are not valid UTF-8 and were replaced by U+FFFD")
-        if self.replaced_surrogates:
-            said.append(f"{self.replaced_surrogates:,} halves of characters were replaced by U+FFFD")
-        return said
+Chunks = Iterable[str]
+"""The text of a document, in parts."""
 
 
-def read_documents(files: list[Path], text_field: str, tally: Tally | None = None) -> Iterator[str]:
-    """Yield all non-empty documents. A text file is one document, and so is each record of the other kinds.
+def read_documents(path: Path, text_field: str, tally: Tally) -> Iterator[Chunks]:
+    """Yield all non-empty documents of a file. A text file is one document, and so is each record of the other kinds.
 
     Args:
-        files: Files of which `kind_of` knows the kind.
+        path: A file of which `kind_of` knows the kind.
         text_field: The field or column that holds the text.
         tally: Gets the counts.
 
+    Yields:
+        The document, in chunks of its text. Read them before the next document.
+
     Raises:
-        CorpusError: A file cannot be read, is not text, or has too few records with text.
+        CorpusError: The file cannot be read, is not text, or has too few records with text. The chunks raise it too.
     """
-    tally = Tally() if tally is None else tally
-    for path in files:
-        kind = kind_of(path)
-        assert kind is not None
-        try:
-            if kind == "text":
-                if text := _whole_text(path, tally):
-                    yield text
-            else:
-                yield from _texts(path, kind, text_field, tally)
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-            raise CorpusError(f"{path} is cut or damaged: {first_line(error)}; copy it again") from error
-        except OSError as error:
-            raise CorpusError(f"{path} cannot be read: {reason(error)}") from error
+    kind = kind_of(path)
+    assert kind is not None
+    if kind == "text":
+        chunks = _checked(path, text_chunks(path, tally))
+        if (first := next(chunks, None)) is not None:
+            yield itertools.chain((first,), chunks)
+    else:
+        for text in _checked(path, _texts(path, kind, text_field, tally)):
+            yield (text,)
 
 
-# ----------------------------------------------------------------------------------------------------------- bytes
-
-
-def _opened(path: Path) -> Any:
-    """Open a file for reading bytes. A compressed file gives its content."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path)
-    if suffix == ".xz":
-        return lzma.open(path)
-    if suffix == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
-    return path.open("rb")
-
-
-def _encoding(start: bytes) -> tuple[str, int]:
-    """Return the encoding that a byte-order mark names, and the length of the mark. UTF-8 without a mark."""
-    for mark, name in MARKS:
-        if start.startswith(mark):
-            return name, len(mark)
-    return "utf-8", 0
-
-
-@dataclass(kw_only=True)
-class _Decoder:
-    """Decodes a file, counts the bytes that it replaces, and refuses a file with too many of them."""
-
-    path: Path
-    tally: Tally
-    encoding: str
-    read_bytes: int
-    bad_bytes: int = 0
-    nul_bytes: int = 0
-    first_bad: int | None = None
-
-    def decoded(self, data: bytes) -> str:
-        try:
-            text = data.decode(self.encoding)
-        except UnicodeDecodeError as error:
-            if self.first_bad is None:
-                self.first_bad = self.read_bytes + error.start
-            text = data.decode(self.encoding, errors="replace")
-            bad = text.count("\ufffd") - data.count("\ufffd".encode(self.encoding))
-            self.bad_bytes += bad
-            self.tally.replaced_bytes += bad
-        self.nul_bytes += text.count("\0")
-        self.read_bytes += len(data)
-        return text
-
-    def check(self) -> None:
-        """Raise CorpusError if the file is hardly text."""
-        if self.bad_bytes > max(FEW_UNDECODABLE_BYTES, MOST_UNDECODABLE_SHARE * self.read_bytes):
-            raise CorpusError(
-                f"{self.path}: {self.bad_bytes:,} of {self.read_bytes:,} bytes are not valid {self.encoding.upper()}, "
-                f"the first at byte {self.first_bad}; convert the file to UTF-8, for example with iconv"
-            )
-        if self.nul_bytes > MOST_NUL_SHARE * self.read_bytes:
-            raise CorpusError(
-                f"{self.path}: {self.nul_bytes:,} of {self.read_bytes:,} bytes are NUL, as in a binary file or in "
-                "UTF-16 without a byte-order mark; convert the file to UTF-8, or move it away"
-            )
-
-
-def _whole_text(path: Path, tally: Tally) -> str:
-    with _opened(path) as file:
-        data = file.read()
-    encoding, length = _encoding(data[:4])
-    decoder = _Decoder(path=path, tally=tally, encoding=encoding, read_bytes=length)
-    text = decoder.decoded(data[length:])
-    decoder.check()
-    return text
-
-
-def _lines(path: Path, tally: Tally) -> Iterator[str]:
-    """Yield the lines of a file with their ends. Only "\\n" ends a line."""
-    with _opened(path) as file:
-        encoding, length = _encoding(file.peek(4)[:4])
-        file.read(length)
-        if encoding == "utf-8":
-            decoder = _Decoder(path=path, tally=tally, encoding=encoding, read_bytes=length)
-            for line in file:
-                yield decoder.decoded(line)
-            decoder.check()
-        else:
-            with io.TextIOWrapper(file, encoding=encoding, errors="replace", newline="\n") as text:
-                yield from text
+def _checked(path: Path, texts: Iterator[str]) -> Iterator[str]:
+    """Yield the texts. An error of reading becomes a CorpusError that names the file."""
+    try:
+        yield from texts
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"{path} is cut or damaged: {first_line(error)}; copy it again") from error
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {reason(error)}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- records
@@ -243,7 +122,7 @@ def _without_surrogates(text: str, tally: Tally) -> str:
 
 
 def _jsonl(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(path, tally), start=1):
+    for number, line in enumerate(lines(path, tally), start=1):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -280,7 +159,7 @@ def _json(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]
 def _chunks(path: Path, tally: Tally) -> Iterator[str]:
     parts: list[str] = []
     length = 0
-    for line in _lines(path, tally):
+    for line in lines(path, tally):
         for start in range(0, len(line), CHUNK_CHARACTERS):
             parts.append(line[start : start + CHUNK_CHARACTERS])
             length += len(parts[-1])
@@ -300,7 +179,7 @@ def _as_record(path: Path, where: str, record: object) -> dict[str, Any]:
 def _table(delimiter: str) -> Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]:
     def read(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(sys.maxsize)
-        rows = csv.DictReader(_lines(path, tally), delimiter=delimiter, strict=True)
+        rows = csv.DictReader(lines(path, tally), delimiter=delimiter, strict=True)
         try:
             columns = rows.fieldnames or []
             _check_column(path, text_field, columns)

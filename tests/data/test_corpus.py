@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -20,10 +21,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from relora.common.errors import DamagedFile
 from relora.config.data import DataConfig, data_config
+from relora.data import building
 from relora.data.corpus import Corpus, load, prepare, prepare_apart
-from relora.data.documents import source_files
-from relora.data.encoding import SPLITS
-from relora.data.readers import CorpusError
+from relora.data.decoding import CorpusError
+from relora.data.source import SPLITS
+from relora.data.text import StdlibSource
+from relora.data.writer import SplitFiles
 
 WORDS = ["alpha", "naïve", "straße", "日本語", "über", "тест", "🙂", "the", "of", "and", "run", "x1", "=", "foo(bar)"]
 
@@ -89,6 +92,7 @@ def split_of_each(corpus: Corpus) -> dict[str, str]:
     return {text: split for split in SPLITS for text in texts(corpus, split)}
 
 
+TOKEN_FILES = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "starts")]
 DOCUMENTS = [document(number) for number in range(150)]
 
 
@@ -208,7 +212,7 @@ def test_a_split_shorter_than_a_sequence_is_named(tmp_path: Path, corpora: Path)
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
     root = Path(sysconfig.get_path("stdlib"))
-    files = source_files(data_config({"name": "stdlib"}))
+    files = StdlibSource(data_config({"name": "stdlib"})).files["train"]
     names = [path.relative_to(root).as_posix() for path in files]
     assert {"argparse.py", "asyncio/tasks.py", "json/decoder.py", "typing.py"} <= set(names)
     forbidden = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -227,7 +231,7 @@ def test_the_standard_library_makes_a_corpus(tmp_path: Path) -> None:
     assert 0.006 < tokens["validation"] / total < 0.014
     assert 0.014 < tokens["test"] / total < 0.026
     assert corpus.vocab_size == 2048
-    assert json.loads((corpus.folder / "meta.json").read_text())["python"] == sys.version.split()[0]
+    assert json.loads((corpus.folder / "source.json").read_text())["python"] == sys.version.split()[0]
     assert len(messages) == 2
 
 
@@ -277,7 +281,7 @@ def test_two_builds_are_equal_to_the_byte(tmp_path: Path) -> None:
     assert one.identity == other.identity
     assert one.folder.name == other.folder.name
     files = sorted(path.name for path in one.folder.iterdir())
-    assert files == ["meta.json", "test.bin", "tokenizer.json", "tokenizer_config.json", "train.bin", "validation.bin"]
+    assert files == sorted(["meta.json", "source.json", "tokenizer.json", "tokenizer_config.json", *TOKEN_FILES])
     for name in files:
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
@@ -647,56 +651,92 @@ def test_processes_that_prepare_together_build_once(tmp_path: Path, corpora: Pat
         prepare(settings(folder), corpora, silent).sequences("train", 16).count
     }
     assert len(list(corpora.glob("*/meta.json"))) == 1
-    assert not list(corpora.glob("*.tmp"))
+    assert not list(corpora.glob("*.partial"))
 
 
 KILL_AND_PREPARE = """
-import json, os, shutil, signal, sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 from relora.config.data import data_config
+from relora.data import building
 from relora.data.corpus import prepare
 
-config, corpora = data_config(json.loads(sys.argv[1])), Path(sys.argv[2])
-corpora.mkdir()
-
-
-def reached(stage):
-    found = list(corpora.glob("*.tmp" if stage == "started" else f"*.tmp/{stage}"))
-    return bool(found) and (stage == "started" or found[0].stat().st_size > 0)
-
-
-for stage in ("started", "tokenizer.json", "train.bin"):
-    for leftover in corpora.glob("*.tmp"):
-        shutil.rmtree(leftover)
+config, corpora, kills = data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
+building.COMMIT_SECONDS = 0.0
+building.BATCH_PIECES = 7
+chance, killed, reached, seconds = random.Random(0), 0, [], 0.05
+while killed < kills:
     child = os.fork()
     if child == 0:
-        prepare(config, corpora, lambda message: None)
+        messages = []
+        prepare(config, corpora, messages.append)
         os._exit(0)
-    while not reached(stage):
-        time.sleep(0.0005)
+    time.sleep(seconds * chance.random())
     os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, stage
-    assert not list(corpora.glob("*/meta.json")), stage
-    assert list(corpora.glob("*.tmp")), stage
+    status = os.waitpid(child, 0)[1]
+    if status != signal.SIGKILL:
+        break
+    killed += 1
+    assert not list(corpora.glob("*/meta.json")) or list(corpora.glob("*.partial/meta.json"))
+    sizes = [path.stat().st_size for path in corpora.glob("*.partial/train.bin")]
+    reached.append(sizes[0] if sizes else 0)
+    if len(reached) > 1 and reached[-1] == reached[-2]:
+        seconds *= 1.3  # as long as it takes to come further than the last time
 messages = []
 corpus = prepare(config, corpora, messages.append)
-print(json.dumps({"messages": len(messages), "folder": str(corpus.folder)}))
+print(json.dumps({"messages": messages, "folder": str(corpus.folder), "killed": killed, "reached": reached}))
 """
 
 
 @pytest.mark.slow
-def test_a_killed_build_is_never_used(tmp_path: Path, corpora: Path) -> None:
-    folder = write_documents(tmp_path / "texts", [lines(12_000)])
-    command = [sys.executable, "-c", KILL_AND_PREPARE, arguments(folder), str(corpora)]
+@pytest.mark.parametrize("kind", ["one text", "files of records", "splits of the user"])
+def test_a_preparation_that_is_killed_twenty_times_has_the_same_bytes(tmp_path: Path, corpora: Path, kind: str) -> None:
+    folder = tmp_path / "texts"
+    if kind == "one text":
+        write_documents(folder, [lines(20_000)])
+    else:
+        folder.mkdir()
+        records = [{"text": document(number, words=5 + number % 300)} for number in range(2000)]
+        names = ["train-1", "train-2", "validation-1"] if kind == "splits of the user" else ["a", "b", "c"]
+        for number, name in enumerate(names):
+            write_jsonl(folder / f"{name}.jsonl", records[number::3])
+    command = [sys.executable, "-c", KILL_AND_PREPARE, arguments(folder), str(corpora), "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["messages"] == 2
+    assert result["killed"] >= 10
+    assert max(result["reached"]) > 0, "no process was killed while it wrote tokens"
     clean = prepare(settings(folder), tmp_path / "clean", silent)
     assert clean.folder.name == Path(result["folder"]).name
-    for path in clean.folder.iterdir():
-        assert path.read_bytes() == (Path(result["folder"]) / path.name).read_bytes()
-    assert sorted(path.name for path in corpora.iterdir()) == [clean.folder.name, f"{clean.folder.name}.lock"]
+    files = {path.name: path.read_bytes() for path in clean.folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in Path(result["folder"]).iterdir()} == files
+    assert not list(corpora.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_preparation_goes_on_and_says_so(tmp_path: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(write_documents(tmp_path / "texts", [lines(4000)]))
+    monkeypatch.setattr(building, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(building, "BATCH_PIECES", 100)
+    write = SplitFiles.write
+
+    def fails_at_last(self: SplitFiles) -> None:
+        write(self)
+        if self.splits["train"].tokens > 20_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SplitFiles, "write", fails_at_last)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        prepare(config, corpora, silent)
+    assert "text-" in str(raised.value.filename)
+    monkeypatch.setattr(SplitFiles, "write", write)
+    messages: list[str] = []
+    corpus = prepare(config, corpora, messages.append)
+    (tokens,) = [
+        int(found[1].replace(",", "")) for text in messages if (found := re.search(r"after ([\d,]+) tok", text))
+    ]
+    assert 10_000 < tokens < 40_000
+    assert corpus.corpus_digest == prepare(config, tmp_path / "other", silent).corpus_digest
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "test.bin", "meta.json"])
@@ -712,7 +752,7 @@ def test_a_truncated_corpus_is_named_and_prepared_again(tmp_path: Path, corpora:
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
-FILES = ["train.bin", "validation.bin", "test.bin", "tokenizer.json", "tokenizer_config.json"]
+FILES = [*TOKEN_FILES, "source.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("name", FILES)

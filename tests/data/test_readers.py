@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora.data.readers import CHUNK_CHARACTERS, CorpusError, Tally, read_documents
+from relora.data.decoding import CorpusError, Tally
+from relora.data.readers import CHUNK_CHARACTERS, read_documents
 
 TEXTS = [
     "plain",
@@ -27,8 +28,9 @@ TEXTS = [
 RECORDS = [{"id": number, "text": text, "more": {"x": [number]}} for number, text in enumerate(TEXTS)]
 
 
-def read(*files: Path, field: str = "text") -> list[str]:
-    return list(read_documents(list(files), field))
+def read(*files: Path, field: str = "text", tally: Tally | None = None) -> list[str]:
+    tally = Tally() if tally is None else tally
+    return ["".join(chunks) for file in files for chunks in read_documents(file, field, tally)]
 
 
 def assert_refused(file: Path, parts: list[str]) -> None:
@@ -189,7 +191,7 @@ def test_a_few_wrong_bytes_are_replaced_and_counted(tmp_path: Path) -> None:
     tally = Tally()
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "half \\ud83d of it"}\n{"text": "\\ud83d\\ude42 whole"}\n')
-    assert list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], "text", tally)) == [
+    assert read(tmp_path / "a.txt", tmp_path / "b.jsonl", tally=tally) == [
         "caf\ufffd au lait",
         "half \ufffd of it",
         "🙂 whole",
@@ -205,7 +207,7 @@ def test_records_without_text_are_skipped_and_counted(tmp_path: Path) -> None:
     tally = Tally()
     lines = ['{"text": null}', '{"text": ""}', "", '{"other": "x"}', *['{"text": "t"}'] * 30]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert list(read_documents([tmp_path / "a.jsonl"], "text", tally)) == ["t"] * 30
+    assert read(tmp_path / "a.jsonl", tally=tally) == ["t"] * 30
     assert (tally.records, tally.without_text) == (33, 3)
     assert tally.remarks() == ["3 of 33 records have no text and were skipped"]
 

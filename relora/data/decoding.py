@@ -1,0 +1,167 @@
+"""Open files, compressed or not, and turn their bytes into characters, a chunk at a time. Imports pyarrow, for zst."""
+
+import codecs
+import gzip
+import io
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relora.common.errors import RunError
+
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+)
+"""Byte-order marks. The mark of UTF-32 begins with that of UTF-16, so it comes first."""
+MOST_UNDECODABLE_SHARE = 0.002
+"""More bytes than this share that are not UTF-8 mean another encoding. Latin-1 text in German has ten times as many."""
+FEW_UNDECODABLE_BYTES = 8
+"""So many are always replaced. A short file with one wrong byte is no other encoding."""
+MOST_NUL_SHARE = 0.01
+CHUNK_BYTES = 1 << 20
+
+
+class CorpusError(RunError):
+    """The text of a corpus cannot be read, or there is too little of it."""
+
+
+class Unfinished(CorpusError):  # noqa: N818 -- says what the corpus is
+    """The preparation stopped, and can go on from its last state."""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Counts of what reading the text has changed or left out."""
+
+    records: int = 0
+    without_text: int = 0
+    """Records with no text field, with null, or with an empty text."""
+    replaced_bytes: int = 0
+    """Bytes that are not valid in the encoding of their file. Each becomes U+FFFD."""
+    replaced_surrogates: int = 0
+    """Halves of a character in a JSON text. Each becomes U+FFFD."""
+
+    def remarks(self) -> list[str]:
+        """Describe what was changed or left out. Empty if nothing was."""
+        said: list[str] = []
+        if self.without_text:
+            said.append(f"{self.without_text:,} of {self.records:,} records have no text and were skipped")
+        if self.replaced_bytes:
+            said.append(f"{self.replaced_bytes:,} bytes are not valid in their file's encoding and became U+FFFD")
+        if self.replaced_surrogates:
+            said.append(f"{self.replaced_surrogates:,} halves of characters were replaced by U+FFFD")
+        return said
+
+
+def text_chunks(path: Path, tally: Tally) -> Iterator[str]:
+    """Yield the characters of a file in chunks. No chunk is empty.
+
+    Raises:
+        CorpusError: The file is hardly text.
+        OSError, EOFError, lzma.LZMAError, zlib.error: The file cannot be read, or is cut.
+    """
+    with _opened(path) as file:
+        data = file.read(CHUNK_BYTES)
+        encoding, length = _encoding(data[:4])
+        decoder = _Decoder(path=path, tally=tally, encoding=encoding, read_bytes=length)
+        data = data[length:]
+        while data:
+            after = file.read(CHUNK_BYTES)
+            if text := decoder.decoded(data, last=not after):
+                yield text
+            data = after
+    decoder.check()
+
+
+def lines(path: Path, tally: Tally) -> Iterator[str]:
+    """Yield the lines of a file with their ends. Only "\\n" ends a line. Raises as `text_chunks`."""
+    parts: list[str] = []
+    for chunk in text_chunks(path, tally):
+        start = 0
+        while end := chunk.find("\n", start) + 1:
+            line = chunk[start:end]
+            if parts:
+                line = "".join([*parts, line])
+                parts.clear()
+            yield line
+            start = end
+        if start < len(chunk):
+            parts.append(chunk[start:])
+    if parts:
+        yield "".join(parts)
+
+
+def _opened(path: Path) -> Any:
+    """Open a file for reading bytes. A compressed file gives its content."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path)
+    if suffix == ".xz":
+        return lzma.open(path)
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+    return path.open("rb")
+
+
+def _encoding(start: bytes) -> tuple[str, int]:
+    """Return the encoding that a byte-order mark names, and the length of the mark. UTF-8 without a mark."""
+    for mark, name in MARKS:
+        if start.startswith(mark):
+            return name, len(mark)
+    return "utf-8", 0
+
+
+@dataclass(kw_only=True)
+class _Decoder:
+    """Decodes a file, counts the bytes that it replaces, and refuses a file with too many of them."""
+
+    path: Path
+    tally: Tally
+    encoding: str
+    read_bytes: int
+    bad_bytes: int = 0
+    nul_bytes: int = 0
+    first_bad: int | None = None
+    rest: bytes = b""
+    """The beginning of a character that the next chunk completes."""
+
+    def decoded(self, data: bytes, *, last: bool) -> str:
+        whole, begin = self.rest + data, self.read_bytes - len(self.rest)
+        make = codecs.getincrementaldecoder(self.encoding)
+        decoder = make("strict")
+        try:
+            text = decoder.decode(whole, last)
+        except UnicodeDecodeError as error:
+            if self.first_bad is None:
+                self.first_bad = begin + error.start
+            decoder = make("replace")
+            text = decoder.decode(whole, last)
+            used = whole[: len(whole) - len(decoder.getstate()[0])]
+            bad = text.count("\ufffd") - used.count("\ufffd".encode(self.encoding))
+            self.bad_bytes += bad
+            self.tally.replaced_bytes += bad
+        self.rest = decoder.getstate()[0]
+        self.nul_bytes += text.count("\0")
+        self.read_bytes += len(data)
+        return text
+
+    def check(self) -> None:
+        """Raise CorpusError if the file is hardly text."""
+        if self.bad_bytes > max(FEW_UNDECODABLE_BYTES, MOST_UNDECODABLE_SHARE * self.read_bytes):
+            raise CorpusError(
+                f"{self.path}: {self.bad_bytes:,} of {self.read_bytes:,} bytes are not valid {self.encoding.upper()}, "
+                f"the first at byte {self.first_bad}; convert the file to UTF-8, for example with iconv"
+            )
+        if self.nul_bytes > MOST_NUL_SHARE * self.read_bytes:
+            raise CorpusError(
+                f"{self.path}: {self.nul_bytes:,} of {self.read_bytes:,} bytes are NUL, as in a binary file or in "
+                "UTF-16 without a byte-order mark; convert the file to UTF-8, or move it away"
+            )

@@ -1,0 +1,137 @@
+"""Documents in files of this machine: the standard library, or what data.path names."""
+
+import hashlib
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from relora.common.errors import ConfigError
+from relora.common.tables import in_units
+from relora.config.data import DataConfig, TextConfig
+from relora.config.sources import Survey, check_path
+from relora.data.decoding import CorpusError, Tally
+from relora.data.readers import read_documents
+from relora.data.source import SPLITS, Document, Source
+
+STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+READ_BYTES = 1 << 20
+
+
+class FilesSource(Source):
+    """Documents in files. A text file is one document, and so is each record of the other kinds."""
+
+    def __init__(self, config: DataConfig, files: dict[str, list[Path]]) -> None:
+        self.config, self.files = config, files
+        self.parts = tuple(split for split in SPLITS if files.get(split))
+        self._stats = self._stats_now()
+
+    def _stats_now(self) -> dict[str, list[tuple[str, int, int]]]:
+        """The path, size and time of each file."""
+        try:
+            stats = {part: [(path, path.stat()) for path in self.files[part]] for part in self.parts}
+        except OSError as error:
+            raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return {
+            part: [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found] for part, found in stats.items()
+        }
+
+    @property
+    def identity(self) -> Any:
+        """The path, size and time of each file."""
+        return self._stats
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for stats in self._stats.values() for _, size, _ in stats)
+
+    def described(self) -> str:
+        """Describe how many files are read."""
+        counts = {part: len(files) for part, files in self.files.items()}
+        return f"{sum(counts.values())} files, {in_units(self.size_bytes)}"
+
+    def documents(self, part: str, tally: Tally, cursor: Any = None) -> Iterator[Document]:
+        """Yield the documents of all files of a part. The number of a file is a cursor."""
+        for number in range(cursor or 0, len(self.files[part])):
+            is_first = True
+            for chunks in read_documents(self.files[part][number], self.config.text_field, tally):
+                yield Document(chunks=chunks, cursor=number if is_first else None)
+                is_first = False
+
+    def check_unchanged(self) -> None:
+        """Raise CorpusError if the size or time of a file changed."""
+        now = self._stats_now()
+        for part, before in self._stats.items():
+            for (path, *old), (_, *new) in zip(before, now[part], strict=True):
+                if old != new:
+                    raise CorpusError(f"{path} changed while it was read; prepare the corpus again when it is complete")
+
+    def provenance(self) -> dict[str, Any]:
+        """List all files, with the digests of their bytes."""
+        return {
+            "files": [
+                {"part": part, "path": str(path), "size_bytes": path.stat().st_size, "blake2b": _digest_of_file(path)}
+                for part in self.parts
+                for path in self.files[part]
+            ]
+        }
+
+
+class StdlibSource(FilesSource):
+    """The sources of the Python standard library."""
+
+    def __init__(self, config: DataConfig) -> None:
+        root = Path(sysconfig.get_path("stdlib"))
+        files: list[Path] = []
+        for folder, below, names in os.walk(root):
+            below[:] = [name for name in below if name not in STDLIB_EXCLUDED]
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
+        if not files:
+            raise CorpusError(f"the standard library in {root} has no source files; use data=text data.path=...")
+        super().__init__(config, {"train": sorted(files)})
+
+    def provenance(self) -> dict[str, Any]:
+        """Name the version of Python, and list all files with the digests of their bytes."""
+        return {"python": platform.python_version(), **super().provenance()}
+
+
+class TextSource(FilesSource):
+    """The files of data.path, data.validation_path and data.test_path."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self._surveys: dict[str, Survey] = {}
+        files: dict[str, list[Path]] = {}
+        for part, key in (("train", "path"), ("validation", "validation_path"), ("test", "test_path")):
+            path = getattr(config, key)
+            if path is None:
+                continue
+            try:
+                found = check_path(Path(path), f"data.{key}")
+            except ConfigError as error:
+                raise CorpusError(str(error)) from error
+            except OSError as error:
+                raise CorpusError(f"data.{key}={path} cannot be read: {error.strerror}") from error
+            self._surveys[part] = found
+            files[part] = found.read
+        if set(files) == {"train"}:
+            files = self._surveys["train"].by_split()
+        super().__init__(config, files)
+
+    def described(self) -> str:
+        """Describe which files are read for which split, and which are left out."""
+        texts = {part: survey.described() for part, survey in self._surveys.items()}
+        if len(texts) > 1:
+            return "; ".join(f"{part}: {text}" for part, text in texts.items())
+        own = [f"{len(self.files[part])} for {part}" for part in self.parts] if len(self.parts) > 1 else []
+        return "; ".join([texts["train"], *([f"by their names, {', '.join(own)}"] if own else [])])
+
+
+def _digest_of_file(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
