@@ -114,7 +114,46 @@ class TextConfig(DataConfig):
         return super(TextConfig, self).paths() | own_paths(self, "validation_path", "test_path")
 
 
-SOURCES: dict[str, type[DataConfig]] = {"stdlib": StdlibConfig, "text": TextConfig}
+@dataclass(kw_only=True, slots=True)
+class HubConfig(DataConfig):
+    """A dataset on the hub, a folder in the hub's layout, or files at any address; streamed.
+
+    dataset: OWNER/NAME on the hub, or a folder. With `files`, the kind of the files: json, csv, parquet, text, ...
+    config: The dataset's configuration, such as "en"; None for its default.
+    revision: A branch, tag or commit of the dataset; None for the newest.
+    split: The dataset's split for training.
+    validation_split, test_split: The dataset's own splits. "auto" means the split of that name, if there is one. None
+        means that the split is taken from the training split.
+    files: Paths or URLs of files for training.
+    """
+
+    dataset: str = "???"
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    validation_split: str | None = "auto"
+    test_split: str | None = "auto"
+    files: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super(HubConfig, self).__post_init__()
+        if self.dataset == "???":
+            raise ConfigError(f"data={self.name} needs data.dataset=OWNER/NAME, or a folder")
+        if self.files is not None and not self.files:
+            raise ConfigError("data.files is empty; name files or URLs, or leave it null")
+
+    def paths(self) -> dict[str, str]:
+        """Return the paths of the config by key: files and folders of this machine."""
+        local = own_paths(self, "dataset") if Path(self.dataset).exists() else {}
+        return super(HubConfig, self).paths() | local
+
+    def check_file(self, key: str, value: str) -> None:
+        """Raise ConfigError if the file or folder of one key cannot be used. May raise OSError."""
+        if key != "dataset":
+            super(HubConfig, self).check_file(key, value)
+
+
+SOURCES: dict[str, type[DataConfig]] = {"stdlib": StdlibConfig, "text": TextConfig, "hub": HubConfig}
 
 
 def own_paths(config: DataConfig, *keys: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 from relora.common.errors import DamagedFile
 from relora.common.files import READ_BYTES, crc32_of, read_json, write_json
 from relora.common.tables import in_units
-from relora.data.decoding import Tally
+from relora.data.decoding import CorpusError, Tally
 from relora.data.source import SPLITS, Source, Vocabulary
 from relora.data.splitting import Assignment, Piece, assign
 from relora.data.tokenizer import TOKENIZER_TRAINING_CHARACTERS, copy_tokenizer, train_tokenizer, vocabulary
@@ -102,6 +102,7 @@ class Build:
         finally:
             self.files.close()
         self.source.check_unchanged()
+        self._check_splits()
         write_json(self.work / "source.json", self.source.provenance())
         meta = self._meta(known)
         write_json(self.work / "meta.json", {**meta, "own_crc32": crc32_of_values(meta)})
@@ -110,6 +111,15 @@ class Build:
         """Remove the files that a complete corpus does not need."""
         for name in (STATE, PIECES, *(f"assignment-{part}.json" for part in SPLITS)):
             (self.work / name).unlink(missing_ok=True)
+
+    def _check_splits(self) -> None:
+        """Raise CorpusError if a split is empty."""
+        for name, split in self.files.splits.items():
+            if split.tokens == 0:
+                remedy = "use more text"
+                if name != "train":
+                    remedy += f", or a larger data.{name}_fraction={getattr(self.config, f'{name}_fraction')}"
+                raise CorpusError(f"the text leaves none for {name}; {remedy}")
 
     # ------------------------------------------------------------------------------------------------------- stages
 

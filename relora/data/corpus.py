@@ -25,7 +25,7 @@ from relora.common import signals
 from relora.common.errors import DamagedFile
 from relora.common.files import check_crc32, naming, publish, read_json, reason, system_error, write_json
 from relora.common.tables import in_units
-from relora.config.data import DataConfig, TextConfig, data_config
+from relora.config.data import DataConfig, HubConfig, TextConfig, data_config
 from relora.data.building import FORMAT, Build, crc32_of_values
 from relora.data.decoding import CorpusError, Unfinished
 from relora.data.sequences import TokenSequences
@@ -105,6 +105,10 @@ def source_of(config: DataConfig) -> Source:
     """Return the source of the documents. Raises CorpusError if it has none."""
     if isinstance(config, TextConfig):
         return TextSource(config)
+    if isinstance(config, HubConfig):
+        from relora.data.hub import HubSource
+
+        return HubSource(config)
     return StdlibSource(config)
 
 

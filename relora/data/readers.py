@@ -74,37 +74,61 @@ def _checked(path: Path, texts: Iterator[str]) -> Iterator[str]:
 def _texts(path: Path, kind: str, text_field: str, tally: Tally) -> Iterator[str]:
     """Yield the texts of the records of a file."""
     read: Callable[[Path, str, Tally], Iterator[tuple[str, Any]]] = _READERS[kind]
-    records = without = 0
-    example = ""
-
-    def check() -> None:
-        if without > MOST_WITHOUT_TEXT_SHARE * records:
-            raise CorpusError(
-                f"{path}: {without:,} of {records:,} records have no text in the field {text_field!r}; {example} set "
-                "data.text_field to the field with the text"
-            )
-
+    field = TextField(str(path), text_field, tally)
     for where, record in read(path, text_field, tally):
-        records += 1
-        tally.records += 1
-        value = record.get(text_field) if isinstance(record, dict) else record
+        if text := field.text(where, record):
+            yield text
+    field.check()
+
+
+class TextField:
+    """Takes the text out of records, counts those without text, and raises if they are too many."""
+
+    def __init__(self, source: str, text_field: str, tally: Tally) -> None:
+        """Start to count.
+
+        Args:
+            source: The file or split of the records, for messages.
+            text_field: The field with the text.
+            tally: Gets the counts.
+        """
+        self.source, self.text_field, self.tally = source, text_field, tally
+        self.records = self.without = 0
+        self._example = ""
+
+    def text(self, where: str, record: Any) -> str:
+        """Return the text of a record; empty if it has none. Raises CorpusError if the field holds no text.
+
+        Args:
+            where: The place of the record in the source, for messages.
+            record: The fields of the record.
+        """
+        self.records += 1
+        self.tally.records += 1
+        value = record.get(self.text_field) if isinstance(record, dict) else record
         if value is None:
-            without += 1
-            if not example:
+            self.without += 1
+            if not self._example:
                 fields = ", ".join(record) if isinstance(record, dict) else "no field"
-                example = f"{where} has {fields};"
+                self._example = f"{where} has {fields};"
         elif not isinstance(value, str):
             raise CorpusError(
-                f"{path}, {where}: the field {text_field!r} holds {_kind_of_value(value)} and not text; set "
-                "data.text_field to the field with the text"
+                f"{self.source}, {where}: the field {self.text_field!r} holds {_kind_of_value(value)} and not text; "
+                "set data.text_field to the field with the text"
             )
-        if value:
-            yield _without_surrogates(value, tally)
-        else:
-            tally.without_text += 1
-        if records == FIRST_RECORDS:
-            check()
-    check()
+        if not value:
+            self.tally.without_text += 1
+        if self.records == FIRST_RECORDS:
+            self.check()
+        return _without_surrogates(value, self.tally) if value else ""
+
+    def check(self) -> None:
+        """Raise CorpusError if too many records had no text."""
+        if self.without > MOST_WITHOUT_TEXT_SHARE * self.records:
+            raise CorpusError(
+                f"{self.source}: {self.without:,} of {self.records:,} records have no text in the field "
+                f"{self.text_field!r}; {self._example} set data.text_field to the field with the text"
+            )
 
 
 def _kind_of_value(value: object) -> str:

@@ -54,8 +54,11 @@ class Source(ABC):
     """Whether the documents are text, and not token ids."""
 
     config: DataConfig
-    parts: tuple[str, ...]
-    """The splits for which the source has documents of their own. "train" is always one of them."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """The splits for which the source has documents of their own. "train" is always one of them."""
 
     @property
     @abstractmethod

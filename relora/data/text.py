@@ -25,7 +25,6 @@ class FilesSource(Source):
 
     def __init__(self, config: DataConfig, files: dict[str, list[Path]]) -> None:
         self.config, self.files = config, files
-        self.parts = tuple(split for split in SPLITS if files.get(split))
         self._stats = self._stats_now()
 
     def _stats_now(self) -> dict[str, list[tuple[str, int, int]]]:
@@ -37,6 +36,11 @@ class FilesSource(Source):
         return {
             part: [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found] for part, found in stats.items()
         }
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The splits that have files."""
+        return tuple(split for split in SPLITS if self.files.get(split))
 
     @property
     def identity(self) -> Any:

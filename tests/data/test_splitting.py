@@ -63,7 +63,11 @@ class Documents(Source):
 
     def __init__(self, contents: list[str], **values: Any) -> None:
         self.config = data_config({"name": "stdlib", **values})
-        self.parts, self.contents = ("train",), contents
+        self.contents = contents
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("train",)
 
     @property
     def identity(self) -> Any:

@@ -1,0 +1,193 @@
+"""Documents of a dataset on the hub, of a folder in the hub's layout, or of files at any address. Imports datasets.
+
+The documents are streamed: memory is bounded, and nothing is read before it is needed. `datasets` finds the files and
+the splits. A stream that breaks is opened again at the same document.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from relora.common.errors import first_line
+from relora.config.data import HubConfig
+from relora.data.decoding import CorpusError, Tally, Unfinished
+from relora.data.readers import TextField
+from relora.data.source import SPLITS, Document, Source
+
+SECONDS_TO_REACH = 5.0
+"""A hub that does not answer within this time is not there."""
+WAITS_SECONDS = (1.0, 5.0, 20.0)
+"""Waits before a broken stream is opened again, one after the other, without a document between them."""
+CURSOR_DOCUMENTS = 64
+"""A document after so many has a cursor."""
+
+
+def go_offline_if_unreachable() -> bool:
+    """Tell the hub's library to use only its cache if the hub does not answer. Return whether that is so.
+
+    Without this, the library tries again for up to a minute. Proxies and HF_ENDPOINT are used as it uses them.
+    """
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=SECONDS_TO_REACH)
+        except Exception:  # the errors of several HTTP libraries
+            os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later
+            constants.HF_HUB_OFFLINE = True
+    return constants.HF_HUB_OFFLINE
+
+
+class HubSource(Source):
+    """Streams the documents of data.dataset."""
+
+    is_read_twice: ClassVar[bool] = False
+
+    def __init__(self, config: HubConfig) -> None:
+        """Remember the config. Nothing is read, and no network is used."""
+        self.config = self.hub = config
+        self._folder = Path(config.dataset) if Path(config.dataset).exists() else None
+        self._names: dict[str, str] | None = None
+        self._revision: str | None = None
+        self._place = config.dataset
+        """What `datasets` opens: a name on the hub, a folder, or the kind of `data.files`."""
+
+    @property
+    def identity(self) -> Any:
+        """The paths, sizes and times of the files of a local folder. A dataset on the hub is known by its settings."""
+        files = [self._folder] if self._folder and self._folder.is_file() else []
+        if self._folder is not None and self._folder.is_dir():
+            files = sorted(path for path in self._folder.rglob("*") if path.is_file())
+        files += [Path(name) for name in self.hub.files or () if Path(name).is_file()]
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The splits that the dataset has itself."""
+        return tuple(split for split in SPLITS if split in self._splits)
+
+    def described(self) -> str:
+        """Name the dataset, its splits, and where it is."""
+        where = "of files" if self.hub.files else "in a folder" if self._folder else "on the hub"
+        config = f", {self.hub.config}" if self.hub.config else ""
+        splits = ", ".join(f"{own} for {part}" for part, own in self._splits.items())
+        revision = f" at revision {self._revision}" if self._revision else ""
+        return f"{self.hub.dataset}{config}{revision}, a dataset {where}; {splits}"
+
+    def documents(self, part: str, tally: Tally, cursor: Any = None) -> Iterator[Document]:
+        """Yield the documents of a split, from a state of its stream on."""
+        field = TextField(f"the {self._splits[part]} split of {self.hub.dataset}", self.config.text_field, tally)
+        since_cursor = 0
+        for state, number, record in self._records(self._splits[part], cursor):
+            text = field.text(f"record {number}", record)
+            if text:
+                with_cursor = since_cursor == 0
+                yield Document(chunks=(text,), cursor=state if with_cursor else None)
+                since_cursor = (since_cursor + 1) % CURSOR_DOCUMENTS
+        field.check()
+
+    def provenance(self) -> dict[str, Any]:
+        """Name the dataset, its revision, and its splits."""
+        named = {"dataset": self.hub.dataset, "config": self.hub.config, "files": self.hub.files}
+        return {**named, "revision": self._revision, "splits": self._splits}
+
+    # ------------------------------------------------------------------------------------------------------- streams
+
+    def _records(self, split: str, state: Any) -> Iterator[tuple[Any, int, Any]]:
+        """Yield (state of the stream before the record, its number since the start, the record)."""
+        failures = number = 0
+        while True:
+            try:
+                stream = self._opened(split)
+                if state is not None:
+                    stream.load_state_dict(state)
+                rows = iter(stream)
+                while True:
+                    state = stream.state_dict()
+                    row = next(rows, None)
+                    if row is None:
+                        return
+                    failures, number = 0, number + 1
+                    yield state, number, row
+            except (CorpusError, GeneratorExit):
+                raise
+            except Exception as error:  # datasets and the HTTP libraries below it raise errors of many classes
+                if self._is_local or failures == len(WAITS_SECONDS):
+                    raise self._broken(error) from error
+                time.sleep(WAITS_SECONDS[failures])
+                failures += 1
+
+    @property
+    def _is_local(self) -> bool:
+        return self._folder is not None and not any("://" in name for name in self.hub.files or ())
+
+    def _broken(self, error: Exception) -> CorpusError:
+        what = f"data.dataset={self.hub.dataset} cannot be read: {first_line(error)}"
+        if self._is_local:
+            return CorpusError(f"{what}; correct or replace its files")
+        return Unfinished(f"{what}; the same command goes on from here when the network is back")
+
+    def _opened(self, split: str) -> Any:
+        import datasets
+
+        return datasets.load_dataset(split=split, streaming=True, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"path": self._place, "name": self.hub.config, "revision": self._revision}
+        if self.hub.files:
+            found["data_files"] = {self.hub.split: self.hub.files}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def _splits(self) -> dict[str, str]:
+        """Split of the corpus -> split of the dataset. The first call looks the dataset up."""
+        if self._names is None:
+            self._look_up()
+        assert self._names is not None
+        return self._names
+
+    def _look_up(self) -> None:
+        """Find the dataset's revision and its splits. Raises CorpusError if the dataset cannot be found."""
+        config = self.hub
+        if self._folder is None and not config.files and go_offline_if_unreachable():
+            self._place = self._cached()
+        import datasets
+
+        try:
+            if self._place == config.dataset and self._folder is None and not config.files:
+                from huggingface_hub import HfApi
+
+                self._revision = HfApi().dataset_info(config.dataset, revision=config.revision).sha
+            names = [config.split]
+            if not config.files:
+                names = datasets.get_dataset_split_names(self._place, config.config, revision=self._revision)
+        except Exception as error:  # datasets and the hub's library raise errors of many classes
+            raise CorpusError(f"data.dataset={config.dataset} cannot be opened: {first_line(error)}") from error
+        wanted = {"train": config.split, "validation": config.validation_split, "test": config.test_split}
+        found = {part: part if name == "auto" else name for part, name in wanted.items() if name is not None}
+        for part, name in list(found.items()):
+            if name not in names and wanted[part] == "auto":
+                del found[part]
+            elif name not in names:
+                raise CorpusError(
+                    f"data.dataset={config.dataset} has no split {name}; it has {', '.join(names)}; set data."
+                    f"{'split' if part == 'train' else f'{part}_split'} to one of them"
+                )
+        self._names = {part: name for part, name in found.items() if part == "train" or name != found["train"]}
+
+    def _cached(self) -> str:
+        """Return the folder of the dataset in the hub's cache. Raises CorpusError if there is no copy."""
+        from huggingface_hub import snapshot_download
+
+        name, config = self.hub.dataset, self.hub
+        try:
+            return snapshot_download(name, repo_type="dataset", revision=config.revision, local_files_only=True)
+        except Exception as error:  # also for a name that no dataset can have
+            raise CorpusError(
+                f"data.dataset={name}: the hub cannot be reached from this machine, and HF_HOME has no copy of the "
+                "dataset. Set data.dataset to a folder with a copy; or set HF_HOME to a cache that has one; or run "
+                "relora data prepare with the same settings on a machine with a network, and copy the folder that it "
+                "names into runs_dir/corpora"
+            ) from error
