@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from relora.cli import verbs
+from relora.cli import data, verbs
 from relora.common.errors import printable
 
 
@@ -38,8 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
-    def verb(name: str, action: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=text, description=text)
+    def verb(
+        name: str, action: Callable[[argparse.Namespace], int], text: str, among: Any = subparsers
+    ) -> argparse.ArgumentParser:
+        sub = among.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         sub.set_defaults(verb=action)
         return sub
@@ -52,6 +54,19 @@ def build_parser() -> argparse.ArgumentParser:
         "Show what a run will need compared with full rank: parameters, FLOPs, memory. Nothing is started.",
     )
     sub.add_argument("overrides", nargs="*", help="as for python run.py")
+
+    text = "Prepare the corpus of a run, or show what is in it: relora data prepare, relora data inspect."
+    actions = subparsers.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="ACTION")
+    sub = verb("prepare", data.prepare, "Turn the text into tokens. After a kill, the same command goes on.", actions)
+    sub.add_argument(
+        "--workers",
+        type=_number(int, 1, 1024),
+        default=None,
+        help="processes that encode (default: one for each CPU)",
+    )
+    sub.add_argument("overrides", nargs="*", help="as for python run.py; data=... and runs_dir=... matter")
+    sub = verb("inspect", data.inspect, "Show sizes, lengths, tokens and samples of a prepared corpus.", actions)
+    sub.add_argument("overrides", nargs="*", help="as for python run.py; data=... and runs_dir=... matter")
 
     sub = verb("evaluate", verbs.evaluate, "Print the perplexity of an exported model on held-out text.")
     sub.add_argument("folder", type=Path, help="the model folder of a run, or any local Hugging Face folder")

@@ -19,6 +19,7 @@ from relora.common.errors import DamagedFile
 from relora.common.files import READ_BYTES, crc32_of, read_json, write_json
 from relora.common.tables import in_units
 from relora.data.decoding import CorpusError, Tally
+from relora.data.overlap import near_duplicates
 from relora.data.source import SPLITS, Source, Vocabulary
 from relora.data.splitting import Assignment, Piece, assign
 from relora.data.tokenizer import TOKENIZER_TRAINING_CHARACTERS, copy_tokenizer, train_tokenizer, vocabulary
@@ -260,6 +261,7 @@ class Build:
             while piece := file.read(READ_BYTES):
                 corpus_digest.update(piece)
         tokenizer = self.work / "tokenizer.json"
+        near = near_duplicates(self.work, known.dtype)
         settled = tokenizer.read_bytes() if tokenizer.exists() else json.dumps(asdict(known)).encode()
         small = [self.work / name for name in ("tokenizer.json", "tokenizer_config.json", "source.json")]
         return {
@@ -271,6 +273,7 @@ class Build:
             "end_of_text_id": known.end_of_text_id,
             "dtype": known.dtype,
             "splits": {name: split.counts() for name, split in self.files.splits.items()},
+            "near_duplicates": near,
             "crc32": {
                 **{name: f"{value:08x}" for name, value in self.files.checksums().items()},
                 **{path.name: crc32_of(path) for path in small if path.exists()},

@@ -28,6 +28,7 @@ from relora.common.tables import in_units
 from relora.config.data import DataConfig, HubConfig, TextConfig, data_config
 from relora.data.building import FORMAT, Build, crc32_of_values
 from relora.data.decoding import CorpusError, Unfinished
+from relora.data.overlap import described
 from relora.data.sequences import TokenSequences
 from relora.data.source import SPLITS, Source
 from relora.data.text import StdlibSource, TextSource
@@ -241,7 +242,8 @@ def _build(source: Source, folder: Path, log_line: Callable[[str], None], worker
     meta = read_json(folder / "meta.json")
     counts = ", ".join(f"{name} {meta['splits'][name]['tokens']:,}" for name in SPLITS)
     log_line(
-        f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}"
+        f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}; "
+        f"near-duplicates of training text: {described(meta['near_duplicates'])}"
     )
 
 

@@ -72,7 +72,8 @@ class HubSource(Source):
         """Name the dataset, its splits, and where it is."""
         where = "of files" if self.hub.files else "in a folder" if self._folder else "on the hub"
         config = f", {self.hub.config}" if self.hub.config else ""
-        splits = ", ".join(f"{own} for {part}" for part, own in self._splits.items())
+        names = (own if own == part else f"{own} for {part}" for part, own in self._splits.items())
+        splits = f"splits {', '.join(names)}"
         revision = f" at revision {self._revision}" if self._revision else ""
         return f"{self.hub.dataset}{config}{revision}, a dataset {where}; {splits}"
 

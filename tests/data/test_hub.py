@@ -1,0 +1,252 @@
+"""Datasets of the hub: from a folder in its layout, and from a hub on this machine whose connection breaks."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hub_server import REVISION, Hub, serving
+from tokenizers import Tokenizer
+
+from relora.config.data import HubConfig, data_config
+from relora.data import building
+from relora.data.corpus import Corpus, load, prepare
+from relora.data.decoding import CorpusError
+from relora.data.source import SPLITS
+from relora.data.writer import SplitFiles
+
+pytestmark = pytest.mark.slow
+
+CARD = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/c4-train.*.json.gz
+  - split: validation
+    path: en/c4-validation.*.json.gz
+---
+# Not text for training
+"""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def texts_of(split: str, number: int, count: int) -> list[str]:
+    chance = random.Random(f"{split}/{number}")
+    words = ["".join(chance.choices(LETTERS, k=chance.randrange(2, 9))) for _ in range(2000)]
+    return [
+        f"{split} {number} {row}: {' '.join(chance.choices(words, k=chance.randrange(1, 60)))}" for row in range(count)
+    ]
+
+
+def like_c4(folder: Path, rows: int = 400) -> dict[str, list[str]]:
+    """Write a dataset with the layout of C4. Return the texts of its splits."""
+    (folder / "en").mkdir(parents=True)
+    (folder / "README.md").write_text(CARD)
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for split, files in (("train", 3), ("validation", 1)):
+        for number in range(files):
+            own = texts_of(split, number, rows)
+            texts[split] += own
+            records = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for text in own]
+            name = f"c4-{split}.{number:05}-of-{files:05}.json.gz"
+            with gzip.open(folder / "en" / name, "wt") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+    return texts
+
+
+def settings(dataset: Path | str, **changes: Any) -> HubConfig:
+    values = {"name": "hub", "dataset": str(dataset), "config": "en", "vocab_size": 300, "sequence_length_tokens": 16}
+    made = data_config(values | {"validation_fraction": 0.1, "test_fraction": 0.1} | changes)
+    assert isinstance(made, HubConfig)
+    return made
+
+
+def silent(message: str) -> None:
+    """Ignore the message."""
+
+
+def texts_in(corpus: Corpus, split: str) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    tokens = np.fromfile(corpus.folder / f"{split}.bin", dtype=corpus.dtype)
+    ends = np.flatnonzero(tokens == corpus.end_of_text_id)
+    return [tokenizer.decode(ids.tolist()[:-1]) for ids in np.split(tokens, ends + 1)[:-1]]
+
+
+def files_of(corpus: Corpus) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in corpus.folder.iterdir() if path.suffix in (".bin", ".starts")}
+
+
+# --------------------------------------------------------------------------------------------------------- a folder
+
+
+def test_the_own_validation_split_is_held_out_and_half_of_it_is_for_the_test(tmp_path: Path) -> None:
+    texts = like_c4(tmp_path / "c4")
+    messages: list[str] = []
+    corpus = prepare(settings(tmp_path / "c4"), tmp_path / "corpora", messages.append)
+    found = {split: texts_in(corpus, split) for split in SPLITS}
+    assert found["train"] == texts["train"]
+    assert sorted(found["validation"] + found["test"]) == sorted(texts["validation"])
+    assert 0.35 < len(found["test"]) / len(texts["validation"]) < 0.65
+    assert "splits train, validation" in messages[0]
+
+
+def test_without_an_own_split_documents_are_held_out_by_their_hash(tmp_path: Path) -> None:
+    texts = like_c4(tmp_path / "c4")
+    corpus = prepare(settings(tmp_path / "c4", validation_split=None), tmp_path / "corpora", silent)
+    found = {split: texts_in(corpus, split) for split in SPLITS}
+    assert sorted(text for texts in found.values() for text in texts) == sorted(texts["train"])
+    for split in ("validation", "test"):
+        assert 0.06 < len(found[split]) / len(texts["train"]) < 0.14
+
+
+def test_limits_end_the_splits_at_a_document(tmp_path: Path) -> None:
+    like_c4(tmp_path / "c4")
+    whole = prepare(settings(tmp_path / "c4"), tmp_path / "corpora", silent)
+    corpus = prepare(
+        settings(tmp_path / "c4", limit_tokens="20k", held_out_tokens=2000, tokenizer=str(whole.folder)),
+        tmp_path / "corpora",
+        silent,
+    )
+    for split, limit in (("train", 20_000), ("validation", 2000), ("test", 2000)):
+        tokens = np.fromfile(corpus.folder / f"{split}.bin", dtype=corpus.dtype)
+        assert limit <= len(tokens) < limit + 1000
+        assert tokens.tolist() == np.fromfile(whole.folder / f"{split}.bin", whole.dtype)[: len(tokens)].tolist()
+        assert tokens[-1] == corpus.end_of_text_id
+        *_, last = np.flatnonzero(tokens == corpus.end_of_text_id)[:-1]
+        assert last + 1 < limit, "the document before did not reach the limit"
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"split": "training"}, ["no split training", "train, validation", "data.split"]),
+        ({"test_split": "test"}, ["no split test", "train, validation", "data.test_split"]),
+        ({"config": "de"}, ["cannot be opened", "de"]),
+        ({"text_field": "body"}, ["no text in the field 'body'", "text, timestamp, url", "data.text_field"]),
+        ({"text_field": "timestamp"}, ["timestamp"]),
+    ],
+)
+def test_a_wrong_setting_gives_one_message(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    like_c4(tmp_path / "c4", rows=1200)
+    with pytest.raises(CorpusError) as raised:
+        prepare(settings(tmp_path / "c4", **changes), tmp_path / "corpora", silent)
+    for part in parts:
+        assert part in str(raised.value)
+    assert not list((tmp_path / "corpora").glob("*.partial"))
+
+
+def test_a_damaged_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    like_c4(tmp_path / "c4")
+    damaged = tmp_path / "c4" / "en" / "c4-train.00001-of-00003.json.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-300])
+    with pytest.raises(CorpusError, match=r"c4 cannot be read: .*; correct or replace its files"):
+        prepare(settings(tmp_path / "c4"), tmp_path / "corpora", silent)
+
+
+def test_a_stream_goes_on_at_the_same_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    like_c4(tmp_path / "c4")
+    monkeypatch.setattr(building, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(building, "BATCH_PIECES", 90)
+    write, stops = SplitFiles.write, iter([200, 500, 900, 1300])
+    stop = next(stops)
+
+    def stopping(self: SplitFiles) -> None:
+        nonlocal stop
+        write(self)
+        if sum(split.pieces for split in self.splits.values()) > stop:
+            stop = next(stops, 10**9)
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(SplitFiles, "write", stopping)
+    stopped = 0
+    while True:
+        try:
+            corpus = prepare(settings(tmp_path / "c4"), tmp_path / "corpora", silent)
+            break
+        except OSError:
+            stopped += 1
+    assert stopped == 4
+    assert files_of(corpus) == files_of(prepare(settings(tmp_path / "c4"), tmp_path / "other", silent))
+
+
+# ------------------------------------------------------------------------------------------------- a hub of this machine
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    like_c4(tmp_path / "hub" / "allenai" / "c4", rows=1500)
+    with serving(tmp_path / "hub") as server:
+        yield server
+
+
+def with_hub(tmp_path: Path, address: str) -> dict[str, str]:
+    """The environment with a hub at this address, and an empty cache."""
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    return {**os.environ, **own}
+
+
+def prepared(
+    tmp_path: Path, address: str, *more: str, dataset: str = "allenai/c4"
+) -> "subprocess.CompletedProcess[str]":
+    """Run `relora data prepare` with a hub at this address."""
+    overrides = [f"data.dataset={dataset}", "data.config=en", "data.vocab_size=300", f"runs_dir={tmp_path / 'runs'}"]
+    command = [sys.executable, "-m", "relora", "data", "prepare", "--json", "data=hub", *overrides, *more]
+    return subprocess.run(
+        command, env=with_hub(tmp_path, address), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_hub_gives_the_same_corpus_as_a_copy_also_if_the_connection_breaks(tmp_path: Path, hub: Hub) -> None:
+    copy = tmp_path / "hub" / "allenai" / "c4"
+    local = prepared(tmp_path, hub.address, dataset=str(copy))
+    assert local.returncode == 0, local.stderr
+    hub.breaks = [0, 20_000, 30_000, 0, 10_000]
+    done = prepared(tmp_path, hub.address)
+    assert done.returncode == 0, done.stderr
+    assert not hub.breaks, "every connection of the list was opened and broken"
+    folders = [load(Path(json.loads(each.stdout)["folder"])) for each in (local, done)]
+    assert files_of(folders[0]) == files_of(folders[1])
+    origin = json.loads((folders[1].folder / "source.json").read_text())
+    assert (origin["dataset"], origin["revision"]) == ("allenai/c4", REVISION)
+    assert f"at revision {REVISION}" in done.stderr
+
+
+def test_a_hub_that_is_not_there_gives_one_message_in_seconds(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = prepared(tmp_path, "http://127.0.0.1:9")
+    assert time.monotonic() - began < 20
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    for part in (
+        "data.dataset=allenai/c4",
+        "cannot be reached",
+        "HF_HOME",
+        "relora data prepare",
+        "data.dataset to a folder",
+    ):
+        assert part in line
+
+
+def test_without_a_network_the_copy_in_the_cache_is_used(tmp_path: Path, hub: Hub) -> None:
+    script = "from huggingface_hub import snapshot_download; snapshot_download('allenai/c4', repo_type='dataset')"
+    environment = with_hub(tmp_path, hub.address)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, timeout=300)
+    done = prepared(tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["splits"]["train"]["pieces"] == 4500
+
+
+def test_a_dataset_that_the_hub_does_not_have_is_named(tmp_path: Path, hub: Hub) -> None:
+    done = prepared(tmp_path, hub.address, dataset="allenai/c5")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "data.dataset=allenai/c5 cannot be opened" in line
