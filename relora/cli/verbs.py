@@ -81,7 +81,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def _as_trained(folder: Path, run: dict[str, Any], limit: int) -> list[str]:
     """The overrides with which the model's run evaluated it. The user's overrides come after them and win."""
-    overrides = ["method=full", f"model.max_position_embeddings={limit}", f"data.tokenizer={folder}"]
+    overrides = ["method=full", f"model.max_position_embeddings={limit}"]
+    if any(folder.glob("token*")) or any(folder.glob("*.model")):
+        overrides.append(f"data.tokenizer={folder}")
     if run:
         overrides += [
             f"data.sequence_length_tokens={run['sequence_length_tokens']}",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from relora.common.checks import at_least, at_most, one_of, parse_count
 from relora.common.errors import ConfigError, shown
 from relora.config.groups import LARGEST_MODEL
-from relora.config.sources import check_path
+from relora.config.sources import TOKEN_KINDS, check_path
 
 HELD_OUT = ("validation", "test")
 LARGEST_FRACTION = 0.4
@@ -71,6 +71,10 @@ class DataConfig:
         value = getattr(self, name)
         return None if value is None else parse_count(f"data.{name}", value)
 
+    def without_effect(self) -> tuple[str, ...]:
+        """Return the fields that change nothing with the values of the others."""
+        return () if self.tokenizer is None else ("vocab_size",)
+
     def paths(self) -> dict[str, str]:
         """Return the paths of the config by key: files and folders of this machine."""
         return own_paths(self, "path", "tokenizer")
@@ -94,6 +98,10 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class StdlibConfig(DataConfig):
     """The sources of the Python standard library. `path` and `text_field` have no meaning."""
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Return the fields that change nothing with the values of the others."""
+        return ("text_field", *super(StdlibConfig, self).without_effect())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,7 +161,57 @@ class HubConfig(DataConfig):
             super(HubConfig, self).check_file(key, value)
 
 
-SOURCES: dict[str, type[DataConfig]] = {"stdlib": StdlibConfig, "text": TextConfig, "hub": HubConfig}
+@dataclass(kw_only=True, slots=True)
+class TokensConfig(DataConfig):
+    """Files of token ids.
+
+    tokens_field: The column with the ids, in files of rows.
+    token_type: The type of the ids in raw files (.bin).
+    tokenizer: The tokenizer of the ids. It gives the vocabulary, and lets the model write text. Without it,
+        `vocab_size` and `end_of_text_id` give the vocabulary.
+    """
+
+    has_path: ClassVar[bool] = True
+
+    validation_path: str | None = None
+    test_path: str | None = None
+    tokens_field: str = "input_ids"
+    token_type: str = "uint16"
+    end_of_text_id: int = 50256
+
+    def __post_init__(self) -> None:
+        super(TokensConfig, self).__post_init__()
+        one_of("data.token_type", self.token_type, ("uint16", "uint32"))
+        at_least("data.end_of_text_id", self.end_of_text_id, 0)
+        if self.tokenizer is None and self.end_of_text_id >= self.vocab_size:
+            raise ConfigError(
+                f"data.end_of_text_id={self.end_of_text_id} is not below data.vocab_size={self.vocab_size}; set both "
+                "to those of the files' tokenizer, or set data.tokenizer"
+            )
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Return the fields that change nothing with the values of the others."""
+        of_tokenizer = () if self.tokenizer is None else ("end_of_text_id",)
+        return ("text_field", *of_tokenizer, *super(TokensConfig, self).without_effect())
+
+    def paths(self) -> dict[str, str]:
+        """Return the paths of the config by key: files and folders of this machine."""
+        return super(TokensConfig, self).paths() | own_paths(self, "validation_path", "test_path")
+
+    def check_file(self, key: str, value: str) -> None:
+        """Raise ConfigError if the file or folder of one key cannot be used. May raise OSError."""
+        if key.endswith("path"):
+            check_path(Path(value), f"data.{key}", TOKEN_KINDS)
+        else:
+            super(TokensConfig, self).check_file(key, value)
+
+
+SOURCES: dict[str, type[DataConfig]] = {
+    "stdlib": StdlibConfig,
+    "text": TextConfig,
+    "hub": HubConfig,
+    "tokens": TokensConfig,
+}
 
 
 def own_paths(config: DataConfig, *keys: str) -> dict[str, str]:

@@ -78,10 +78,8 @@ def canonical(config: "RunConfig") -> dict[str, Any]:
     interval, phase_steps = config.reset_interval_steps, config.total_steps - config.method.warm_start_steps
     if interval is None or interval >= phase_steps:  # no restart happens
         fields.pop("schedule.restart_warmup_steps", None)
-    if config.data.tokenizer is not None:
-        fields.pop("data.vocab_size", None)
-    if config.data.name == "stdlib":
-        fields.pop("data.text_field", None)
+    for name in config.data.without_effect():
+        fields.pop(f"data.{name}", None)
     # -0.0 equals 0.0, but JSON writes them differently. Adding 0.0 turns -0.0 into 0.0.
     return {name: value + 0.0 if isinstance(value, float) else value for name, value in sorted(fields.items())}
 

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +23,10 @@ KINDS = {
 }
 """How the files with each ending are read."""
 COMPRESSIONS = (".gz", ".xz", ".zst")
-COMPRESSED_INSIDE = ("parquet", "arrow")
-"""Kinds that compress their own content. They are not read with one of COMPRESSIONS."""
+NOT_COMPRESSED = ("parquet", "arrow", "raw", "numpy")
+"""Kinds that are not read with one of COMPRESSIONS: they compress their own content, or are mapped into memory."""
+TOKEN_KINDS = {".bin": "raw", ".npy": "numpy", ".parquet": "parquet", ".arrow": "arrow"}
+"""How files with token ids are read."""
 MEDIA = (
     *(
         ".png",
@@ -136,13 +138,13 @@ def _split_named(path: Path, root: Path) -> str:
     return next((NAMED_SPLITS[word] for word in words if word in NAMED_SPLITS), "")
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: Path, kinds: Mapping[str, str] = KINDS) -> str | None:
     """Return how a file is read, by its endings. None if it is not read."""
     suffix = path.suffix.lower()
     if suffix not in COMPRESSIONS:
-        return KINDS.get(suffix)
-    kind = KINDS.get(Path(path.stem).suffix.lower())
-    return None if kind in COMPRESSED_INSIDE else kind
+        return kinds.get(suffix)
+    kind = kinds.get(Path(path.stem).suffix.lower())
+    return None if kind in NOT_COMPRESSED else kind
 
 
 def is_compressed(path: Path) -> bool:
@@ -150,7 +152,7 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSIONS
 
 
-def survey(path: Path) -> Survey:
+def survey(path: Path, kinds: Mapping[str, str] = KINDS) -> Survey:
     """List the files below a folder, or the one file, without reading their text.
 
     Linked folders are followed, each folder once. Files and folders whose names begin with a dot are not listed, and
@@ -160,7 +162,7 @@ def survey(path: Path) -> Survey:
         OSError: A folder cannot be listed.
     """
     if path.is_file():
-        kind = kind_of(path)
+        kind = kind_of(path, kinds)
         if kind is None:
             return Survey(
                 root=path, left_out=[LeftOut(path=path, reason="unknown kind", size_bytes=path.stat().st_size)]
@@ -168,14 +170,14 @@ def survey(path: Path) -> Survey:
         return Survey(root=path, read=[path], read_bytes=path.stat().st_size)
     found = Survey(root=path)
     files = sorted(_files(path))
-    has_records = any(kind_of(file) not in (None, "text") for file in files)
+    has_records = any(kind_of(file, kinds) not in (None, "text") for file in files)
     for file in files:
         try:
             size_bytes = file.stat().st_size
         except OSError:
             found.left_out.append(LeftOut(path=file, reason="a link to nothing", size_bytes=0))
             continue
-        reason = _why_left_out(file, has_records=has_records)
+        reason = _why_left_out(file, kinds, has_records=has_records)
         if reason is None:
             found.read.append(file)
             found.read_bytes += size_bytes
@@ -185,8 +187,8 @@ def survey(path: Path) -> Survey:
     return found
 
 
-def _why_left_out(file: Path, *, has_records: bool) -> str | None:
-    kind = kind_of(file)
+def _why_left_out(file: Path, kinds: Mapping[str, str], *, has_records: bool) -> str | None:
+    kind = kind_of(file, kinds)
     if kind is None:
         return "unknown kind"
     if not file.is_file():
@@ -224,16 +226,19 @@ def _holds_runs(folder: Path) -> bool:
     return next((folder / "corpora").glob("*/meta.json"), None) is not None
 
 
-def check_path(path: Path, key: str = "data.path") -> Survey:
+def check_path(path: Path, key: str = "data.path", kinds: Mapping[str, str] = KINDS) -> Survey:
     """Survey the file or folder of a key. Raises ConfigError if nothing can be read, or if most bytes are left out."""
     if not path.exists():
         raise ConfigError(f"{key}={shown(path, 200)} does not exist")
-    found = survey(path)
+    found = survey(path, kinds)
     if not found.read:
-        readable = f"{', '.join(KINDS)}, each except .parquet and .arrow also with {', '.join(COMPRESSIONS)}"
+        readable = ", ".join(kinds)
+        if kinds is KINDS:
+            readable += f", each except .parquet and .arrow also with {', '.join(COMPRESSIONS)}"
         left_out = f"; {found.left_out_described()}" if found.left_out else ""
+        wanted = "text" if kinds is KINDS else "token ids"
         raise ConfigError(
-            f"{key}={shown(path, 200)} contains no text; relora reads files that end in {readable}{left_out}"
+            f"{key}={shown(path, 200)} contains no {wanted}; relora reads files that end in {readable}{left_out}"
         )
     if found.missed_bytes > found.read_bytes:
         raise ConfigError(

@@ -25,7 +25,7 @@ from relora.common import signals
 from relora.common.errors import DamagedFile
 from relora.common.files import check_crc32, naming, publish, read_json, reason, system_error, write_json
 from relora.common.tables import in_units
-from relora.config.data import DataConfig, HubConfig, TextConfig, data_config
+from relora.config.data import DataConfig, HubConfig, TextConfig, TokensConfig, data_config
 from relora.data.building import FORMAT, Build, crc32_of_values
 from relora.data.decoding import CorpusError, Unfinished
 from relora.data.overlap import described
@@ -33,6 +33,7 @@ from relora.data.sequences import TokenSequences
 from relora.data.source import SPLITS, Source
 from relora.data.text import StdlibSource, TextSource
 from relora.data.tokenizer import tokenizer_identity
+from relora.data.tokens import TokensSource
 
 USER_ERROR = 3
 """Exit code of the process that builds a corpus when its stderr is an error message for the user."""
@@ -58,9 +59,10 @@ class Corpus:
     splits: dict[str, dict[str, int]]
 
     @property
-    def tokenizer_file(self) -> Path:
-        """The tokenizer.json. tokenizer_config.json is in the same folder."""
-        return self.folder / "tokenizer.json"
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer.json. tokenizer_config.json is in the same folder. None for token ids without a tokenizer."""
+        file = self.folder / "tokenizer.json"
+        return file if file.exists() else None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -106,6 +108,8 @@ def source_of(config: DataConfig) -> Source:
     """Return the source of the documents. Raises CorpusError if it has none."""
     if isinstance(config, TextConfig):
         return TextSource(config)
+    if isinstance(config, TokensConfig):
+        return TokensSource(config)
     if isinstance(config, HubConfig):
         from relora.data.hub import HubSource
 

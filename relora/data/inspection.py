@@ -1,5 +1,6 @@
 """What a prepared corpus looks like: sizes, lengths, tokens that are used, and sequences as the model sees them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ def inspect(corpus: Corpus, sequence_length_tokens: int, seed: int) -> dict[str,
         "ids_never_used": int((used == 0).sum()),
         "near_duplicates": read_json(corpus.folder / "meta.json").get("near_duplicates", {}),
     }
-    if corpus.tokenizer_file.exists():
-        found |= _texts(corpus, sequence_length_tokens, seed, used)
+    if corpus.tokenizer_file is not None:
+        found |= _texts(corpus, corpus.tokenizer_file, sequence_length_tokens, seed, used)
     return found
 
 
@@ -60,8 +61,8 @@ def _split(corpus: Corpus, name: str) -> dict[str, Any]:
     }
 
 
-def _texts(corpus: Corpus, sequence_length_tokens: int, seed: int, used: Any) -> dict[str, Any]:
-    tokenizer = load_tokenizer(corpus.tokenizer_file, str(corpus.tokenizer_file))
+def _texts(corpus: Corpus, tokenizer_file: Path, sequence_length_tokens: int, seed: int, used: Any) -> dict[str, Any]:
+    tokenizer = load_tokenizer(tokenizer_file, str(tokenizer_file))
     settings = read_json(corpus.folder / "tokenizer_config.json")
     unknown = settings.get("unk_token")
     unknown = unknown.get("content") if isinstance(unknown, dict) else unknown

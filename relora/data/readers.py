@@ -215,30 +215,45 @@ def _table(delimiter: str) -> Callable[[Path, str, Tally], Iterator[tuple[str, A
     return read
 
 
-def _check_column(path: Path, text_field: str, columns: Any) -> None:
-    if text_field not in columns:
+def _check_column(path: Path, column: str, columns: Any, key: str = "data.text_field") -> None:
+    if column not in columns:
         raise CorpusError(
-            f"{path} has no column {text_field!r}; it has {', '.join(columns)}; set data.text_field to the column with "
-            "the text"
+            f"{path} has no column {column!r}; it has {', '.join(columns)}; set {key} to the column to read"
         )
 
 
-def _parquet(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+def _columns(kind: str) -> Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]:
+    def read(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+        number = 0
+        for batch in arrow_batches(path, kind, text_field):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield f"record {number}", {text_field: value}
+
+    return read
+
+
+def arrow_batches(path: Path, kind: str, column: str, key: str = "data.text_field") -> Iterator[Any]:
+    """Yield record batches with one column of a parquet or arrow file.
+
+    Args:
+        path: The file.
+        kind: "parquet" or "arrow".
+        column: The name of the column.
+        key: The config key of that name, for messages.
+
+    Raises:
+        CorpusError: The file has no such column, or is cut or damaged.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            _check_column(path, text_field, file.schema_arrow.names)
-            yield from _values(file.iter_batches(batch_size=ROWS, columns=[text_field]))
-    except pa.ArrowException as error:
-        raise CorpusError(f"{path} cannot be read as parquet: {first_line(error)}") from error
-
-
-def _arrow(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-
-    try:
+        if kind == "parquet":
+            with parquet.ParquetFile(path) as file:
+                _check_column(path, column, file.schema_arrow.names, key)
+                yield from file.iter_batches(batch_size=ROWS, columns=[column])
+            return
         with pa.memory_map(str(path)) as file:
             try:
                 batches: Any = pa.ipc.open_stream(file)
@@ -247,19 +262,10 @@ def _arrow(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any
                 opened = pa.ipc.open_file(file)
                 schema = opened.schema
                 batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-            _check_column(path, text_field, schema.names)
-            yield from _values(batch.select([text_field]) for batch in batches)
+            _check_column(path, column, schema.names, key)
+            yield from (batch.select([column]) for batch in batches)
     except pa.ArrowException as error:
-        raise CorpusError(f"{path} cannot be read as arrow: {first_line(error)}") from error
-
-
-def _values(batches: Any) -> Iterator[tuple[str, Any]]:
-    number = 0
-    for batch in batches:
-        name = batch.schema.names[0]
-        for value in batch.column(0).to_pylist():
-            number += 1
-            yield f"record {number}", {name: value}
+        raise CorpusError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
 
 
 _READERS: dict[str, Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]] = {
@@ -267,6 +273,6 @@ _READERS: dict[str, Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]] = {
     "json": _json,
     "csv": _table(","),
     "tsv": _table("\t"),
-    "parquet": _parquet,
-    "arrow": _arrow,
+    "parquet": _columns("parquet"),
+    "arrow": _columns("arrow"),
 }

@@ -10,8 +10,8 @@ from typing import Any
 
 from relora.common.errors import ConfigError
 from relora.common.tables import in_units
-from relora.config.data import DataConfig, TextConfig
-from relora.config.sources import Survey, check_path
+from relora.config.data import DataConfig, TextConfig, TokensConfig
+from relora.config.sources import KINDS, Survey, check_path
 from relora.data.decoding import CorpusError, Tally
 from relora.data.readers import read_documents
 from relora.data.source import SPLITS, Document, Source
@@ -106,22 +106,7 @@ class TextSource(FilesSource):
     """The files of data.path, data.validation_path and data.test_path."""
 
     def __init__(self, config: TextConfig) -> None:
-        self._surveys: dict[str, Survey] = {}
-        files: dict[str, list[Path]] = {}
-        for part, key in (("train", "path"), ("validation", "validation_path"), ("test", "test_path")):
-            path = getattr(config, key)
-            if path is None:
-                continue
-            try:
-                found = check_path(Path(path), f"data.{key}")
-            except ConfigError as error:
-                raise CorpusError(str(error)) from error
-            except OSError as error:
-                raise CorpusError(f"data.{key}={path} cannot be read: {error.strerror}") from error
-            self._surveys[part] = found
-            files[part] = found.read
-        if set(files) == {"train"}:
-            files = self._surveys["train"].by_split()
+        self._surveys, files = own_files(config, KINDS)
         super().__init__(config, files)
 
     def described(self) -> str:
@@ -131,6 +116,27 @@ class TextSource(FilesSource):
             return "; ".join(f"{part}: {text}" for part, text in texts.items())
         own = [f"{len(self.files[part])} for {part}" for part in self.parts] if len(self.parts) > 1 else []
         return "; ".join([texts["train"], *([f"by their names, {', '.join(own)}"] if own else [])])
+
+
+def own_files(
+    config: TextConfig | TokensConfig, kinds: dict[str, str]
+) -> tuple[dict[str, Survey], dict[str, list[Path]]]:
+    """Return what is read and left out for each path of the config, and the files of each split.
+
+    Raises CorpusError if a path has no files.
+    """
+    surveys: dict[str, Survey] = {}
+    for part, key in (("train", "path"), ("validation", "validation_path"), ("test", "test_path")):
+        path = getattr(config, key)
+        if path is not None:
+            try:
+                surveys[part] = check_path(Path(path), f"data.{key}", kinds)
+            except ConfigError as error:
+                raise CorpusError(str(error)) from error
+            except OSError as error:
+                raise CorpusError(f"data.{key}={path} cannot be read: {error.strerror}") from error
+    files = {part: found.read for part, found in surveys.items()}
+    return surveys, surveys["train"].by_split() if set(files) == {"train"} else files
 
 
 def _digest_of_file(path: Path) -> str:

@@ -52,14 +52,14 @@ def check_finite(name: str, evaluation: Evaluation, config: RunConfig) -> None:
         )
 
 
-def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: dict[str, Any]) -> Exported:
+def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: dict[str, Any] | None) -> Exported:
     """Merge the trainer's model, save it in `run.model`, a Hugging Face folder, and evaluate the saved model.
 
     Args:
         trainer: A trainer whose training is finished. Its model is merged in place.
         corpus: Provides the test split and the tokenizer.json.
         run: The folder of the run.
-        tokenizer_config: Content of the tokenizer_config.json in the model's folder.
+        tokenizer_config: Content of the tokenizer_config.json in the model's folder; None without a tokenizer.
 
     Raises:
         RunError: The saved weights differ from the merged model in at least one bit.

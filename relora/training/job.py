@@ -216,9 +216,11 @@ class _Attempt:
         corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", log_line)
         signals.check()
         self._check_corpus(corpus.identity)
-        tokenizer_config, note = loadable_tokenizer_config(corpus.tokenizer_file)
-        if note is not None:
-            log_line(note)
+        tokenizer_config = None
+        if corpus.tokenizer_file is not None:
+            tokenizer_config, note = loadable_tokenizer_config(corpus.tokenizer_file)
+            if note is not None:
+                log_line(note)
         origin = {**corpus.identity, "device": device.type}
         exact = device.type == "cpu" and not any(self.attempt.differs_from(earlier) for earlier in self.earlier)
         with (
@@ -278,7 +280,7 @@ class _Attempt:
             log.flush()
         for doubt in exported.doubts:
             self._warn(doubt)
-        return summary | self._closing_sample()
+        return summary if tokenizer_config is None else summary | self._closing_sample()
 
     def _note_begin(self, first_step: int, seconds: float) -> None:
         """Record the step at which this attempt starts, and log a note if the machine differs from the last one."""

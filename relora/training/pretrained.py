@@ -35,7 +35,11 @@ LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def save_pretrained(
-    model: nn.Module, tokenizer_file: Path, folder: Path, run: dict[str, Any], tokenizer_config: dict[str, Any]
+    model: nn.Module,
+    tokenizer_file: Path | None,
+    folder: Path,
+    run: dict[str, Any],
+    tokenizer_config: dict[str, Any] | None,
 ) -> None:
     """Write a plain Hugging Face folder with weights, config and tokenizer, plus relora.json.
 
@@ -44,15 +48,16 @@ def save_pretrained(
 
     Args:
         model: A model of transformers.
-        tokenizer_file: Copied as tokenizer.json.
+        tokenizer_file: Copied as tokenizer.json. None for a model of token ids without a tokenizer.
         folder: The folder to create.
         run: Content of relora.json, to which the checksums of the weights are added.
         tokenizer_config: Content of tokenizer_config.json.
     """
     with publishing(folder) as temporary:
         model.save_pretrained(temporary)  # type: ignore[operator]
-        shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
-        (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
+            (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
         sums = {path.name: crc32_of(path) for path in sorted(temporary.glob("*.safetensors"))}
         (temporary / RUN_FILE).write_text(json.dumps({**run, "crc32": sums}, indent=2) + "\n")
 
@@ -125,6 +130,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     Code in the folder is never run. Raises RunError if the tokenizer cannot be loaded.
     """
+    if not any(folder.glob("token*")) and not any(folder.glob("*.model")):
+        raise RunError(f"{folder} has no tokenizer; copy the tokenizer.json of the model's tokens into it")
     with _loading(folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
 

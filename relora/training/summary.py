@@ -65,8 +65,9 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
         ("peak memory", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB"),
         ("model", f"{run.model}"),
         ("run", f"{run.path}"),
-        ("write more", _verb("sample", os.fspath(run.model), "--prompt", prompt_for(config), run=run)),
     ]
+    if (run.model / "tokenizer.json").exists():
+        rows.append(("write more", _verb("sample", os.fspath(run.model), "--prompt", prompt_for(config), run=run)))
     if config.tracker.name == "mlflow":
         rows.append(("MLflow UI", _verb("ui", run=run)))
     # A study adds its baselines by itself.

@@ -463,6 +463,7 @@ def test_a_tokenizer_of_the_user_is_used_unchanged(tmp_path: Path, corpora: Path
     folder = word_texts(tmp_path / "texts", highest=words - 1)
     for source in (own, own / "tokenizer.json"):
         corpus = prepare(settings(folder, tokenizer=str(source)), corpora, silent)
+        assert corpus.tokenizer_file is not None
         assert corpus.tokenizer_file.read_bytes() == (own / "tokenizer.json").read_bytes()
         kept = json.loads((corpus.folder / "tokenizer_config.json").read_text())
         assert kept["mine"] is True
@@ -517,6 +518,7 @@ def test_a_saved_truncation_or_padding_does_not_change_the_corpus(tmp_path: Path
     for split in SPLITS:
         assert token_ids(corpus, split) == token_ids(expected, split)
     assert any(f"saved {setting}" in message and "does not use" in message for message in messages)
+    assert corpus.tokenizer_file is not None
     assert json.loads(corpus.tokenizer_file.read_text())[setting] is None
 
 

@@ -178,7 +178,7 @@ def test_a_stream_goes_on_at_the_same_document(tmp_path: Path, monkeypatch: pyte
     assert files_of(corpus) == files_of(prepare(settings(tmp_path / "c4"), tmp_path / "other", silent))
 
 
-# ------------------------------------------------------------------------------------------------- a hub of this machine
+# ------------------------------------------------------------------------------------------ a hub of this machine
 
 
 @pytest.fixture
