@@ -77,7 +77,8 @@ class DataConfig:
 
     def paths(self) -> dict[str, str]:
         """Return the paths of the config by key: files and folders of this machine."""
-        return own_paths(self, "path", "tokenizer")
+        own = () if self.tokenizer is None or not is_local(self.tokenizer) else ("tokenizer",)
+        return own_paths(self, "path", *own)
 
     def check_files(self) -> None:
         """Raise ConfigError if a file of the config is missing or unreadable. Only a launch calls this."""
@@ -89,7 +90,7 @@ class DataConfig:
 
     def check_file(self, key: str, value: str) -> None:
         """Raise ConfigError if the file or folder of one key cannot be used. May raise OSError."""
-        if key == "tokenizer" and is_local(value) and not tokenizer_file(value).is_file() and not Path(value).is_dir():
+        if key == "tokenizer" and not tokenizer_file(value).is_file() and not Path(value).is_dir():
             raise ConfigError(f"data.tokenizer={shown(value, 200)} has no tokenizer.json")
         if key.endswith("path"):
             check_path(Path(value), f"data.{key}")

@@ -7,6 +7,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from relora.common.errors import DamagedFile, first_line
 from relora.common.files import read_json
 from relora.config.data import is_local, tokenizer_file
 from relora.data.decoding import CorpusError
+from relora.data.hub import go_offline_if_unreachable
 from relora.data.source import Vocabulary
 
 if TYPE_CHECKING:
@@ -111,19 +113,26 @@ def _convert(source: str, folder: Path) -> None:
 
     Other forms are the model of sentencepiece, vocab.json with merges.txt, and a name on the hub.
     """
+    offline = not is_local(source) and go_offline_if_unreachable()
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, use_fast=True, trust_remote_code=False, local_files_only=offline or is_local(source)
+        )
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     except Exception as error:  # transformers raises errors of many classes
-        place = "the files are not those of a tokenizer that transformers can load"
-        if not is_local(source):
-            place = (
-                "it is no folder here, and it cannot be loaded from the hub. Without a network, use a copy in the "
-                "cache (HF_HOME), or a folder"
+        why = f"transformers cannot load its files ({first_line(error)})"
+        if offline:
+            why = (
+                "it is no file or folder here, the hub cannot be reached from this machine, and HF_HOME has no copy of "
+                "it; set data.tokenizer to a folder with its files, or to null to train one on the text"
             )
-        raise CorpusError(f"data.tokenizer={source} cannot be used: {place} ({first_line(error)})") from error
+        elif not is_local(source):
+            why = f"it is no file or folder here, and the hub does not give it ({first_line(error)})"
+        elif any(Path(source).glob("*.model")) and find_spec("sentencepiece") is None:
+            why = "it is a model of sentencepiece, which is not installed; pip install 'relora[sentencepiece]'"
+        raise CorpusError(f"data.tokenizer={source} cannot be used: {why}") from error
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     named = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     settings |= {name: str(token) for name, token in named.items() if token is not None}
