@@ -155,10 +155,10 @@ def _main(tokenizer_file: str) -> None:
     while True:
         try:
             texts = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(encode(tokenizer, texts), sys.stdout.buffer, protocol=5)
-        sys.stdout.buffer.flush()
+            pickle.dump(encode(tokenizer, texts), sys.stdout.buffer, protocol=5)
+            sys.stdout.buffer.flush()
+        except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the other process has ended
+            os._exit(0)
 
 
 if __name__ == "__main__":
