@@ -16,7 +16,7 @@ SAMPLED = np.uint64(8)
 """One n-gram of so many is compared: the same ones in all documents, by their hash."""
 NEAR_SHARE = 0.5
 """A document is a near-duplicate if at least this share of its n-grams is in the training text."""
-BLOCK_TOKENS = 1 << 22
+BLOCK_TOKENS = 1 << 16
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -211,19 +211,17 @@ def test_a_very_long_line_is_read_in_little_memory(tmp_path: Path) -> None:
         for number in range(60_000_000 // len(block)):
             file.write(f"{number} {block} ")
     script = (
-        "import json, resource, sys\nfrom pathlib import Path\n"
+        "import json, sys\nfrom pathlib import Path\n"
         "from relora.config.data import data_config\nfrom relora.data.corpus import prepare\n"
-        "config = data_config(json.loads(sys.argv[1]))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "corpus = prepare(config, Path(sys.argv[2]), print, workers=1)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "prepare(data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), print, workers=1)\n"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])\n"
     )
     tokenizer = prepare(settings(write_records(tmp_path / "a.jsonl", 400)), tmp_path / "corpora", silent).folder
     values = {"name": "text", "path": str(path), "tokenizer": str(tokenizer)}
     command = [sys.executable, "-c", script, json.dumps(values), str(tmp_path / "corpora")]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert int(done.stdout.splitlines()[-1]) / 1024 < 300
+    assert int(done.stdout.splitlines()[-1]) / 1024 < 350, "MiB at most, of which Python and its libraries take 100"
 
 
 def test_characters_at_the_border_of_chunks_are_whole(tmp_path: Path) -> None:
