@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from typing import Any
 
 from relora.config import credentials
 from relora.config.run import RunConfig
@@ -48,6 +49,7 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
     found = status.summary
     rows = [
         ("perplexity", f"{found['test_perplexity']:.2f} on test, {found['eval_perplexity']:.2f} on validation"),
+        *_test_rows(config, found),
         ("tokens", f"{found['tokens']:,} in {config.total_steps} updates, {found['skipped_updates']} skipped"),
         ("restarts", f"{found['restarts']}"),
         (
@@ -80,6 +82,23 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
         text = "\n".join(f"  | {line}" for line in found["sample"].splitlines())
         lines = ["", "the model writes:", text, *lines]
     return "\n".join(lines)
+
+
+def _test_rows(config: RunConfig, found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows for bits per byte and for the paper's figure. A run may have neither."""
+    rows: list[tuple[str, str]] = []
+    if "test_bits_per_byte" in found:
+        rows.append(("bits per byte", f"{found['test_bits_per_byte']:.4f} on test"))
+    if config.published is not None and "test_perplexity_as_published" in found:
+        figure = config.published.perplexity.get(config.method.name)
+        rows.append(
+            (
+                "as published",
+                f"{found['test_perplexity_as_published']:.2f} on test, as the code of {config.published.source} prints "
+                f"it, which has {'no figure' if figure is None else f'{figure:.2f}'} for method={config.method.name}",
+            )
+        )
+    return rows
 
 
 def prompt_for(config: RunConfig) -> str:
