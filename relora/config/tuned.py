@@ -11,7 +11,7 @@ from typing import Any
 from relora.common.errors import shown
 from relora.config.choices import is_untuned_by_its_file, preset_file
 from relora.config.compose import preset_run, sweep_settings
-from relora.config.identity import spelled_out
+from relora.config.identity import every_field, spelled_out
 from relora.config.overrides import given_values
 from relora.config.published import PublishedConfig
 from relora.config.rates import NOT_TUNED, RatesConfig
@@ -66,9 +66,11 @@ class Presets:
         if own is None:
             differs = [f"experiments={experiment} alone is not a full run"]
         else:
-            here, there = spelled_out(config), spelled_out(own)
+            # The values of the method as they were set: a short run may not come to use all of them.
+            here, there = every_field(config), every_field(own)
             methods = [name for name in here if name.startswith("method.") and here[name] != there.get(name)]
-            differs = _described([*_differing(config, own), *methods], here, there, "in the experiment")
+            differs = _described(_differing(config, own), spelled_out(config), spelled_out(own), "in the experiment")
+            differs += _described(methods, here, there, "in the experiment")
         return replace(config.published, differs=differs)
 
     def _is_untuned(self, experiment: str | None, method: str) -> bool:

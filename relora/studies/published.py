@@ -89,9 +89,7 @@ def _remarks(arms: Sequence[tuple[Arm, PublishedConfig]]) -> list[str]:
         if "test_perplexity_as_published" not in member.run.summary
     ]
     if lacking:
-        remarks.append(
-            f"An earlier version finished {', '.join(lacking)}, so there is no figure as their code prints it."
-        )
+        remarks.append(f"No figure as their code prints it: an earlier version finished {', '.join(lacking)}.")
     by_differences: dict[str, list[str]] = defaultdict(list)
     for arm, published in arms:
         if published.differs:

@@ -89,14 +89,14 @@ def _test_rows(config: RunConfig, found: dict[str, Any]) -> list[tuple[str, str]
     rows: list[tuple[str, str]] = []
     if "test_bits_per_byte" in found:
         rows.append(("bits per byte", f"{found['test_bits_per_byte']:.4f} on test"))
-    if config.published is not None and "test_perplexity_as_published" in found:
-        figure = config.published.perplexity.get(config.method.name)
+    published = config.published
+    if published is not None and "test_perplexity_as_published" in found:
+        figure = published.perplexity.get(config.method.name)
+        theirs = "the paper has no figure" if figure is None else f"the paper's figure is {figure:.2f}"
+        setting = ", in another setting" if published.differs else ""
+        printed = found["test_perplexity_as_published"]
         rows.append(
-            (
-                "as published",
-                f"{found['test_perplexity_as_published']:.2f} on test, as the code of {config.published.source} prints "
-                f"it, which has {'no figure' if figure is None else f'{figure:.2f}'} for method={config.method.name}",
-            )
+            ("as published", f"{printed:.2f}, as the paper's code prints it; {theirs}{setting} ({published.source})")
         )
     return rows
 
