@@ -9,6 +9,7 @@ from relora.common.perplexity import perplexity
 from relora.config.published import PublishedConfig
 from relora.studies.cells import spread
 from relora.studies.compare import Arm, Study
+from relora.studies.doubts import rates_of
 
 HEADING = "Beside the paper"
 COLUMNS = ("method", "ours, true perplexity", "ours, as their code prints it", "the paper's figure", "source")
@@ -34,7 +35,7 @@ def beside_the_paper(study: Study) -> BesideThePaper | None:
     remarks: dict[str, None] = {}
     for part in study.settings():
         arms = [(arm, published) for arm in part.arms if (published := _published(arm)) is not None]
-        rows += [_row(arm, published) for arm, published in arms]
+        rows += [_row(part, arm, published) for arm, published in arms]
         if arms:
             rows += _missing_rows([arm for arm, _ in arms], arms[0][1])
         remarks |= dict.fromkeys(_remarks(arms))
@@ -50,9 +51,10 @@ def _method(arm: Arm) -> str:
     return arm.config.method.name
 
 
-def _row(arm: Arm, published: PublishedConfig) -> list[str]:
+def _row(part: Study, arm: Arm, published: PublishedConfig) -> list[str]:
+    tried = rates_of(part, arm)
     return [
-        arm.label,
+        f"{arm.label}, {tried}" if tried.endswith(" rates") else arm.label,
         spread(arm.values("test_perplexity")),
         spread(arm.values("test_perplexity_as_published")),
         _figure(published.perplexity.get(_method(arm))),
@@ -78,9 +80,9 @@ def _remarks(arms: Sequence[tuple[Arm, PublishedConfig]]) -> list[str]:
     """Return what limits the comparison with the papers. The same remark may be in the list several times."""
     remarks = [_divisor_remark(published) for _, published in arms]
     for arm, published in arms:
-        batches = arm.values("test_batches_as_published")
-        if batches:
-            remarks.append(_batches_remark(published, int(batches[0]), arm.values("test_loss")))
+        batches, losses = arm.values("test_batches_as_published"), arm.values("test_loss")
+        if batches and math.isfinite(losses[0]):
+            remarks.append(_batches_remark(published, int(batches[0]), losses[0]))
             break
     lacking = [
         member.run.name
@@ -103,7 +105,10 @@ def _remarks(arms: Sequence[tuple[Arm, PublishedConfig]]) -> list[str]:
 
 def _divisor_remark(published: PublishedConfig) -> str:
     if published.divisor == "tokens":
-        return f"The code of {published.source} divides by the right number. So both columns of ours are equal."
+        return (
+            f"By the experiment's file, the code of {published.source} divides by the right number. So both columns of "
+            "ours are equal."
+        )
     return (
         f"The code of {published.source} adds up the mean losses of n batches and divides by n + 1, so its perplexity "
         f"is too low. In the paper, n is about {published.batches_per_gpu} (batches of "
@@ -111,10 +116,9 @@ def _divisor_remark(published: PublishedConfig) -> str:
     )
 
 
-def _batches_remark(published: PublishedConfig, batches: int, losses: Sequence[float]) -> str:
+def _batches_remark(published: PublishedConfig, batches: int, loss: float) -> str:
     """Return a sentence on how much the wrong divisor changes our figure, and how much it would with the paper's n."""
     assert published.batches_per_gpu is not None
-    (loss, *_) = losses
     here, there = (math.expm1(-loss / (n + 1)) for n in (batches, published.batches_per_gpu))
     return (
         f"Here, n is {batches}, which changes a perplexity of {perplexity(loss):.2f} by {here:+.1%}. With the paper's "

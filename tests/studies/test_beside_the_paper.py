@@ -143,6 +143,18 @@ def test_runs_that_did_not_finish_or_diverged_are_in_the_table(lab: Lab, paper: 
     assert rows["lora"] == ["-", "-", "34.99"]
 
 
+def test_of_several_rates_of_a_method_the_best_is_named(lab: Lab, paper: tuple[str, ...]) -> None:
+    rates = {1e-3: 3.0, 2e-3: 2.9, 4e-3: 3.2}
+    runs = [lab.run(*FULL, *paper, f"optimizer.learning_rate={rate}", loss=loss) for rate, loss in rates.items()]
+    found = beside_the_paper(lab.study(*runs))
+    assert found is not None
+    assert [row[0] for row in found.rows[:3]] == [
+        "full lr=0.001, one of 3 rates",
+        "full lr=0.002, the best of 3 rates",
+        "full lr=0.004, one of 3 rates",
+    ]
+
+
 def test_a_paper_whose_code_divides_right_says_so(lab: Lab, paper: tuple[str, ...]) -> None:
     setting = ("experiments=paper/relora_60m", *paper[1:])
     run = lab.run(*FULL, *setting, summary={"test_perplexity_as_published": math.exp(3.1)})
