@@ -71,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("evaluate", verbs.evaluate, "Print the perplexity of an exported model on held-out text.")
     sub.add_argument("folder", type=Path, help="the model folder of a run, or any local Hugging Face folder")
     sub.add_argument("--split", choices=("test", "validation"), default="test")
-    sub.add_argument("overrides", nargs="*", help="data=..., runs_dir=..., trainer.device=... (default: as in its run)")
+    text = "data=..., runs_dir=..., trainer.device=..., trainer.sequences_per_micro_step=... (default: as in its run)"
+    sub.add_argument("overrides", nargs="*", help=text)
 
     sub = verb("sample", verbs.sample, "Print text that an exported model generates.")
     sub.add_argument("folder", type=Path, help="the model folder of a run")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from relora.cli import evaluation
 from relora.common.errors import ConfigError, RunError, print_note
 from relora.common.files import read_json
 from relora.config import compose, credentials, frozen
@@ -64,18 +65,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
             f"note: data={config.data.name} is not the text, or not the split, of the training of {run['run']}: the "
             "held-out text may be in its training data, and this perplexity cannot be compared with the run's"
         )
+    sequences = corpus.sequences(arguments.split, config.data.sequence_length_tokens)
+    as_in_the_run = run.get("sequences_per_batch", config.trainer.sequences_per_step)
     result = evaluate(
         load_pretrained(folder, device),
-        corpus.sequences(arguments.split, config.data.sequence_length_tokens),
-        sequences_per_batch=run.get("sequences_per_batch", config.trainer.sequences_per_step),
+        sequences,
+        sequences_per_batch=config.trainer.sequences_per_micro_step or as_in_the_run,
         precision=config.trainer.precision,
         device=device,
     )
-    values = {"perplexity": result.perplexity, "loss": result.loss, "tokens": result.tokens, "split": arguments.split}
-    text = (
-        f"perplexity {result.perplexity:.4f} (loss {result.loss:.5f}) on {result.tokens:,} tokens of {arguments.split}"
-    )
-    print(json.dumps(values) if arguments.json else text)
+    values = evaluation.values(result, sequences.count, config.data, corpus, arguments.split)
+    print(json.dumps(values) if arguments.json else evaluation.text(values))
     return 0
 
 

@@ -21,6 +21,7 @@ from relora.config.groups import (
     TrackerConfig,
     TrainerConfig,
 )
+from relora.config.published import PublishedConfig
 from relora.config.rates import RatesConfig
 from relora.core.schedule import RestartClock
 from relora.methods.base import Method
@@ -46,6 +47,7 @@ class RunConfig:
     runs_dir: str = field(default="runs", metadata=UNHASHED)
     study: str | None = field(default=None, metadata=UNHASHED)
     rates: RatesConfig = field(default_factory=RatesConfig, metadata=UNHASHED)
+    published: PublishedConfig | None = field(default=None, metadata=UNHASHED)
 
     def __post_init__(self) -> None:
         if not self.runs_dir:

@@ -6,12 +6,14 @@ same model, text, batch, budget and precision has tuned rates. Any other run doe
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from relora.common.errors import shown
 from relora.config.choices import is_untuned_by_its_file, preset_file
 from relora.config.compose import preset_run, sweep_settings
-from relora.config.identity import spelled_out
+from relora.config.identity import every_field, spelled_out
 from relora.config.overrides import given_values
+from relora.config.published import PublishedConfig
 from relora.config.rates import NOT_TUNED, RatesConfig
 from relora.config.run import RunConfig
 
@@ -28,7 +30,7 @@ class Presets:
         self._untuned: dict[tuple[str | None, str], bool] = {}
 
     def noted(self, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-        """Return `config` with `rates`, the origin of its learning rates.
+        """Return `config` with `rates`, the origin of its learning rates, and with `published.differs`.
 
         Args:
             config: The config of a run.
@@ -37,6 +39,7 @@ class Presets:
         given = given_values(overrides)
         given = {**{key: str(value) for key, value in sweep_settings(overrides).items()}, **given}
         experiment, method = given.get("experiments"), config.method.name
+        published = self._published(config, experiment)
         if experiment is not None and preset_file(experiment, method) is None:
             experiment = None
         source = f"conf/presets/{experiment}/{method}.yaml" if experiment else f"conf/method/{method}.yaml"
@@ -52,7 +55,23 @@ class Presets:
         else:
             basis = "untuned"
         changed = [f"{key}={value}" for key, value in given.items() if key.startswith(PRESET_GROUPS)]
-        return replace(config, rates=RatesConfig(basis=basis, source=source, given=changed, differs=differs))
+        rates = RatesConfig(basis=basis, source=source, given=changed, differs=differs)
+        return replace(config, rates=rates, published=published)
+
+    def _published(self, config: RunConfig, experiment: str | None) -> PublishedConfig | None:
+        """Return the paper's figures with the differences between the run and its experiment."""
+        if config.published is None:
+            return None
+        own = self._run(experiment, config)
+        if own is None:
+            differs = [f"experiments={experiment} alone is not a full run"]
+        else:
+            # The values of the method as they were set: a short run may not come to use all of them.
+            here, there = every_field(config), every_field(own)
+            methods = [name for name in here if name.startswith("method.") and here[name] != there.get(name)]
+            differs = _described(_differing(config, own), spelled_out(config), spelled_out(own), "in the experiment")
+            differs += _described(methods, here, there, "in the experiment")
+        return replace(config.published, differs=differs)
 
     def _is_untuned(self, experiment: str | None, method: str) -> bool:
         """Whether the preset's file is marked as untuned. It is read once for all runs of a sweep."""
@@ -82,6 +101,19 @@ def _same_rates(config: RunConfig, own: RunConfig) -> bool:
 
 def differences(config: RunConfig, own: RunConfig) -> list[str]:
     """List the differences between the settings of `config` and `own`, the run for which its preset was tuned."""
+    return _described(_differing(config, own), spelled_out(config), spelled_out(own), "tuned at")
+
+
+def _described(names: Sequence[str], here: dict[str, Any], there: dict[str, Any], other: str) -> list[str]:
+    """Describe fields that differ: "trainer.total_steps=80, tuned at 600". `other` is the text before the value."""
+    return [
+        f"{'model' if name == 'model.name' else name}={shown(here[name])}, {other} {shown(there.get(name))}"
+        for name in names
+    ]
+
+
+def _differing(config: RunConfig, own: RunConfig) -> list[str]:
+    """Return the dotted names of the fields in which the settings of `config` and `own` differ."""
     here, there = spelled_out(config), spelled_out(own)
     names = [name for name in here if name.startswith(("model.", "data."))]
     names += ["optimizer.name", "trainer.sequences_per_step", "trainer.precision", "trainer.total_steps"]
@@ -93,8 +125,7 @@ def differences(config: RunConfig, own: RunConfig) -> list[str]:
             differ = ["model.name", *(name for name in differ if not name.startswith("model."))]
     else:
         differ = [name for name in differ if name != "model.name"]
-    text = {name: "model" if name == "model.name" else name for name in differ}
-    return [f"{text[name]}={shown(here[name])}, tuned at {shown(there.get(name))}" for name in differ]
+    return differ
 
 
 def remarks(configs: Iterable[RunConfig]) -> list[str]:

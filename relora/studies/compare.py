@@ -60,8 +60,11 @@ class Arm:
         return self.config is not None and self.config.method.is_full_rank
 
     def values(self, name: str) -> list[float]:
-        """Return the value `name` of the summary of every finished run."""
-        return [float(member.run.summary[name]) for member in self.finished]
+        """Return the value `name` of the summary of every finished run. Runs without this value are left out.
+
+        Runs of earlier versions have fewer values.
+        """
+        return [float(member.run.summary[name]) for member in self.finished if name in member.run.summary]
 
     def gap(self, axis: str) -> Estimate | None:
         """Return the mean paired difference to full rank, with a t interval for three or more seeds.
@@ -268,7 +271,11 @@ def as_row(member: Compared) -> dict[str, Any]:
     }
     names = ["test_perplexity", "eval_perplexity", "test_loss", "eval_loss", "tokens", "flops", "training_seconds"]
     names += ["peak_memory_bytes", "parameters", "trainable_parameters", "restarts", "skipped_updates"]
+    names += ["test_tokens", "test_bits_per_byte", "test_perplexity_as_published", "test_batches_as_published"]
     row |= {name: run.summary.get(name) if run.finished else None for name in names}
+    published = run.config.published if run.config else None
+    row["published_perplexity"] = published.perplexity.get(run.config.method.name) if run.config and published else None
+    row["published_source"] = published.source if published else None
     row["tokens_per_second"] = run.summary["tokens"] / run.summary["training_seconds"] if run.finished else None
     row["baseline"] = member.baseline.name if member.baseline else None
     for axis in ("tokens", "flops", "seconds"):

@@ -60,6 +60,24 @@ def untuned_words(study: Study) -> list[str]:
     ]
 
 
+def tokenizer_words(study: Study) -> list[str]:
+    """Return the headline's sentences about arms with different tokenizers, whose perplexities cannot be compared."""
+    runs = [member.run for member in study.members if member.run.finished]
+    corpora = [run.status.corpus for run in runs if run.status is not None]
+    tokenizers, texts = ({corpus.get(name) for corpus in corpora} for name in ("tokenizer_digest", "corpus_digest"))
+    if len(tokenizers) < 2:
+        return []
+    sentences = [
+        f"The arms have {len(tokenizers)} different tokenizers. A perplexity is per token, so it cannot be compared "
+        "between tokenizers. Bits per byte can be compared: they are in the table of the arms."
+    ]
+    if len(texts) > 1:
+        sentences.append("Their texts differ too, so even bits per byte are not measured on the same text.")
+    if lacking := [run.name for run in runs if "test_bits_per_byte" not in run.summary]:
+        sentences.append(f"No bits per byte: {', '.join(lacking)}, because the corpus does not state its bytes.")
+    return [" ".join(sentences)]
+
+
 def doubts(study: Study, best: Arm | None, full: Arm | None) -> list[str]:
     """Return sentences about results that are not plausible.
 

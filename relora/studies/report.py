@@ -4,79 +4,34 @@ import csv
 import json
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from relora.common.files import publishing
-from relora.runs.results import deviation, mean
+from relora.runs.results import mean
+from relora.studies.cells import Notes, mean_figure, memory_text, one_line, percent, spread
 from relora.studies.compare import Arm, Estimate, Study, as_row
-from relora.studies.doubts import doubts, rates_of, untuned, untuned_words
+from relora.studies.doubts import doubts, rates_of, tokenizer_words, untuned, untuned_words
 from relora.studies.gaps import FEWEST_EVALUATIONS, SAME_BUDGET, Compared, Gap
 from relora.studies.manifest import study_dir
 from relora.studies.page import Page
 from relora.studies.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map, restarts
+from relora.studies.published import COLUMNS, HEADING, READING, beside_the_paper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GIB, MIB = 2**30, 2**20
-
-
 # -------------------------------------------------------------------------------------------------------------- words
-
-
-class Notes:
-    """Notes on the values of tables. Each note is printed once. Table cells refer to it by a letter."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def mark(self, text: str) -> str:
-        """Return the letter of a note."""
-        if text not in self.texts:
-            self.texts.append(text)
-        number = self.texts.index(text)
-        return chr(ord("a") + number % 26) * (1 + number // 26)
-
-
-def percent(estimate: Estimate | None, seeds: int | None = None) -> str:
-    """Format a gap: the mean, ± the deviation over seeds, and the interval if there is one.
-
-    Args:
-        estimate: The gap. None is shown as "-".
-        seeds: The number of finished runs of the arm. If the gap has fewer seeds, their number is added.
-    """
-    if estimate is None:
-        return "-"
-    text = f"{estimate.relative:+.1%}"
-    if estimate.deviation is not None:
-        text += f" ± {estimate.deviation:.1%}"
-    if estimate.low is not None and estimate.high is not None:
-        text += f" [{estimate.low:+.1%}, {estimate.high:+.1%}]"
-    return text if seeds in (None, estimate.seeds) else f"{text} of {estimate.seeds} seeds"
-
-
-def _spread(values: Sequence[float]) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    parts = [f"{mean(finite):.2f}" + (f" ± {deviation(finite):.2f}" if len(finite) > 1 else "")] if finite else []
-    if len(finite) < len(values):
-        parts.append("diverged" if not finite else f"{len(values) - len(finite)} diverged")
-    return ", ".join(parts) or "-"
-
-
-def _figure(values: Sequence[float], text: Callable[[float], str]) -> str:
-    return text(mean(values)) if values else "-"
 
 
 def answer(study: Study) -> list[str]:
     """Return the answer of the study in sentences. If there are several settings, each has separate sentences."""
-    parts = study.settings()
+    parts, sentences = study.settings(), tokenizer_words(study)
     if len(parts) == 1:
-        return _answer(study)
-    sentences: list[str] = []
+        return [*sentences, *_answer(study)]
     for part in parts:
         config = next((arm.config for arm in part.arms if arm.config), None)
         name = f"{config.model.name}, {config.total_steps} steps" if config else "unknown setting"
@@ -89,7 +44,7 @@ def _answer(study: Study) -> list[str]:
     full, best = study.full_rank(), study.best()
     if full is not None and full.finished:
         sentences.append(
-            f"Full rank ({full.label}) reaches perplexity {_spread(full.values('test_perplexity'))} on test."
+            f"Full rank ({full.label}) reaches perplexity {spread(full.values('test_perplexity'))} on test."
         )
     else:
         sentences.append("There is no finished full-rank run to compare with.")
@@ -124,7 +79,7 @@ def _command(study: Study, key: str, values: str) -> str:
 
 def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
     """Return sentences on the best arm. The arm is chosen on validation, and its result is read on test."""
-    text = f"Best other arm on validation: {best.label}, test perplexity {_spread(best.values('test_perplexity'))}"
+    text = f"Best other arm on validation: {best.label}, test perplexity {spread(best.values('test_perplexity'))}"
     gap = best.gap("tokens")
     if gap is not None:
         text += f", {percent(gap)} against full rank at equal tokens"
@@ -144,11 +99,6 @@ def _best_arm(study: Study, best: Arm, full: Arm | None) -> str:
     return text + "."
 
 
-def _line(text: str) -> str:
-    """Return the text on one line, so that no message becomes a heading."""
-    return " ".join(text.split())
-
-
 def _speed(arm: Arm) -> float:
     return mean([member.run.summary["tokens"] / member.run.summary["training_seconds"] for member in arm.finished])
 
@@ -160,6 +110,7 @@ ARM_COLUMNS = (
     "rates",
     "seeds",
     "test perplexity",
+    "bits per byte",
     "gap, equal tokens",
     "gap, equal FLOPs",
     "gap, equal wall-clock",
@@ -207,7 +158,8 @@ def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
         arm.label,
         _rates_cell(study, arm),
         f"{len(arm.finished)}/{len(arm.members)}",
-        _spread(arm.values("test_perplexity")),
+        spread(arm.values("test_perplexity")),
+        spread(arm.values("test_bits_per_byte"), digits=4),
     ]
     for axis in ("tokens", "flops", "seconds"):
         gap, sentences = arm.gap(axis), arm.notes(axis)
@@ -228,21 +180,11 @@ def _arm_row(study: Study, arm: Arm, notes: Notes) -> list[str]:
     if any(m.evaluated_too_rarely for m in arm.finished):
         parts.append(f"? ({notes.mark(TOO_FEW)})")
     cells.append(", ".join(parts) or "-")
-    cells.append(_figure(arm.values("trainable_parameters"), lambda value: f"{value / 1e6:.2f}M"))
+    cells.append(mean_figure(arm.values("trainable_parameters"), lambda value: f"{value / 1e6:.2f}M"))
     memory, speed = ([getattr(m, name) for m in arm.finished] for name in ("memory_note", "speed_note"))
-    cells.append(_figure(arm.values("peak_memory_bytes"), _memory) + _marks(memory, notes))
-    cells.append((f"{_speed(arm):,.0f}" if arm.finished else "-") + _marks(speed, notes))
+    cells.append(mean_figure(arm.values("peak_memory_bytes"), memory_text) + notes.marks(memory))
+    cells.append((f"{_speed(arm):,.0f}" if arm.finished else "-") + notes.marks(speed))
     return cells
-
-
-def _marks(texts: Sequence[str], notes: Notes) -> str:
-    """Return the letters of the notes `texts`, each once."""
-    marks = [notes.mark(text) for text in dict.fromkeys(filter(None, texts))]
-    return f" ({', '.join(marks)})" if marks else ""
-
-
-def _memory(value: float) -> str:
-    return f"{value / GIB:.2f} GiB" if value >= 10 * GIB else f"{value / MIB:,.0f} MiB"
 
 
 ARM_KEYS = (
@@ -295,12 +237,12 @@ def _run_row(member: Compared, notes: Notes) -> list[str]:
         member.role,
         str(run.config.trainer.seed) if run.config else "?",
         "diverged" if run.diverged else run.state,
-        *(_spread([run.summary[name]] if finished else []) for name in ("eval_perplexity", "test_perplexity")),
+        *(spread([run.summary[name]] if finished else []) for name in ("eval_perplexity", "test_perplexity")),
         *(_run_gap(member, axis, notes) for axis in ("tokens", "flops", "seconds")),
         "-" if member.baseline is None else "itself" if member.baseline is run else member.baseline.name,
         _tokens_cell(member, notes),
         f"{run.summary['trainable_parameters'] / 1e6:.2f}M" if finished else "-",
-        _memory(run.summary["peak_memory_bytes"]) + _marks([member.memory_note], notes) if finished else "-",
+        memory_text(run.summary["peak_memory_bytes"]) + notes.marks([member.memory_note]) if finished else "-",
         str(run.summary["skipped_updates"]) if finished else "-",
     ]
 
@@ -336,6 +278,12 @@ def _write(study: Study, folder: Path) -> None:
         "process held while it trained."
     )
     page.listing([f"({notes.mark(text)}) {text}" for text in notes.texts])
+    beside = beside_the_paper(study)
+    if beside is not None:
+        page.heading(HEADING)
+        page.table(COLUMNS, beside.rows)
+        page.paragraph(READING)
+        page.listing(beside.remarks)
     for command in filter(None, map(_missing_budgets, study.settings())):
         page.paragraph(
             "Some gaps at equal FLOPs are missing or were read from a curve. They need full-rank runs whose schedule "
@@ -344,15 +292,15 @@ def _write(study: Study, folder: Path) -> None:
         page.code(command)
     if study.unfinished:
         page.heading("Runs without a result")
-        page.listing([_line(f"{m.run.name} ({m.label}): {m.run.state}: {m.run.message}") for m in study.unfinished])
-    remarks = [_line(f"{m.run.name} ({m.label}): {text}") for m in study.members for text in m.run.remarks]
+        page.listing([one_line(f"{m.run.name} ({m.label}): {m.run.state}: {m.run.message}") for m in study.unfinished])
+    remarks = [one_line(f"{m.run.name} ({m.label}): {text}") for m in study.members for text in m.run.remarks]
     if remarks:
         page.heading("Remarks on runs")
         page.listing(remarks)
     alone = [m for m in study.members if m.run.finished and m.tokens.loss is None]
     if alone:
         page.heading("Runs without a baseline")
-        page.listing([_line(f"{m.run.name} ({m.label}): {m.tokens.note}") for m in alone])
+        page.listing([one_line(f"{m.run.name} ({m.label}): {m.tokens.note}") for m in alone])
     page.heading("Pictures")
     for file, draw, caption in FIGURES:
         figure = draw(study)

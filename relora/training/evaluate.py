@@ -1,6 +1,5 @@
 """Perplexity on held-out text."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,7 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from relora.common import perplexity
 from relora.common.errors import Stopped
+from relora.common.perplexity import Batch
 from relora.data.sequences import TokenSequences
 from relora.training.device_memory import fits
 from relora.training.distributed import World
@@ -23,11 +24,14 @@ class Evaluation:
 
     loss: float
     tokens: int
+    sequences_per_batch: int
+    batches: list[Batch]
+    """The losses of each batch, in the order of the sequences. The last batch may have fewer sequences."""
 
     @property
     def perplexity(self) -> float:
         """Return exp(loss), or infinity if that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity.perplexity(self.loss)
 
 
 @torch.no_grad()
@@ -87,8 +91,15 @@ def evaluate(
     *batch_sums, stopped = world.sum(sums_N, fitted=fitted).tolist()
     if stopped:
         raise Stopped(stop() or "another rank was asked to stop")
+    batches = [
+        Batch(
+            loss_sum=batch_sum,
+            tokens=min(sequences_per_batch, data.count - start) * data.sequence_length_tokens,
+        )
+        for start, batch_sum in zip(starts, batch_sums, strict=True)
+    ]
     total = 0.0
-    for batch_sum in batch_sums:
-        total += batch_sum
-    tokens = data.count * data.sequence_length_tokens
-    return Evaluation(loss=total / tokens, tokens=tokens)
+    for batch in batches:
+        total += batch.loss_sum
+    tokens = sum(batch.tokens for batch in batches)
+    return Evaluation(loss=total / tokens, tokens=tokens, sequences_per_batch=sequences_per_batch, batches=batches)

@@ -13,6 +13,7 @@ from relora.common.errors import DamagedFile, RunError, TrainingError
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
 from relora.training.evaluate import Evaluation, evaluate
+from relora.training.figures import sequences_per_batch
 from relora.training.model import precision_context, summed_cross_entropy
 from relora.training.pretrained import check_same_weights, load_pretrained, save_pretrained
 from relora.training.sampling import sample
@@ -67,7 +68,10 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
     """
     config, device, model = trainer.config, trainer.device, trainer.model
     size, length = trainer.micro.sequences_per_micro_step, config.data.sequence_length_tokens
-    settings: dict[str, Any] = {"sequences_per_batch": size, "precision": config.trainer.precision}
+    settings: dict[str, Any] = {
+        "sequences_per_batch": sequences_per_batch(config.published, size),
+        "precision": config.trainer.precision,
+    }
     indices = np.arange(min(size, trainer.validation.count), dtype=np.int64)
     inputs_BxT, targets_BxT = (tokens.to(device) for tokens in trainer.validation.batch(indices))
 

@@ -203,6 +203,7 @@ class _Attempt:
             from relora.runs import warmstart
             from relora.training.device_memory import peak_memory_bytes, reset_peak_memory
             from relora.training.export import check_finite, export
+            from relora.training.figures import summary_figures
             from relora.training.microsteps import share
             from relora.training.pretrained import loadable_tokenizer_config
 
@@ -266,6 +267,7 @@ class _Attempt:
                 "peak_memory_bytes": max(trainer.counters.peak_memory_bytes, peak_memory_bytes(device)),
                 "test_loss": exported.test.loss,
                 "test_perplexity": exported.test.perplexity,
+                **summary_figures(exported.test, corpus.splits["test"], config.published),
                 **trainer.reporter.progress_metrics(config.total_steps),
                 "restarts": trainer.clock.restarts_before(config.total_steps),
                 "skipped_updates": trainer.counters.skipped_updates,

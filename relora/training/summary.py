@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from typing import Any
 
 from relora.config import credentials
 from relora.config.run import RunConfig
@@ -48,6 +49,7 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
     found = status.summary
     rows = [
         ("perplexity", f"{found['test_perplexity']:.2f} on test, {found['eval_perplexity']:.2f} on validation"),
+        *_test_rows(config, found),
         ("tokens", f"{found['tokens']:,} in {config.total_steps} updates, {found['skipped_updates']} skipped"),
         ("restarts", f"{found['restarts']}"),
         (
@@ -81,6 +83,23 @@ def summary_text(run: RunDir, config: RunConfig, status: Status) -> str:
         text = "\n".join(f"  | {line}" for line in found["sample"].splitlines())
         lines = ["", "the model writes:", text, *lines]
     return "\n".join(lines)
+
+
+def _test_rows(config: RunConfig, found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows for bits per byte and for the paper's figure. A run may have neither."""
+    rows: list[tuple[str, str]] = []
+    if "test_bits_per_byte" in found:
+        rows.append(("bits per byte", f"{found['test_bits_per_byte']:.4f} on test"))
+    published = config.published
+    if published is not None and "test_perplexity_as_published" in found:
+        figure = published.perplexity.get(config.method.name)
+        theirs = "the paper has no figure" if figure is None else f"the paper's figure is {figure:.2f}"
+        setting = ", in another setting" if published.differs else ""
+        printed = found["test_perplexity_as_published"]
+        rows.append(
+            ("as published", f"{printed:.2f}, as the paper's code prints it; {theirs}{setting} ({published.source})")
+        )
+    return rows
 
 
 def prompt_for(config: RunConfig) -> str:

@@ -79,6 +79,16 @@ RELORA_TRAINABLE_MILLION = {
     "paper/relora_1b": 251.12,
 }
 
+# fmt: off
+GALORE_TABLE = {
+    "paper/galore_60m": ({"full": 34.06, "low_rank": 78.18, "lora": 34.99, "relora": 37.04, "galore": 34.88}, 256, 1),
+    "paper/galore_130m": ({"full": 25.08, "low_rank": 45.51, "lora": 33.92, "relora": 29.37, "galore": 25.36}, 256, 1),
+    "paper/galore_350m": ({"full": 18.80, "low_rank": 37.41, "lora": 25.58, "relora": 29.08, "galore": 18.95}, 128, 4),
+    "paper/galore_1b": ({"full": 15.56, "low_rank": 142.53, "lora": 19.21, "relora": 18.33, "galore": 15.64}, 16, 8),
+}
+"""Table 2 of arXiv 2403.03507, and the micro-batch and GPUs of the authors' scripts."""
+# fmt: on
+
 PAPER = [name for name in SETTINGS if name.startswith("paper/")]
 PRESETS = REPOSITORY / "conf" / "presets"
 PRESET_FILES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
@@ -163,8 +173,23 @@ def test_the_budget_is_the_papers_budget_or_the_file_states_the_papers(name: str
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_experiment_holds_no_method_values(name: str) -> None:
     file = loaded(REPOSITORY / "experiments" / f"{name}.yaml")
-    assert set(file) <= {"defaults", "model", "data", "schedule", "trainer"}
+    assert set(file) <= {"defaults", "model", "data", "schedule", "trainer", "published"}
     assert set(file["schedule"]) <= {"warmup_steps", "min_lr_ratio"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_experiment_states_the_figures_of_its_paper(name: str, corpus: Path) -> None:
+    published = composed(name, "full", corpus).published
+    assert published is not None
+    if name not in GALORE_TABLE:
+        assert published.source == "arXiv 2307.05695"
+        assert (published.divisor, published.perplexity) == ("tokens", {})
+        return
+    figures, micro_batch_sequences, gpus = GALORE_TABLE[name]
+    assert published.source == "arXiv 2403.03507, table 2"
+    assert (published.divisor, published.perplexity) == ("batches_plus_one", figures)
+    assert (published.micro_batch_sequences, published.gpus) == (micro_batch_sequences, gpus)
+    assert published.batches_per_gpu == pytest.approx(10e6 / (micro_batch_sequences * 215 * gpus), abs=0.7)
 
 
 # ------------------------------------------------------------------------------------------------------------ presets
@@ -262,6 +287,18 @@ def test_laptop_crossing_has_the_rates_of_the_probe(corpus: Path) -> None:
 def test_the_ablation_of_the_paper_composes_in_its_setting(corpus: Path) -> None:
     sweep = expand(["sweeps=paper_ablation", "experiments=paper/relora_130m", f"data.path={corpus}"])
     assert len(sweep.runs) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
+def test_the_sweep_of_a_papers_table_has_its_arms(name: str, corpus: Path) -> None:
+    sweep = expand(["sweeps=paper_table", f"experiments={name}", f"data.path={corpus}"])
+    assert [run.method.name for run in sweep.runs] == ["full", "lora", "relora", "galore"]
+    assert sweep.study == "paper_table"
+    for run in sweep.runs:
+        assert run.published is not None
+        assert run.published.differs == []
+        assert run.config_hash == composed(name, run.method.name, corpus).config_hash
 
 
 def test_the_command_line_can_choose_another_text_model_and_budget(corpus: Path) -> None:
