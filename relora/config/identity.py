@@ -126,9 +126,7 @@ def _written_out(config: "RunConfig") -> dict[str, Any]:
     """Return all fields. A budget in tokens is converted to steps, and None to the value that it means."""
     fields = every_field(config)
     fields["trainer.total_steps"] = config.total_steps
-    for name in ("limit_tokens", "held_out_tokens"):
-        if f"data.{name}" in fields:
-            fields[f"data.{name}"] = config.data.limit(name)
+    fields |= {f"data.{name}": value for name, value in config.data.written_out().items()}
     fields |= config.method.written_out
     rates = {config.optimizer.learning_rate}
     if config.method.warm_start_steps:

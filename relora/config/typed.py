@@ -69,8 +69,7 @@ def checked(structured: DictConfig) -> RunConfig:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, RunConfig)
     config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
-    for key, value in config.data.paths().items():
-        setattr(config.data, key, str(Path(value).expanduser().absolute()))
+    config.data.make_absolute()
     config.tracker.uri = _store(config.tracker)
     return config
 

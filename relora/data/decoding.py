@@ -25,6 +25,8 @@ FEW_UNDECODABLE_BYTES = 8
 """So many are always replaced. A short file with one wrong byte is no other encoding."""
 MOST_NUL_SHARE = 0.01
 CHUNK_BYTES = 1 << 20
+LONGEST_RECORD = 1 << 28
+"""Characters of a record. A longer one would take gigabytes of memory, and is rather a file of another kind."""
 
 
 class CorpusError(RunError):
@@ -82,7 +84,10 @@ def text_chunks(path: Path, tally: Tally) -> Iterator[str]:
 def lines(path: Path, tally: Tally) -> Iterator[str]:
     """Yield the lines of a file with their ends. Only "\\n" ends a line. Raises as `text_chunks`."""
     parts: list[str] = []
+    number = 1
     for chunk in text_chunks(path, tally):
+        if sum(map(len, parts)) > LONGEST_RECORD:
+            raise too_long(path, f"line {number}")
         start = 0
         while end := chunk.find("\n", start) + 1:
             line = chunk[start:end]
@@ -90,11 +95,19 @@ def lines(path: Path, tally: Tally) -> Iterator[str]:
                 line = "".join([*parts, line])
                 parts.clear()
             yield line
-            start = end
+            start, number = end, number + 1
         if start < len(chunk):
             parts.append(chunk[start:])
     if parts:
         yield "".join(parts)
+
+
+def too_long(path: Path, where: str) -> CorpusError:
+    """Return the error for a record that is longer than LONGEST_RECORD."""
+    return CorpusError(
+        f"{path}, {where}: it has more than {LONGEST_RECORD:,} characters; cut it into several records, or write the "
+        "text into a .txt file"
+    )
 
 
 def _opened(path: Path) -> Any:

@@ -18,13 +18,12 @@ from typing import Any
 from relora.common.errors import first_line
 from relora.common.files import reason
 from relora.config.sources import kind_of
-from relora.data.decoding import CorpusError, Tally, lines, text_chunks
+from relora.data.decoding import CHUNK_BYTES, LONGEST_RECORD, CorpusError, Tally, lines, text_chunks, too_long
 
 MOST_WITHOUT_TEXT_SHARE = 0.1
 """More records than this share without text mean that the text is in another field."""
 FIRST_RECORDS = 1000
 """The share of records without text is checked after these records too, and not only at the end of the file."""
-CHUNK_CHARACTERS = 1 << 20
 ROWS = 512
 _BETWEEN = re.compile(r"[\s,]*")
 """White space and commas between the records of an array."""
@@ -157,7 +156,7 @@ def _jsonl(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any
 
 def _json(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
     """Read an array in chunks, so that memory holds a few records at a time."""
-    decoder, chunks = json.JSONDecoder(), _chunks(path, tally)
+    decoder, chunks = json.JSONDecoder(), text_chunks(path, tally)
     buffer = next(chunks, "")
     position, number = _BETWEEN.match(buffer).end(), 0  # type: ignore[union-attr]
     if position < len(buffer) and buffer[position] != "[":
@@ -170,28 +169,18 @@ def _json(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]
         try:
             record, end = decoder.raw_decode(buffer, position)
         except ValueError as error:
-            more = next(chunks, None)
-            if more is None:
+            left = len(buffer) - position
+            if left > LONGEST_RECORD:
+                raise too_long(path, f"record {number + 1}") from error
+            # As much again as there is, so that a long record is not parsed once for each chunk.
+            more = "".join(itertools.islice(chunks, 1 + left // CHUNK_BYTES))
+            if not more:
                 where = f"{path}, record {number + 1}"
                 raise CorpusError(f"{where}: this is no JSON, or the file is cut: {error}") from error
             buffer, position = buffer[position:] + more, 0
             continue
         number, position = number + 1, end
         yield f"record {number}", _as_record(path, f"record {number}", record)
-
-
-def _chunks(path: Path, tally: Tally) -> Iterator[str]:
-    parts: list[str] = []
-    length = 0
-    for line in lines(path, tally):
-        for start in range(0, len(line), CHUNK_CHARACTERS):
-            parts.append(line[start : start + CHUNK_CHARACTERS])
-            length += len(parts[-1])
-            if length >= CHUNK_CHARACTERS:
-                yield "".join(parts)
-                parts, length = [], 0
-    if parts:
-        yield "".join(parts)
 
 
 def _as_record(path: Path, where: str, record: object) -> dict[str, Any]:

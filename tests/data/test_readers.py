@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora.data.decoding import CorpusError, Tally
-from relora.data.readers import CHUNK_CHARACTERS, read_documents
+from relora.data import decoding, readers
+from relora.data.decoding import CHUNK_BYTES, CorpusError, Tally
+from relora.data.readers import read_documents
 
 TEXTS = [
     "plain",
@@ -138,9 +139,21 @@ def test_any_text_survives_jsonl_and_json(
 
 
 def test_a_json_array_larger_than_a_chunk_is_read(tmp_path: Path) -> None:
-    texts = [f"{number} " + "x" * (CHUNK_CHARACTERS // 3) for number in range(8)] + ["y" * (2 * CHUNK_CHARACTERS)]
+    texts = [f"{number} " + "x" * (CHUNK_BYTES // 3) for number in range(8)] + ["y" * (2 * CHUNK_BYTES)]
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
     assert read(tmp_path / "a.json") == texts
+
+
+@pytest.mark.parametrize(("name", "where"), [("a.jsonl", "line 2"), ("a.json", "record 2")])
+def test_a_record_that_is_too_long_is_named(
+    tmp_path: Path, name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (decoding, readers):
+        monkeypatch.setattr(module, "LONGEST_RECORD", 1000)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 100)
+    records = [json.dumps({"text": text}) for text in ("short", "x" * 9000, "after")]
+    (tmp_path / name).write_text("\n".join(records) if name == "a.jsonl" else f"[{', '.join(records)}]")
+    assert_refused(tmp_path / name, [where, "more than 1,000 characters", ".txt"])
 
 
 def test_only_the_text_field_has_to_have_one_type(tmp_path: Path) -> None:
