@@ -130,6 +130,7 @@ def write_tokens(
     counts = {name: {"tokens": 0, "pieces": 0} for name in SPLITS}
     digest = hashlib.blake2b(digest_size=16)
     handles = {name: (folder / f"{name}.bin").open("wb") for name in SPLITS}
+    starts = {name: (folder / f"{name}.starts").open("wb") for name in SPLITS}
     pending: list[tuple[str, str, bool]] = []
 
     def write_pending() -> None:
@@ -137,6 +138,7 @@ def write_tokens(
         for (split, _, ends), encoding in zip(pending, encoded, strict=True):
             ids = [*encoding.ids, end_of_text_id] if ends else encoding.ids
             handles[split].write(np.asarray(ids, dtype=dtype).tobytes())
+            starts[split].write(np.asarray(counts[split]["tokens"], dtype="<u8").tobytes())
             counts[split]["tokens"] += len(ids)
             counts[split]["pieces"] += 1
         pending.clear()
@@ -149,7 +151,7 @@ def write_tokens(
                 write_pending()
         write_pending()
     finally:
-        for handle in handles.values():
+        for handle in [*handles.values(), *starts.values()]:
             handle.close()
     return {
         "format": FORMAT,

@@ -277,7 +277,7 @@ def test_two_builds_are_equal_to_the_byte(tmp_path: Path) -> None:
     assert one.identity == other.identity
     assert one.folder.name == other.folder.name
     files = sorted(path.name for path in one.folder.iterdir())
-    assert files == ["meta.json", "test.bin", "tokenizer.json", "tokenizer_config.json", "train.bin", "validation.bin"]
+    assert files == sorted(["meta.json", *FILES])
     for name in files:
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
@@ -712,7 +712,8 @@ def test_a_truncated_corpus_is_named_and_prepared_again(tmp_path: Path, corpora:
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
-FILES = ["train.bin", "validation.bin", "test.bin", "tokenizer.json", "tokenizer_config.json"]
+SPLIT_FILES = [f"{split}.{kind}" for split in ("train", "validation", "test") for kind in ("bin", "starts")]
+FILES = [*SPLIT_FILES, "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
