@@ -12,6 +12,7 @@ from typing import Any
 from relora.common.errors import ConfigError, RunError, print_note
 from relora.common.files import read_json
 from relora.config import compose, credentials, frozen
+from relora.config.data import SEQUENCE_KEYS
 from relora.runs.rundir import RunDir
 from relora.training.distributed import World
 
@@ -66,7 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         )
     result = evaluate(
         load_pretrained(folder, device),
-        corpus.sequences(arguments.split, config.data.sequence_length_tokens),
+        corpus.sequences(arguments.split, config.data),
         sequences_per_batch=run.get("sequences_per_batch", config.trainer.sequences_per_step),
         precision=config.trainer.precision,
         device=device,
@@ -83,10 +84,9 @@ def _as_trained(folder: Path, run: dict[str, Any], limit: int) -> list[str]:
     """The overrides with which the model's run evaluated it. The user's overrides come after them and win."""
     overrides = ["method=full", f"model.max_position_embeddings={limit}", f"data.tokenizer={folder}"]
     if run:
-        overrides += [
-            f"data.sequence_length_tokens={run['sequence_length_tokens']}",
-            f"trainer.precision={run['precision']}",
-        ]
+        # A model that an earlier version exported has no packing: its run attended across documents.
+        overrides += [f"data.{key}={run[key]}" for key in SEQUENCE_KEYS if key in run]
+        overrides.append(f"trainer.precision={run['precision']}")
     return overrides
 
 

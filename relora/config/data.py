@@ -14,6 +14,9 @@ from relora.config.sources import check_path
 
 HELD_OUT = ("validation", "test")
 LARGEST_FRACTION = 0.4
+PACKINGS = ("packed", "pad")
+SEQUENCE_KEYS = ("sequence_length_tokens", "packing", "attend_across_documents")
+"""The keys that choose how a prepared corpus is cut into sequences. They do not change the corpus."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,6 +27,8 @@ class DataConfig:
     path: A file or folder, for the sources that have files.
     text_field: The field or column with the text, in files of records.
     tokenizer: A tokenizer.json or its folder. None trains a byte-level BPE of `vocab_size` on the training split.
+    packing: "packed" cuts the text of all documents into sequences. "pad" makes a sequence of each document.
+    attend_across_documents: Whether the attention of a packed sequence covers all its documents, or only the own one.
     validation_fraction, test_fraction: The shares of the training text that are held out, for each split that the
         source does not have itself.
     """
@@ -36,6 +41,8 @@ class DataConfig:
     tokenizer: str | None = None
     vocab_size: int = 2048
     sequence_length_tokens: int = 128
+    packing: str = "packed"
+    attend_across_documents: bool = True
     validation_fraction: float = 0.01
     test_fraction: float = 0.02
 
@@ -45,6 +52,12 @@ class DataConfig:
         at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
         at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
         at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model accepts that many")
+        one_of("data.packing", self.packing, PACKINGS)
+        if self.packing == "pad" and not self.attend_across_documents:
+            raise ConfigError(
+                "data.attend_across_documents=false has no meaning with data.packing=pad, where a sequence has one "
+                "document; leave it out"
+            )
         for split in HELD_OUT:
             value = getattr(self, f"{split}_fraction")
             if not 0.0 < value <= LARGEST_FRACTION:

@@ -2,7 +2,7 @@
 
 Scheme 2 hashes every such field, so a changed default changes the hash. Scheme 1 (version 0.1 and the commits after it)
 left out fields that had their default. `EARLIER_DEFAULTS` has the defaults of that time, so that the folders of earlier
-runs are always found.
+runs are always found. Fields that are newer than scheme 2 are in `LATER_FIELDS`.
 """
 
 import dataclasses
@@ -56,6 +56,16 @@ EARLIER_DEFAULTS: dict[str, Any] = {
 }
 """Fields and values that scheme 1 left out of its hash. Never change this or add new fields."""
 
+LATER_FIELDS: dict[str, Any] = {
+    "data.packing": "packed",
+    "data.attend_across_documents": True,
+}
+"""Fields that are newer than scheme 2, each with the value that means what relora did before the field existed.
+
+A field with this value is left out of the hash, so that runs from before the field keep their hash. The value is not
+the default: a new default is hashed. Never change a value here. Add every new field that changes results.
+"""
+
 
 def canonical(config: "RunConfig") -> dict[str, Any]:
     """Return the fields that change the results of a run, by dotted name. Values with the same meaning are equal.
@@ -85,13 +95,18 @@ def setting(config: "RunConfig") -> dict[str, Any]:
 
 
 def every_field(config: "RunConfig") -> dict[str, Any]:
-    """Return all fields that can change the results, by dotted name, with the values that were set."""
-    return _flat(config, "")
+    """Return all fields that can change the results, by dotted name, with the values that were set.
+
+    Fields that have their value of `LATER_FIELDS` are left out.
+    """
+    absent = object()
+    fields = _flat(config, "")
+    return {name: value for name, value in fields.items() if value != LATER_FIELDS.get(name, absent)}
 
 
 def spelled_out(config: "RunConfig") -> dict[str, Any]:
     """Return all fields that can change the results. Fields with an effect have their values of `canonical`."""
-    return {**every_field(config), **canonical(config), "model.name": config.model.name}
+    return {**LATER_FIELDS, **every_field(config), **canonical(config), "model.name": config.model.name}
 
 
 def digest(fields: dict[str, Any]) -> str:

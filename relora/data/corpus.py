@@ -27,7 +27,7 @@ from relora.config.sources import survey
 from relora.data.documents import fingerprint, source_files, split_documents
 from relora.data.encoding import SPLITS, copy_tokenizer, train_tokenizer, write_tokens
 from relora.data.readers import CorpusError, Tally
-from relora.data.sequences import TokenSequences
+from relora.data.sequences import PaddedSequences, Sequences, TokenSequences
 
 USER_ERROR = 3
 """Exit code of the process that builds a corpus when its stderr is an error message for the user."""
@@ -58,12 +58,24 @@ class Corpus:
         """The digests that identify this corpus."""
         return {"corpus_digest": self.corpus_digest, "tokenizer_digest": self.tokenizer_digest}
 
-    def sequences(self, split: str, sequence_length_tokens: int) -> TokenSequences:
-        """One split, cut into sequences. Raises CorpusError if the split is shorter than one sequence."""
+    def sequences(self, split: str, config: DataConfig) -> Sequences:
+        """Return one split as the sequences that `config` describes.
+
+        Raises:
+            CorpusError: The split is shorter than one sequence.
+            DamagedFile: A file is missing.
+        """
+        path, starts = self.folder / f"{split}.bin", self.folder / f"{split}.starts"
+        length = config.sequence_length_tokens
         try:
-            return TokenSequences(self.folder / f"{split}.bin", self.dtype, sequence_length_tokens)
+            if config.packing == "pad":
+                return PaddedSequences(path, self.dtype, length, starts=starts)
+            needed = None if config.attend_across_documents else starts
+            return TokenSequences(path, self.dtype, length, starts=needed)
         except ValueError as error:
             raise CorpusError(f"the {split} split is too short: {error}") from error
+        except FileNotFoundError as error:
+            raise DamagedFile(Path(error.filename), "it is missing", REMEDY) from error
 
 
 def prepare(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from relora.common.errors import ConfigError
-from relora.config.data import DataConfig, tokenizer_file
+from relora.config.data import SEQUENCE_KEYS, DataConfig, tokenizer_file
 from relora.config.sources import check_path
 from relora.data.readers import CorpusError, Tally, read_documents
 
@@ -44,7 +44,7 @@ def source_files(config: DataConfig) -> list[Path]:
 
 def fingerprint(config: DataConfig, files: list[Path]) -> str:
     """A digest of settings, tokenizer, and each file's path, size and time. It finds a corpus without reading text."""
-    settings = {key: value for key, value in asdict(config).items() if key != "sequence_length_tokens"}
+    settings = {key: value for key, value in asdict(config).items() if key not in SEQUENCE_KEYS}
     tokenizer = b""
     if config.tokenizer:
         file = tokenizer_file(config.tokenizer)
