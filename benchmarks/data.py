@@ -30,6 +30,7 @@ from relora.data.tokenizer import load_tokenizer
 from relora.data.workers import encode, usable_cpus
 
 RECORD_CHARACTERS = 2000
+TEXT = data_config({"name": "stdlib", "sequence_length_tokens": 256})
 LARGE_TOKENS = 10_000_000_000
 
 
@@ -177,7 +178,7 @@ def large_corpus(folder: Path, tokenizer: Path) -> Corpus:
 def measure_open(folder: Path, tokenizer: Path) -> None:
     """Milliseconds to open a corpus of 10B tokens, after its first use."""
     large = large_corpus(folder, tokenizer)
-    values = [1000 * seconds_of(lambda: load(large.folder).sequences("train", 256)) for _ in range(20)]
+    values = [1000 * seconds_of(lambda: load(large.folder).sequences("train", TEXT)) for _ in range(20)]
     print(f"opening {LARGE_TOKENS:,} tokens: {spread(values)} ms")
 
 

@@ -1,6 +1,6 @@
 """A trainer on a few made-up tokens, with a tracker and stops for tests."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from relora.config.compose import compose
 from relora.config.run import RunConfig
-from relora.data.sequences import TokenSequences
+from relora.data.sequences import PaddedSequences, TokenSequences
 from relora.runs.metrics import Progress
 from relora.training.model import build, summed_cross_entropy
 from relora.training.trainer import Trainer
@@ -52,6 +52,32 @@ def tokens(folder: Path, name: str, count: int) -> TokenSequences:
     path = folder / f"{name}.bin"
     path.write_bytes(values.astype(np.uint16).tobytes())
     return TokenSequences(path, "uint16", 16)
+
+
+END_OF_TEXT = 0
+
+
+def write_documents(folder: Path, name: str, lengths: Sequence[int]) -> list[list[int]]:
+    """Write documents of these lengths in tokens to NAME.bin and NAME.starts, and return their tokens.
+
+    A document ends with the end-of-text token, which counts in its length.
+    """
+    chance = np.random.default_rng(sum(lengths) + len(name))
+    made = [[*chance.integers(1, VOCAB, length - 1).tolist(), END_OF_TEXT] for length in lengths]
+    folder.mkdir(exist_ok=True)
+    np.array([token for document in made for token in document], dtype="<u2").tofile(folder / f"{name}.bin")
+    np.cumsum([0, *lengths[:-1]]).astype("<u8").tofile(folder / f"{name}.starts")
+    return made
+
+
+def padded(folder: Path, name: str, length: int = 16) -> PaddedSequences:
+    """The documents of `write_documents`, one in each sequence."""
+    return PaddedSequences(folder / f"{name}.bin", "uint16", length, starts=folder / f"{name}.starts")
+
+
+def within_documents(folder: Path, name: str, length: int = 16) -> TokenSequences:
+    """The documents of `write_documents`, packed. Attention stays within a document."""
+    return TokenSequences(folder / f"{name}.bin", "uint16", length, starts=folder / f"{name}.starts")
 
 
 def trainer_of(config: RunConfig, folder: Path, **changes) -> Trainer:

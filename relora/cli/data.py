@@ -34,7 +34,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     folder = folder_of(config.data, corpora)
     if not (folder / "meta.json").exists():
         raise RunError(f"{folder} is not prepared; run relora data prepare with the same settings first")
-    found = inspect(load(folder), config.data.sequence_length_tokens, config.trainer.seed)
+    found = inspect(load(folder), config.data, config.trainer.seed)
     print(json.dumps(found) if arguments.json else text(found))
     return 0
 

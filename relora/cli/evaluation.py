@@ -42,7 +42,7 @@ def values(result: "Evaluation", sequences: int, data: DataConfig, corpus: "Corp
         "sequences": sequences,
         "sequence_length_tokens": length,
         "divisor": DIVISOR,
-        "context": _context(length),
+        "context": _context(data),
         **corpus.identity,
     }
 
@@ -53,13 +53,22 @@ def _source(data: DataConfig) -> str:
     return " ".join([f"data={data.name}", *(f"data.{key}={value}" for key, value in paths.items())])
 
 
-def _context(length: int) -> str:
-    """Describe the tokens that a prediction depends on, for packed sequences (relora.data.sequences)."""
+def _context(data: DataConfig) -> str:
+    """Describe the tokens that a prediction depends on (relora.data.sequences)."""
+    length = data.sequence_length_tokens
+    if data.packing == "pad":
+        return (
+            f"padded: a sequence is the beginning of a document, up to {length} predicted tokens; a token is predicted "
+            "from the tokens before it in its document; the first token of a document, and those after the sequence, "
+            "are not predicted"
+        )
+    across = "also across the ends of documents"
+    if not data.attend_across_documents:
+        across = "but only from those of its own document"
     return (
         f"packed: the split is one stream of documents, cut into sequences of {length} predicted tokens; a token is "
-        f"predicted from the tokens before it in its sequence, the first from 1 token and the last from {length}, also "
-        "across the ends of documents; each token is predicted once, except the first of the split and those after the "
-        "last whole sequence"
+        f"predicted from the tokens before it in its sequence, the first from 1 token and the last from {length}, "
+        f"{across}; each token is predicted once, except the first of the split and those after the last whole sequence"
     )
 
 

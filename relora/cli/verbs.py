@@ -13,6 +13,7 @@ from relora.cli import evaluation
 from relora.common.errors import ConfigError, RunError, print_note
 from relora.common.files import read_json
 from relora.config import compose, credentials, frozen
+from relora.config.data import SEQUENCE_KEYS
 from relora.runs.rundir import RunDir
 from relora.training.distributed import World
 
@@ -65,7 +66,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             f"note: data={config.data.name} is not the text, or not the split, of the training of {run['run']}: the "
             "held-out text may be in its training data, and this perplexity cannot be compared with the run's"
         )
-    sequences = corpus.sequences(arguments.split, config.data.sequence_length_tokens)
+    sequences = corpus.sequences(arguments.split, config.data)
     as_in_the_run = run.get("sequences_per_batch", config.trainer.sequences_per_step)
     result = evaluate(
         load_pretrained(folder, device),
@@ -85,10 +86,9 @@ def _as_trained(folder: Path, run: dict[str, Any], limit: int) -> list[str]:
     if any(folder.glob("token*")) or any(folder.glob("*.model")):
         overrides.append(f"data.tokenizer={folder}")
     if run:
-        overrides += [
-            f"data.sequence_length_tokens={run['sequence_length_tokens']}",
-            f"trainer.precision={run['precision']}",
-        ]
+        # A model that an earlier version exported has no packing: its run attended across documents.
+        overrides += [f"data.{key}={run[key]}" for key in SEQUENCE_KEYS if key in run]
+        overrides.append(f"trainer.precision={run['precision']}")
     return overrides
 
 

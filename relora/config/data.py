@@ -19,6 +19,9 @@ LIMITS = ("limit_tokens", "held_out_tokens")
 MIXTURE_CYCLE = 1000
 """Of so many training sequences in a row, each source of a mixture has the same number."""
 LARGEST_FRACTION = 0.4
+PACKINGS = ("packed", "pad")
+SEQUENCE_KEYS = ("sequence_length_tokens", "packing", "attend_across_documents")
+"""The keys that choose how a prepared corpus is cut into sequences. They do not change the corpus."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,6 +34,8 @@ class DataConfig:
     tokenizer: A tokenizer.json or its folder. None trains a byte-level BPE of `vocab_size` on the training split.
     limit_tokens, held_out_tokens: The training split, and each held-out split, ends with the document that reaches so
         many tokens.
+    packing: "packed" cuts the text of all documents into sequences. "pad" makes a sequence of each document.
+    attend_across_documents: Whether the attention of a packed sequence covers all its documents, or only the own one.
     validation_fraction, test_fraction: The shares of the training text that are held out, for each split that the
         source does not have itself.
     """
@@ -43,6 +48,8 @@ class DataConfig:
     tokenizer: str | None = None
     vocab_size: int = 2048
     sequence_length_tokens: int = 128
+    packing: str = "packed"
+    attend_across_documents: bool = True
     validation_fraction: float = 0.01
     test_fraction: float = 0.02
     limit_tokens: Any = None
@@ -56,6 +63,12 @@ class DataConfig:
         at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
         at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
         at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model accepts that many")
+        one_of("data.packing", self.packing, PACKINGS)
+        if self.packing == "pad" and not self.attend_across_documents:
+            raise ConfigError(
+                "data.attend_across_documents=false has no meaning with data.packing=pad, where a sequence has one "
+                "document; leave it out"
+            )
         for split in HELD_OUT:
             value = getattr(self, f"{split}_fraction")
             if not 0.0 < value <= LARGEST_FRACTION:
@@ -287,8 +300,8 @@ class MixtureConfig(DataConfig):
         for name, count in found.items():
             if count == 0:
                 raise ConfigError(
-                    f"data.weights.{name}={self.weights[name]} is less than 1/{MIXTURE_CYCLE} of all weights; leave the "
-                    "source out, or give it more"
+                    f"data.weights.{name}={self.weights[name]} is less than 1/{MIXTURE_CYCLE} of all weights; leave "
+                    "the source out, or give it more"
                 )
         return found
 

@@ -61,6 +61,8 @@ LATER_FIELDS: dict[str, Any] = {
     "data.held_out_tokens": None,
     "data.validation_path": None,
     "data.test_path": None,
+    "data.packing": "packed",
+    "data.attend_across_documents": True,
 }
 """Fields that are newer than scheme 2, each with the value that means what relora did before the field existed.
 

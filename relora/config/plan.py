@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from relora.budget.cost import Cost, LlamaShape
+from relora.budget.cost import COMPUTE_BYTES, Cost, LlamaShape
 from relora.budget.memory import peak_bytes, summed_gradient_bytes
 from relora.config.run import RunConfig, fitting
 
@@ -17,6 +17,7 @@ class Plan:
     name: str
     total_steps: int
     tokens: int
+    """The tokens that are computed. With data.packing=pad some of them are padding."""
     restarts: int
     parameters: int
     trainable_parameters: int
@@ -102,7 +103,8 @@ def text(made: Plan, config: RunConfig) -> str:
     share, warm = made.trainable_parameters / made.parameters, config.method.warm_start_steps
     rows = {
         "run": made.name,
-        "steps": f"{made.total_steps:,} of {config.tokens_per_step:,} tokens, {made.tokens:,} in all",
+        "steps": f"{made.total_steps:,} of {config.tokens_per_step:,} tokens, {made.tokens:,} in all"
+        + (", with padding" if config.data.packing == "pad" else ""),
         "restarts": f"{made.restarts}",
         "parameters": f"{made.parameters:,}, {made.trainable_parameters:,} trainable ({share:.0%})",
         "FLOPs": f"{made.flops_per_update:.3g} per step ({ratio:.3f} of full rank's), {made.total_flops:.3g} in all",
@@ -134,7 +136,7 @@ def _gradient_bytes(config: RunConfig, of: Cost) -> int:
 
 def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost) -> int:
     settings = config.trainer
-    return peak_bytes(
+    return _mask_bytes(config) + peak_bytes(
         shape,
         of,
         sequences_per_micro_step=_sequences_at_a_time(config),
@@ -146,6 +148,14 @@ def _peak_bytes(config: RunConfig, shape: LlamaShape, of: Cost) -> int:
         update_in_backward=settings.update_in_backward,
         world_size=config.world_size,
     )
+
+
+def _mask_bytes(config: RunConfig) -> int:
+    """Return the bytes of the attention mask of a micro-step. Only attention within documents needs a mask."""
+    if config.data.attend_across_documents:
+        return 0
+    length = config.data.sequence_length_tokens
+    return COMPUTE_BYTES[config.trainer.precision] * _sequences_at_a_time(config) * length * length
 
 
 def _sequences_at_a_time(config: RunConfig) -> int:

@@ -55,6 +55,7 @@ class RunConfig:
         if self.study is not None:
             check_name("study", self.study)
         check_strings("", self)
+        self._check_budget()
         self.method.check(self)
         self._check_warm_start()
         self._check_clock()
@@ -72,6 +73,13 @@ class RunConfig:
                 "leave model.vocab_size null or lower data.vocab_size"
             )
         self._check_length_of_paths()
+
+    def _check_budget(self) -> None:
+        if self.data.packing == "pad" and self.trainer.total_tokens is not None:
+            raise ConfigError(
+                f"trainer.total_tokens={shown(self.trainer.total_tokens)} is no budget with data.packing=pad, because "
+                "the tokens of a step depend on its documents; set trainer.total_steps, and trainer.total_tokens=null"
+            )
 
     def _check_warm_start(self) -> None:
         """A warm start has the configured model sizes, because runs of different methods share it."""
@@ -195,7 +203,7 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step trains on."""
+        """Tokens that one optimizer step computes. With data.packing=pad some of them are padding."""
         return self.trainer.sequences_per_step * self.data.sequence_length_tokens
 
     @property

@@ -21,7 +21,7 @@ from relora.common.tables import in_units
 from relora.data.decoding import CorpusError, Tally
 from relora.data.overlap import near_duplicates
 from relora.data.source import SPLITS, Source, Vocabulary
-from relora.data.splitting import Assignment, Piece, assign
+from relora.data.splitting import Assignment, Piece, assign, held_out_shares
 from relora.data.tokenizer import TOKENIZER_TRAINING_CHARACTERS, copy_tokenizer, train_tokenizer, vocabulary
 from relora.data.workers import Encoder, Ids, usable_cpus
 from relora.data.writer import PIECES, SplitFiles
@@ -34,8 +34,6 @@ COMMIT_SECONDS = 5.0
 """A killed preparation repeats at most the work of this time, and what was read since the last cursor."""
 LOG_SECONDS = 10.0
 STATE = "state.json"
-HALF = 0.5
-"""The share of a source's own validation split that becomes the test split, if the source has none."""
 
 
 @dataclass(kw_only=True)
@@ -137,15 +135,6 @@ class Build:
             shutil.rmtree(self.work)
         return state
 
-    def _shares(self, part: str) -> dict[str, float]:
-        """Split -> the share of a part that is held out for it, for the splits that the source does not have."""
-        missing = [split for split in SPLITS[1:] if split not in self.source.parts]
-        if part == "train":
-            if missing == ["test"]:
-                return {}  # the test split is a half of the own validation split
-            return {split: getattr(self.config, f"{split}_fraction") for split in missing}
-        return {"test": HALF} if part == "validation" and missing == ["test"] else {}
-
     def _assignment(self, part: str) -> Assignment:
         file = self.work / f"assignment-{part}.json"
         saved = read_json(file)
@@ -153,7 +142,7 @@ class Build:
             numbers = {number: split for split, of_split in saved.pop("held_out").items() for number in of_split}
             return Assignment(**saved, held_out=numbers)
         tally = Tally()
-        made = assign(self.source, part, self._shares(part), tally)
+        made = assign(self.source, part, held_out_shares(self.source, part), tally)
         for remark in tally.remarks():
             self.log_line(f"note: {remark}")
         by_split: dict[str, list[int]] = {}
@@ -207,7 +196,7 @@ class Build:
                 progress.log()
         finally:
             batches.close()
-        if not (self.source.is_read_twice and self._shares(part)):  # else they are logged already
+        if not (self.source.is_read_twice and held_out_shares(self.source, part)):  # else they are logged already
             for remark in tally.remarks():
                 self.log_line(f"note: {remark}")
 
@@ -223,7 +212,7 @@ class Build:
         now = _Place(cursor=begin.cursor, item=begin.item, tally=begin.tally)
         item, last, characters = begin.item, None, 0
         pieces: list[Piece] = []
-        splits = (part, *self._shares(part))
+        splits = (part, *held_out_shares(self.source, part))
         documents = self.source.documents(part, tally, begin.cursor)
         for document, next_item, piece in assignment.pieces(documents, begin.item):
             if document is not last and document.cursor is not None and last is not None:

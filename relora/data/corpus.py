@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,32 @@ from filelock import FileLock
 
 from relora.common import signals
 from relora.common.errors import DamagedFile
-from relora.common.files import check_crc32, naming, publish, read_json, reason, system_error, write_json
+from relora.common.files import (
+    check_crc32,
+    crc32_of,
+    naming,
+    publish,
+    publishing,
+    read_json,
+    reason,
+    system_error,
+    write_json,
+)
 from relora.common.tables import in_units
-from relora.config.data import DataConfig, HubConfig, TextConfig, TokensConfig, data_config
+from relora.config.data import (
+    SEQUENCE_KEYS,
+    DataConfig,
+    HubConfig,
+    MixtureConfig,
+    TextConfig,
+    TokensConfig,
+    data_config,
+)
 from relora.data.building import FORMAT, Build, crc32_of_values
 from relora.data.decoding import CorpusError, Unfinished
+from relora.data.mixture import MixedSequences, counts, digest, shared_tokenizer
 from relora.data.overlap import described
-from relora.data.sequences import TokenSequences
+from relora.data.sequences import PaddedSequences, Sequences, TokenSequences
 from relora.data.source import SPLITS, Source
 from relora.data.text import StdlibSource, TextSource
 from relora.data.tokenizer import tokenizer_identity
@@ -37,8 +56,6 @@ from relora.data.tokens import TokensSource
 
 USER_ERROR = 3
 """Exit code of the process that builds a corpus when its stderr is an error message for the user."""
-NOT_PREPARED = ("sequence_length_tokens",)
-"""Settings that do not change the prepared corpus."""
 SMALL_BYTES = 100 << 20
 """The need of disk is not logged for less."""
 REMEDY = "remove its folder, and the next launch prepares the corpus again"
@@ -57,6 +74,10 @@ class Corpus:
     end_of_text_id: int
     dtype: str
     splits: dict[str, dict[str, int]]
+    parts: "dict[str, Corpus]" = field(default_factory=dict)
+    """The corpora of a mixture, by the name of their source."""
+    shares: dict[str, int] = field(default_factory=dict)
+    """Of each part: its sequences among MIXTURE_CYCLE."""
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -69,12 +90,30 @@ class Corpus:
         """The digests that identify this corpus."""
         return {"corpus_digest": self.corpus_digest, "tokenizer_digest": self.tokenizer_digest}
 
-    def sequences(self, split: str, sequence_length_tokens: int) -> TokenSequences:
-        """One split, cut into sequences. Raises CorpusError if the split is shorter than one sequence."""
+    def sequences(self, split: str, config: DataConfig) -> Sequences:
+        """Return one split as the sequences that `config` describes.
+
+        Raises:
+            CorpusError: The split is shorter than one sequence.
+            DamagedFile: A file is missing.
+        """
+        if self.parts:
+            parts = [(part.sequences(split, config), self.shares[name]) for name, part in self.parts.items()]
+            try:
+                return MixedSequences(parts, held_out=split != "train")
+            except ValueError as error:
+                raise CorpusError(f"the {split} split is too short: {error}") from error
+        path, starts = self.folder / f"{split}.bin", self.folder / f"{split}.starts"
+        length = config.sequence_length_tokens
         try:
-            return TokenSequences(self.folder / f"{split}.bin", self.dtype, sequence_length_tokens)
+            if config.packing == "pad":
+                return PaddedSequences(path, self.dtype, length, starts=starts)
+            needed = None if config.attend_across_documents else starts
+            return TokenSequences(path, self.dtype, length, starts=needed)
         except ValueError as error:
             raise CorpusError(f"the {split} split is too short: {error}") from error
+        except FileNotFoundError as error:
+            raise DamagedFile(Path(error.filename), "it is missing", REMEDY) from error
 
 
 def prepare(
@@ -91,15 +130,17 @@ def prepare(
     Raises:
         CorpusError: The text cannot be read or is too little.
     """
-    source = source_of(config)
-    folder = _folder(source, corpora)
+    folder = folder_of(config, corpora)
     corpus = _prepared(folder, lambda message: None)
     if corpus is None:
         corpora.mkdir(parents=True, exist_ok=True)
         with FileLock(corpora / f"{folder.name}.lock"):
             corpus = _prepared(folder, log_line)
             if corpus is None:
-                _build(source, folder, log_line, workers)
+                if isinstance(config, MixtureConfig):
+                    _build_mixture(config, folder, log_line, workers)
+                else:
+                    _build(source_of(config), folder, log_line, workers)
                 corpus = load(folder)
     return corpus
 
@@ -114,6 +155,7 @@ def source_of(config: DataConfig) -> Source:
         from relora.data.hub import HubSource
 
         return HubSource(config)
+    assert not isinstance(config, MixtureConfig)
     return StdlibSource(config)
 
 
@@ -130,8 +172,10 @@ def load(folder: Path) -> Corpus:
         own = meta.pop("own_crc32", None)
         if own not in (None, crc32_of_values(meta)):
             raise DamagedFile(folder / "meta.json", "its values differ from those that were written", REMEDY)
-        corpus = Corpus(folder=folder, **{name: meta[name] for name in names})
-        for split in SPLITS:
+        parts = {name: load(folder.with_name(own)) for name, own in meta.get("parts", {}).items()}
+        values = {name: meta[name] for name in names}
+        corpus = Corpus(folder=folder, **values, parts=parts, shares=meta.get("shares", {}))
+        for split in () if parts else SPLITS:
             wanted = corpus.splits[split]["tokens"] * np.dtype(corpus.dtype).itemsize
             file = folder / f"{split}.bin"
             if (found := file.stat().st_size) != wanted:
@@ -215,14 +259,50 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
 
 def folder_of(config: DataConfig, corpora: Path) -> Path:
     """The folder of the corpus, prepared or not. The corpus is prepared if the folder has a meta.json."""
-    return _folder(source_of(config), corpora)
+    # The name has a digest of settings, tokenizer, and each file's path, size and time. No text is read for it.
+    settings = {key: value for key, value in asdict(config).items() if key not in SEQUENCE_KEYS}
+    if isinstance(config, MixtureConfig):
+        identity = {name: source.identity for name, source in _sources(config).items()}
+    else:
+        identity = source_of(config).identity
+    key = json.dumps([FORMAT, settings, identity, tokenizer_identity(config.tokenizer)])
+    return corpora / f"{config.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
-def _folder(source: Source, corpora: Path) -> Path:
-    """The name has a digest of settings, tokenizer, and each file's path, size and time. No text is read for it."""
-    settings = {key: value for key, value in asdict(source.config).items() if key not in NOT_PREPARED}
-    key = json.dumps([FORMAT, settings, source.identity, tokenizer_identity(source.config.tokenizer)])
-    return corpora / f"{source.config.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+def _sources(config: MixtureConfig) -> dict[str, Source]:
+    return {name: source_of(part) for name, part in config.parts().items()}
+
+
+def _build_mixture(config: MixtureConfig, folder: Path, log_line: Callable[[str], None], workers: int | None) -> None:
+    """Prepare the corpora of a mixture with one tokenizer, and write a folder that names them."""
+    shares = config.shares()
+    log_line(
+        f"preparing the mixture {folder.name}: {', '.join(f'{share / 10:g}% {name}' for name, share in shares.items())}"
+    )
+    tokenizer = shared_tokenizer(config, _sources(config), folder.parent)
+    parts = {
+        name: prepare(replace(part, tokenizer=tokenizer), folder.parent, log_line, workers=workers)
+        for name, part in config.parts().items()
+    }
+    first = next(iter(parts.values()))
+    meta = {
+        "format": FORMAT,
+        "source": asdict(config),
+        "parts": {name: part.folder.name for name, part in parts.items()},
+        "shares": shares,
+        "corpus_digest": digest(shares, {name: part.corpus_digest for name, part in parts.items()}),
+        "tokenizer_digest": first.tokenizer_digest,
+        "vocab_size": first.vocab_size,
+        "end_of_text_id": first.end_of_text_id,
+        "dtype": first.dtype,
+        "splits": counts(shares, {name: part.splits for name, part in parts.items()}),
+    }
+    with publishing(folder) as temporary:
+        names = ("tokenizer.json", "tokenizer_config.json")
+        for name in names:
+            shutil.copyfile(first.folder / name, temporary / name)
+        meta["crc32"] = {name: crc32_of(temporary / name) for name in names}
+        write_json(temporary / "meta.json", {**meta, "own_crc32": crc32_of_values(meta)})
 
 
 def _build(source: Source, folder: Path, log_line: Callable[[str], None], workers: int | None) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 
 from relora.common.files import read_json
 from relora.common.tables import aligned, in_units
+from relora.config.data import DataConfig
 from relora.data.corpus import Corpus
-from relora.data.sequences import permuted
+from relora.data.sequences import IGNORED
 from relora.data.source import SPLITS
 from relora.data.tokenizer import load_tokenizer
 
@@ -17,12 +18,12 @@ BLOCK_TOKENS = 1 << 24
 BAR_CHARACTERS = 40
 
 
-def inspect(corpus: Corpus, sequence_length_tokens: int, seed: int) -> dict[str, Any]:
+def inspect(corpus: Corpus, config: DataConfig, seed: int) -> dict[str, Any]:
     """Return the facts about a corpus as JSON values.
 
     Args:
         corpus: The prepared corpus.
-        sequence_length_tokens: The length of the samples.
+        config: The kind and length of the sequences.
         seed: The order of training, whose first sequences are the samples.
     """
     splits = {name: _split(corpus, name) for name in SPLITS}
@@ -43,7 +44,7 @@ def inspect(corpus: Corpus, sequence_length_tokens: int, seed: int) -> dict[str,
         "near_duplicates": read_json(corpus.folder / "meta.json").get("near_duplicates", {}),
     }
     if corpus.tokenizer_file is not None:
-        found |= _texts(corpus, corpus.tokenizer_file, sequence_length_tokens, seed, used)
+        found |= _texts(corpus, corpus.tokenizer_file, config, seed, used)
     return found
 
 
@@ -61,22 +62,18 @@ def _split(corpus: Corpus, name: str) -> dict[str, Any]:
     }
 
 
-def _texts(corpus: Corpus, tokenizer_file: Path, sequence_length_tokens: int, seed: int, used: Any) -> dict[str, Any]:
+def _texts(corpus: Corpus, tokenizer_file: Path, config: DataConfig, seed: int, used: Any) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokenizer_file, str(tokenizer_file))
     settings = read_json(corpus.folder / "tokenizer_config.json")
     unknown = settings.get("unk_token")
     unknown = unknown.get("content") if isinstance(unknown, dict) else unknown
     unknown_id = tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None
     is_end = unknown_id == corpus.end_of_text_id
-    sequences = corpus.sequences("train", sequence_length_tokens)
-    numbers = permuted(np.arange(min(SAMPLES, sequences.count)), sequences.count, seed)
-    texts = [
-        tokenizer.decode(
-            sequences.tokens[number * sequence_length_tokens :][:sequence_length_tokens].tolist(),
-            skip_special_tokens=False,
-        )
-        for number in numbers
-    ]
+    batch = corpus.sequences("train", config).training_batch(0, SAMPLES, seed)
+    texts = []
+    for inputs_T, targets_T in zip(batch.inputs_BxT.tolist(), batch.targets_BxT.tolist(), strict=True):
+        count = sum(target != IGNORED for target in targets_T)
+        texts.append(tokenizer.decode([*inputs_T[:count], *targets_T[count - 1 : count]], skip_special_tokens=False))
     share = None if unknown_id is None or is_end else float(used[unknown_id] / used.sum())
     return {"unknown_share": share, "samples": texts}
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,17 @@ from relora.config.data import MIXTURE_CYCLE, MixtureConfig
 from relora.data.decoding import Tally
 from relora.data.sequences import Batch, Sequences, permuted
 from relora.data.source import SPLITS, Source
-from relora.data.splitting import assign
+from relora.data.splitting import assign, held_out_shares
 from relora.data.tokenizer import TOKENIZER_TRAINING_CHARACTERS, train_tokenizer
 
 
-def shared_tokenizer(config: MixtureConfig, sources: dict[str, Source], corpora: Path, shares: dict[str, Any]) -> str:
+def shared_tokenizer(config: MixtureConfig, sources: dict[str, Source], corpora: Path) -> str:
     """Return data.tokenizer, or the folder of a BPE that is trained on the training text of all sources.
 
     Args:
         config: The mixture.
         sources: The sources, by name.
         corpora: The folder that holds all prepared corpora, and gets the tokenizer.
-        shares: Split -> share, of the held-out text of each source.
 
     Raises:
         CorpusError: The text of a source cannot be read, or is too little.
@@ -43,14 +42,14 @@ def shared_tokenizer(config: MixtureConfig, sources: dict[str, Source], corpora:
                 texts = (
                     text
                     for name, source in sources.items()
-                    for text in _training_texts(source, shares[name], config.shares()[name] / MIXTURE_CYCLE)
+                    for text in _training_texts(source, config.shares()[name] / MIXTURE_CYCLE)
                 )
                 train_tokenizer(texts, config.vocab_size, temporary)
     return str(folder)
 
 
-def _training_texts(source: Source, shares: dict[str, float], weight: float) -> Iterator[str]:
-    assignment = assign(source, "train", shares, Tally())
+def _training_texts(source: Source, weight: float) -> Iterator[str]:
+    assignment = assign(source, "train", held_out_shares(source, "train"), Tally())
     read = 0
     for _, _, piece in assignment.pieces(source.documents("train", Tally())):
         if piece.split == "train":
@@ -59,11 +58,6 @@ def _training_texts(source: Source, shares: dict[str, float], weight: float) -> 
             read += len(piece.content)
             if read >= weight * TOKENIZER_TRAINING_CHARACTERS:
                 return
-
-
-def with_tokenizer(config: MixtureConfig, tokenizer: str) -> dict[str, Any]:
-    """Return the settings of each source with the tokenizer of the mixture."""
-    return {name: replace(part, tokenizer=tokenizer) for name, part in config.parts().items()}
 
 
 def counts(shares: dict[str, int], splits: dict[str, dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
@@ -90,9 +84,8 @@ def digest(shares: dict[str, int], digests: dict[str, str]) -> str:
     return hashlib.blake2b(json.dumps([shares, digests], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def folder_key(config: MixtureConfig, sources: dict[str, Source]) -> Any:
-    """Return a JSON value that changes when the mixture changes. No text is read for it."""
-    return [asdict(config), {name: source.identity for name, source in sources.items()}]
+_OWN_SEED = 0x6D69787475726573
+"""Makes the order of the sources another one than the orders within the sources."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,9 @@ class MixedSequences(Sequences):
     def _all_targets(self) -> int:
         return sum(part.sequences.target_tokens for part in self._parts)
 
-    def _by_part(self, sequences: NDArray[np.int64]) -> Iterator[tuple[Sequences, NDArray[np.int64], NDArray[np.int64]]]:
+    def _by_part(
+        self, sequences: NDArray[np.int64]
+    ) -> Iterator[tuple[Sequences, NDArray[np.int64], NDArray[np.int64]]]:
         """Yield (sequences of a source, the places of its numbers in `sequences`, its own numbers)."""
         of_part = self._ends.searchsorted(sequences, side="right")
         for number, part in enumerate(self._parts):
@@ -159,7 +154,7 @@ class MixedSequences(Sequences):
 
     def _numbers(self, first: int, count: int, seed: int) -> NDArray[np.int64]:
         positions = np.arange(first, first + count, dtype=np.int64)
-        slots = permuted(positions, MIXTURE_CYCLE, seed)
+        slots = permuted(positions, MIXTURE_CYCLE, seed ^ _OWN_SEED)
         of_part = self._share_ends.searchsorted(slots, side="right")
         result = np.empty_like(positions)
         for number, part in enumerate(self._parts):

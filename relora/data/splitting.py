@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from relora.data.decoding import CorpusError, Tally
-from relora.data.source import Content, Document, Source, digest_of
+from relora.data.source import SPLITS, Content, Document, Source, digest_of
 
 FEW_DOCUMENTS = 100
 """With fewer documents, pieces are held out instead. Otherwise a held-out set would have one document or none."""
@@ -17,6 +17,8 @@ LONG_DOCUMENT = 1 << 20
 """A longer document is encoded in pieces of this many characters or tokens, so that memory is bounded."""
 MANY_ITEMS = 200_000
 """So many items are kept before those that will hardly be held out are dropped."""
+HALF = 0.5
+"""The share of a source's own validation split that becomes the test split, if the source has none."""
 FILLED = 0.02
 """A held-out split is full when less than this share of its size is free."""
 
@@ -76,6 +78,16 @@ class Assignment:
                 return split
             place -= share
         return self.rest
+
+
+def held_out_shares(source: Source, part: str) -> dict[str, float]:
+    """Return split -> the share of a part that is held out for it, for the splits that the source does not have."""
+    missing = [split for split in SPLITS[1:] if split not in source.parts]
+    if part == "train":
+        if missing == ["test"]:
+            return {}  # the test split is a half of the own validation split
+        return {split: getattr(source.config, f"{split}_fraction") for split in missing}
+    return {"test": HALF} if part == "validation" and missing == ["test"] else {}
 
 
 def assign(source: Source, part: str, shares: dict[str, float], tally: Tally) -> Assignment:

@@ -36,6 +36,7 @@ class Progress:
     loss: float
     learning_rate: float
     tokens_per_second: float
+    steps_per_second: float
     next_restart: int | None
 
 

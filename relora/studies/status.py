@@ -104,8 +104,13 @@ def _begun(item: Planned, state: ObservedState, run: Run) -> StatusRow:
     status, recorded = run.status, [] if run.problem else read_rows(item.run.metrics_file)
     step = max((row["step"] for row in recorded), default=0)
     perplexities = [row["eval/perplexity"] for row in recorded if "eval/perplexity" in row]
-    rates = [row["perf/tokens_per_second"] for row in recorded[-5:] if "perf/tokens_per_second" in row]
-    left = (item.config.total_steps - step) * item.config.tokens_per_step / rates[-1] if rates else None
+    measured = [row for row in recorded[-5:] if "perf/tokens_per_second" in row]
+    rate = measured[-1]["perf/tokens_per_second"] if measured else None
+    left = None
+    if rate is not None:
+        # With padding, each step has another number of tokens. Those of the steps so far say how many are to come.
+        per_step = measured[-1]["progress/tokens"] / measured[-1]["step"]
+        left = (item.config.total_steps - step) * per_step / rate
     return StatusRow(
         run=item.config.name,
         role=item.role,
@@ -115,7 +120,7 @@ def _begun(item: Planned, state: ObservedState, run: Run) -> StatusRow:
         seconds_left=left if state.name == "running" else None,
         attempts=status.attempt if status else 0,
         validation_perplexity=perplexities[-1] if perplexities else None,
-        tokens_per_second=rates[-1] if rates else None,
+        tokens_per_second=rate,
         rates=item.config.rates.words,
     )
 

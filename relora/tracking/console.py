@@ -29,9 +29,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def describe(progress: Progress, tokens_per_step: int) -> str:
+def describe(progress: Progress) -> str:
     """Format the progress as one line: loss, learning rate, tokens/s, time left, next restart."""
-    left = (progress.total_steps - progress.step) * tokens_per_step / progress.tokens_per_second
+    left = (progress.total_steps - progress.step) / progress.steps_per_second
     restart = f"  next restart {progress.next_restart}" if progress.next_restart is not None else ""
     return (
         f"loss {progress.loss:.3f}  lr {progress.learning_rate:.2e}  "
@@ -42,8 +42,7 @@ def describe(progress: Progress, tokens_per_step: int) -> str:
 class Console:
     """A tracker that shows the progress on the console."""
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self) -> None:
         self._bar: ProgressBar | None = None
         self._task: TaskID | None = None
         self._last_line = 0.0
@@ -51,7 +50,7 @@ class Console:
 
     def progress(self, progress: Progress) -> None:
         """Move the bar. Without a terminal, print a line every ten seconds."""
-        line = describe(progress, self.tokens_per_step)
+        line = describe(progress)
         if self._live:
             if self._bar is None:
                 self._open(progress)

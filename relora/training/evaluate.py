@@ -10,7 +10,7 @@ from torch import nn
 from relora.common import perplexity
 from relora.common.errors import Stopped
 from relora.common.perplexity import Batch
-from relora.data.sequences import TokenSequences
+from relora.data.sequences import Sequences
 from relora.training.device_memory import fits
 from relora.training.distributed import World
 from relora.training.model import precision_context, summed_cross_entropy
@@ -20,7 +20,7 @@ SINGLE_PROCESS = World()
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Mean cross-entropy per token, in nats, and the number of tokens in the mean."""
+    """Mean cross-entropy per token, in nats, and the number of tokens in the mean. Padding is in neither."""
 
     loss: float
     tokens: int
@@ -37,7 +37,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: TokenSequences,
+    data: Sequences,
     *,
     sequences_per_batch: int,
     precision: str,
@@ -61,7 +61,7 @@ def evaluate(
             batches.
 
     Returns:
-        The mean loss over all tokens, the same in all processes.
+        The mean loss over all tokens that are predicted, the same in all processes.
 
     Raises:
         torch.OutOfMemoryError: In all processes, if a batch did not fit into the memory of one.
@@ -78,9 +78,9 @@ def evaluate(
                 return
             last = min(starts[number] + sequences_per_batch, data.count)
             indices = np.arange(starts[number], last, dtype=np.int64)
-            inputs_BxT, targets_BxT = (tokens.to(device) for tokens in data.batch(indices))
+            inputs, targets, positions = data.batch(indices).to(device)
             with precision_context(precision, device):
-                sums_N[number] = summed_cross_entropy(model, inputs_BxT, targets_BxT).double()
+                sums_N[number] = summed_cross_entropy(model, inputs, targets, positions_BxT=positions).double()
 
     was_training = model.training
     model.eval()
@@ -93,8 +93,7 @@ def evaluate(
         raise Stopped(stop() or "another rank was asked to stop")
     batches = [
         Batch(
-            loss_sum=batch_sum,
-            tokens=min(sequences_per_batch, data.count - start) * data.sequence_length_tokens,
+            loss_sum=batch_sum, tokens=data.targets_of(np.arange(start, min(start + sequences_per_batch, data.count)))
         )
         for start, batch_sum in zip(starts, batch_sums, strict=True)
     ]

@@ -10,6 +10,7 @@ import torch
 
 from relora.common import signals
 from relora.common.errors import DamagedFile, RunError, TrainingError
+from relora.config.data import SEQUENCE_KEYS
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
 from relora.training.evaluate import Evaluation, evaluate
@@ -67,22 +68,25 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
         TrainingError: The loss on the test split is not finite.
     """
     config, device, model = trainer.config, trainer.device, trainer.model
-    size, length = trainer.micro.sequences_per_micro_step, config.data.sequence_length_tokens
+    size = trainer.micro.sequences_per_micro_step
     settings: dict[str, Any] = {
         "sequences_per_batch": sequences_per_batch(config.published, size),
         "precision": config.trainer.precision,
     }
     indices = np.arange(min(size, trainer.validation.count), dtype=np.int64)
-    inputs_BxT, targets_BxT = (tokens.to(device) for tokens in trainer.validation.batch(indices))
+    probe = trainer.validation.batch(indices)
+    inputs, targets, positions = probe.to(device)
 
     @torch.no_grad()
     def loss(of: torch.nn.Module) -> float:
         with precision_context(config.trainer.precision, device):
-            return summed_cross_entropy(of.eval(), inputs_BxT, targets_BxT).item() / targets_BxT.numel()
+            summed = summed_cross_entropy(of.eval(), inputs, targets, positions_BxT=positions)
+        return summed.item() / probe.target_tokens
 
     trained_loss = loss(model)
     trainer.method.finish(model, config)
-    about = {"run": config.name, "sequence_length_tokens": length, **settings, **corpus.identity}
+    as_sequences = {key: getattr(config.data, key) for key in SEQUENCE_KEYS}
+    about = {"run": config.name, **as_sequences, **settings, **corpus.identity}
     save_pretrained(model, corpus.tokenizer_file, run.model, about, tokenizer_config)
     try:
         exported = load_pretrained(run.model, device)
@@ -97,11 +101,11 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
     merged_loss, tolerance = loss(exported), MERGE_TOLERANCE[config.trainer.precision]
     if not math.isclose(merged_loss, trained_loss, rel_tol=tolerance, abs_tol=tolerance):
         doubts.append(
-            f"the merge may have changed the model: on {targets_BxT.numel():,} validation tokens its loss is "
+            f"the merge may have changed the model: on {probe.target_tokens:,} validation tokens its loss is "
             f"{merged_loss:.5f}, before the merge it was {trained_loss:.5f}, and rounding explains a difference of "
             f"{tolerance:g}; the training state is kept in {run.checkpoints}"
         )
-    test = evaluate(exported, corpus.sequences("test", length), device=device, stop=signals.reason, **settings)
+    test = evaluate(exported, corpus.sequences("test", config.data), device=device, stop=signals.reason, **settings)
     check_finite("test", test, config)
     vocab_size = exported.config.vocab_size
     if test.loss > math.log(vocab_size) - 1e-3:

@@ -128,7 +128,7 @@ class _Attempt:
         self.run, self.config, self.status, self.world = run, config, status, world
         self.attempt, self.earlier = status.attempts[-1], [a for a in status.attempts[:-1] if a.has_trained]
         self.on_node, self.warm_start_only = on_node, warm_start_only
-        self.console = Console(config.tokens_per_step)
+        self.console = Console()
         self.began = time.perf_counter()
 
     def run_to_end(self) -> None:
@@ -247,10 +247,14 @@ class _Attempt:
                 log_line(f"{lost}: " + ("computed again now" if lost.recomputed else "these rows stay lost"))
             epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
             cost, ranks = trainer.reporter.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
+            per_step = f"{config.tokens_per_step:,} tokens"
+            if config.data.packing == "pad":
+                share = trainer.training.target_tokens / (trainer.training.count * config.data.sequence_length_tokens)
+                per_step = f"{config.trainer.sequences_per_step:,} documents (padding is {1 - share:.0%})"
             log_line(
                 f"{config.method.name} on {ranks}{device}: {cost.parameters / 1e6:.2f}M parameters, "
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
-                f"{config.tokens_per_step:,} tokens, {epochs:.2f} epochs of the training text"
+                f"{per_step}, {epochs:.2f} epochs of the training text"
             )
             if above := warning(run_plan(config), config):
                 log_line(above)
@@ -274,7 +278,7 @@ class _Attempt:
                 "parameters": cost.parameters,
                 "trainable_parameters": cost.trainable_parameters,
                 "training_seconds": trainer.counters.training_seconds,
-                "tokens_per_second": config.total_steps * config.tokens_per_step / trainer.counters.training_seconds,
+                "tokens_per_second": trainer.counters.tokens / trainer.counters.training_seconds,
                 "wall_clock_seconds": time.perf_counter() - self.began,
             }
             summary = {name.removeprefix("progress/"): value for name, value in summary.items()}

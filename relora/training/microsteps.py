@@ -11,7 +11,7 @@ from relora.budget.memory import WIDE_BYTES
 from relora.common.errors import RunError, TrainingError
 from relora.config.run import RunConfig, fitting
 from relora.core.lowrank import keyed_generator
-from relora.data.sequences import TokenSequences
+from relora.data.sequences import Sequences
 from relora.training.device_memory import fits
 from relora.training.distributed import World, gradient_buffer, raise_unless
 from relora.training.model import precision_context, summed_cross_entropy
@@ -73,7 +73,7 @@ class MicroSteps:
         self,
         config: RunConfig,
         model: nn.Module,
-        training: TokenSequences,
+        training: Sequences,
         *,
         device: torch.device,
         world: World,
@@ -104,6 +104,11 @@ class MicroSteps:
     def count(self) -> int:
         """Number of micro-steps in one optimizer step."""
         return self.share // self.sequences_per_micro_step
+
+    def target_tokens(self, step: int) -> int:
+        """Return the tokens that the batch of `step` predicts, in all processes together. Padding does not count."""
+        settings = self.config.trainer
+        return self.training.step_target_tokens(step, settings.sequences_per_step, settings.seed)
 
     def at_most(self, sequences: int) -> None:
         """Limit a micro-step to `sequences`. Raise TrainingError if the batch must be one micro-step and has more."""
@@ -138,6 +143,9 @@ class MicroSteps:
     def gradient(self, step: int, parameters: list[nn.Parameter], *, stop_requested: bool) -> tuple[Tensor, bool]:
         """Accumulate the gradient of the mean loss over the batch of `step`, summed over all processes.
 
+        The mean is over all tokens that the whole batch predicts. So it does not depend on the number of micro-steps
+        and processes, also if their sequences have different numbers of tokens.
+
         With several micro-steps, the gradients are summed in fp32, also over the processes. Then they are rounded once
         to the parameters' type.
 
@@ -152,10 +160,11 @@ class MicroSteps:
         Raises:
             torch.OutOfMemoryError: In all processes, if one ran out of memory.
         """
+        target_tokens = self.target_tokens(step)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with added_up_in_fp32(parameters if self.count > 1 else ()) as wide:
-            fitted = fits(lambda: self._accumulate(step, total))
-        loss = total / self.config.tokens_per_step
+            fitted = fits(lambda: self._accumulate(step, total, target_tokens))
+        loss = total / target_tokens
         if self._buffer is None:
             raise_unless(fitted)
         else:
@@ -166,30 +175,23 @@ class MicroSteps:
             parameter.grad = wide.pop(parameter).to(parameter.dtype)
         return loss, stop_requested
 
-    def _accumulate(self, step: int, total: Tensor) -> None:
+    def _accumulate(self, step: int, total: Tensor, target_tokens: int) -> None:
         """Accumulate the gradient of this process's share, and add the loss of its tokens to `total`."""
         settings, rank = self.config.trainer, self.world.rank
-        inputs_BxT, targets_BxT = self.training.training_batch(
+        batch = self.training.training_batch(
             step, settings.sequences_per_step, settings.seed, rank=rank, world_size=self.world.size
         )
         # Random numbers of a forward pass, such as dropout, depend only on the seed, the step and the rank.
         key = f"dropout/{settings.seed}/{step}" + (f"/{rank}" if rank else "")
         torch.manual_seed(keyed_generator(key).initial_seed())
         size = self.sequences_per_micro_step
-        for tokens in zip(inputs_BxT.split(size), targets_BxT.split(size), strict=True):
-            inputs, targets = (self._on_device(each) for each in tokens)
+        for part in batch.split(size):
+            inputs, targets, positions = part.to(self.device)
+            recompute = settings.activation_checkpointing
             with precision_context(settings.precision, self.device):
-                summed = summed_cross_entropy(self.model, inputs, targets, recompute=settings.activation_checkpointing)
-            (summed / self.config.tokens_per_step).backward()
+                summed = summed_cross_entropy(self.model, inputs, targets, positions_BxT=positions, recompute=recompute)
+            (summed / target_tokens).backward()
             total += summed.detach().double()
-
-    def _on_device(self, tokens: Tensor) -> Tensor:
-        """Copy tokens to the device. From pinned memory, the copy runs while the GPU still computes earlier work."""
-        return (
-            tokens.contiguous().pin_memory().to(self.device, non_blocking=True)
-            if self.device.type == "cuda"
-            else tokens
-        )
 
     def within_memory(self, action: Callable[[], T]) -> T:
         """Return the result of `action`. Try again with half as many sequences per micro-step when memory runs out.

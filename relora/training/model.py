@@ -1,5 +1,7 @@
 """Build the model that is trained, and compute its loss."""
 
+import inspect
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora.budget.cost import LlamaShape
+from relora.common.errors import RunError
 from relora.config.groups import ModelConfig
-from relora.core.loss import summed_linear_cross_entropy
+from relora.core.loss import IGNORED, dtype_of_products, summed_linear_cross_entropy
 
 COMPILER = "inductor"
 """The backend of torch.compile. A backend that generates no code traces the same graphs in less time."""
@@ -67,9 +70,46 @@ def precision_context(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def logits(model: nn.Module, inputs_BxT: Tensor) -> Tensor:
-    """Return logits_BxTxV of a causal model."""
-    return model(input_ids=inputs_BxT, use_cache=False).logits
+def logits(model: nn.Module, inputs_BxT: Tensor, *, positions_BxT: Tensor | None = None) -> Tensor:
+    """Return logits_BxTxV of a causal model of transformers.
+
+    Args:
+        model: The model.
+        inputs_BxT: Token ids.
+        positions_BxT: As in `final_hidden`.
+
+    Raises:
+        RunError: The model does not accept positions.
+    """
+    if positions_BxT is None:
+        return model(input_ids=inputs_BxT, use_cache=False).logits
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise RunError(
+            f"data.attend_across_documents=false gives each token a position, and {type(model).__name__} accepts none; "
+            "set it to true"
+        )
+    mask = attention_within_documents(positions_BxT, next(model.parameters()).dtype)
+    return model(input_ids=inputs_BxT, attention_mask=mask, position_ids=positions_BxT, use_cache=False).logits
+
+
+def attention_within_documents(positions_BxT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the attention mask of packed documents: 0 where attention is allowed, and -inf elsewhere.
+
+    A token attends to itself and to the earlier tokens of its document. The mask is added to the scores. torch turns a
+    boolean mask into such a mask in each layer, and keeps each of them for the backward pass.
+
+    Args:
+        positions_BxT: The place of each token in its document.
+        dtype: The type of the queries.
+
+    Returns:
+        mask_Bx1xTxT. The third dimension is that of the queries.
+    """
+    places_T = torch.arange(positions_BxT.shape[1], device=positions_BxT.device)
+    begins_Bx1xTx1 = (places_T - positions_BxT)[:, None, :, None]
+    allowed_Bx1xTxT = (places_T <= places_T[:, None]) & (places_T >= begins_Bx1xTx1)
+    mask_Bx1xTxT = torch.zeros(allowed_Bx1xTxT.shape, dtype=dtype, device=positions_BxT.device)
+    return mask_Bx1xTxT.masked_fill_(~allowed_Bx1xTxT, -math.inf)
 
 
 def _is_ours(model: nn.Module) -> TypeGuard[LlamaForCausalLM]:
@@ -81,30 +121,43 @@ def _is_ours(model: nn.Module) -> TypeGuard[LlamaForCausalLM]:
     )
 
 
-def final_hidden(model: LlamaForCausalLM, inputs_BxT: Tensor, *, recompute: bool) -> Tensor:
-    """Return hidden_BxTxD after the last norm, with causal attention over whole sequences.
+def final_hidden(
+    model: LlamaForCausalLM, inputs_BxT: Tensor, *, positions_BxT: Tensor | None = None, recompute: bool
+) -> Tensor:
+    """Return hidden_BxTxD after the last norm, with causal attention over whole sequences or within documents.
 
-    The result equals that of model.model(inputs_BxT). That call also looks for packed sequences, which copies a number
-    from the device. The host would then wait in every forward pass until a GPU has finished all earlier work.
+    The result equals that of model.model(inputs_BxT, position_ids=positions_BxT). That call also looks for packed
+    sequences, which copies a number from the device. The host would then wait in every forward pass until a GPU has
+    finished all earlier work.
 
     Args:
         model: A model that `build` made.
         inputs_BxT: Token ids.
+        positions_BxT: The place of each token in its document. Attention stays within the document. With None,
+            attention covers the whole sequence, and positions are 0 .. T-1.
         recompute: Keep no activations within a layer, and compute them again in the backward pass.
     """
     decoder = model.model
     hidden_BxTxD = decoder.embed_tokens(inputs_BxT)
-    positions_1xT = torch.arange(inputs_BxT.shape[1], device=inputs_BxT.device)[None]
-    rotary = decoder.rotary_emb(hidden_BxTxD, position_ids=positions_1xT)
+    # Our models use torch's own attention (sdpa). It is causal if there is no mask.
+    mask = None
+    if positions_BxT is not None:
+        mask = attention_within_documents(positions_BxT, dtype_of_products(hidden_BxTxD))
+    positions = torch.arange(inputs_BxT.shape[1], device=inputs_BxT.device)[None] if mask is None else positions_BxT
+    rotary = decoder.rotary_emb(hidden_BxTxD, position_ids=positions)
     for layer in decoder.layers:
-        # Our models use torch's own attention (sdpa). It is causal if there is no mask.
-        call = partial(layer, attention_mask=None, position_embeddings=rotary, position_ids=positions_1xT)
+        call = partial(layer, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
         hidden_BxTxD = checkpoint(call, hidden_BxTxD, use_reentrant=False) if recompute else call(hidden_BxTxD)
     return decoder.norm(hidden_BxTxD)
 
 
 def summed_cross_entropy(
-    model: nn.Module, inputs_BxT: Tensor, targets_BxT: Tensor, *, recompute: bool = False
+    model: nn.Module,
+    inputs_BxT: Tensor,
+    targets_BxT: Tensor,
+    *,
+    positions_BxT: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Return the sum over all targets of -log p(target), in fp32 for any precision of the model.
 
@@ -114,12 +167,13 @@ def summed_cross_entropy(
     Args:
         model: A causal model.
         inputs_BxT: Token ids.
-        targets_BxT: The token id that follows each input.
+        targets_BxT: The token id that follows each input. IGNORED (relora.core.loss) counts nothing.
+        positions_BxT: As in `final_hidden`.
         recompute: Keep no activations within a layer, and compute them again in the backward pass. Only for a model
             that `build` made.
     """
     if _is_ours(model):
-        hidden_NxD = final_hidden(model, inputs_BxT, recompute=recompute).flatten(0, 1)
-        return summed_linear_cross_entropy(hidden_NxD, model.lm_head.weight, targets_BxT.flatten())
-    logits_NxV = logits(model, inputs_BxT).flatten(0, 1)
-    return F.cross_entropy(logits_NxV.float(), targets_BxT.flatten(), reduction="sum")
+        hidden_BxTxD = final_hidden(model, inputs_BxT, positions_BxT=positions_BxT, recompute=recompute)
+        return summed_linear_cross_entropy(hidden_BxTxD.flatten(0, 1), model.lm_head.weight, targets_BxT.flatten())
+    logits_NxV = logits(model, inputs_BxT, positions_BxT=positions_BxT).flatten(0, 1)
+    return F.cross_entropy(logits_NxV.float(), targets_BxT.flatten(), ignore_index=IGNORED, reduction="sum")

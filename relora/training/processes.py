@@ -180,8 +180,8 @@ def build_trainer(
     return Trainer(
         config,
         build(config.model, shape, end_of_text_id=end_of_text_id, seed=config.trainer.seed),
-        corpus.sequences("train", config.data.sequence_length_tokens),
-        corpus.sequences("validation", config.data.sequence_length_tokens),
+        corpus.sequences("train", config.data),
+        corpus.sequences("validation", config.data),
         tracker,
         vocab_size=vocab_size,
         checkpoint_folder=run.checkpoints,

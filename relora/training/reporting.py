@@ -1,7 +1,8 @@
 """What a run reports of its optimizer steps: metrics, progress, and the seconds and skipped updates it has counted."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,13 +10,15 @@ from relora.common.errors import TrainingError
 from relora.config.run import RunConfig
 from relora.runs import spent
 from relora.runs.metrics import MICRO_STEP, Progress, Tracker
-from relora.training.underway import UnderWay, Update
+from relora.training.underway import SMOOTHED_STEPS, UnderWay, Update
 
 
 @dataclass(kw_only=True)
 class Counters:
     """What a checkpoint keeps besides tensors."""
 
+    tokens: int = 0
+    """The tokens that the finished steps predicted. Padding does not count."""
     skipped_updates: int = 0
     consecutive_skipped_updates: int = 0
     training_seconds: float = 0.0
@@ -29,7 +32,15 @@ class Counters:
 class Reporter:
     """Counts finished optimizer steps and sends their metrics to the tracker."""
 
-    def __init__(self, config: RunConfig, tracker: Tracker, *, vocab_size: int, machine: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        tracker: Tracker,
+        *,
+        vocab_size: int,
+        machine: Mapping[str, Any],
+        target_tokens: Callable[[int], int],
+    ) -> None:
         """Create a reporter with all counters at zero.
 
         Args:
@@ -37,7 +48,11 @@ class Reporter:
             tracker: Receives metrics, progress and log lines.
             vocab_size: Rows of the embedding, for the FLOPs.
             machine: This machine's description in the run's record (relora.runs.spent.MACHINE).
+            target_tokens: Returns the tokens that a step predicts.
         """
+        self.target_tokens = target_tokens
+        self._last_tokens: deque[int] = deque(maxlen=SMOOTHED_STEPS)
+        """The tokens of the steps over which the speed is averaged."""
         self.config, self.tracker, self.machine, self.clock = config, tracker, machine, config.clock
         self.counters = Counters()
         self.warm_start_cost = config.cost(vocab_size, warm_start=True)
@@ -58,6 +73,8 @@ class Reporter:
             warm_start = finished[-1].step < self.clock.warm_start_steps
             self._charge(under_way, sequences_per_micro_step, warm_start=warm_start)
         for update in finished:
+            self._last_tokens.append(self.target_tokens(update.step))
+            self.counters.tokens += self._last_tokens[-1]
             loss, gradient_norm = update.loss_and_norm.tolist()
             if math.isfinite(loss) and math.isfinite(gradient_norm):
                 self.counters.consecutive_skipped_updates = 0
@@ -66,11 +83,14 @@ class Reporter:
             self._log(update, loss, gradient_norm, under_way.updates_per_second, sequences_per_micro_step)
 
     def progress_metrics(self, step: int) -> dict[str, float]:
-        """Tokens and FLOPs after `step` optimizer steps: the axes on which runs are compared."""
+        """Tokens and FLOPs after `step` optimizer steps: the axes on which runs are compared.
+
+        The tokens are those of the reported steps. Padding is computed, so the FLOPs include it.
+        """
         warm = min(step, self.clock.warm_start_steps)
         tokens = self.config.tokens_per_step
         return {
-            "progress/tokens": step * tokens,
+            "progress/tokens": self.counters.tokens,
             "progress/flops": warm * self.warm_start_cost.flops_per_update(tokens)
             + (step - warm) * self.method_cost.flops_per_update(tokens)
             + self.clock.restarts_before(step) * self.method_cost.merge_flops,
@@ -103,7 +123,7 @@ class Reporter:
     ) -> None:
         """Log one step. Rows are numbered by the steps that are done."""
         done = update.step + 1
-        rate = self.config.tokens_per_step * steps_per_second
+        rate = sum(self._last_tokens) / len(self._last_tokens) * steps_per_second
         self.tracker.progress(
             Progress(
                 step=done,
@@ -111,6 +131,7 @@ class Reporter:
                 loss=loss,
                 learning_rate=update.learning_rate,
                 tokens_per_second=rate,
+                steps_per_second=steps_per_second,
                 next_restart=self.clock.next_restart(update.step),
             )
         )

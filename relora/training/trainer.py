@@ -12,7 +12,7 @@ from relora.common.errors import Interrupted, Stopped, TrainingError
 from relora.config import identity
 from relora.config.run import RunConfig
 from relora.core.inbackward import UpdateInBackward, step_where_finite
-from relora.data.sequences import TokenSequences
+from relora.data.sequences import Sequences
 from relora.methods.base import warm_start_optimizer
 from relora.runs import checkpoint
 from relora.runs.metrics import MICRO_STEP, Tracker
@@ -39,8 +39,8 @@ class Trainer:
         self,
         config: RunConfig,
         model: nn.Module,
-        training: TokenSequences,
-        validation: TokenSequences,
+        training: Sequences,
+        validation: Sequences,
         tracker: Tracker,
         *,
         vocab_size: int,
@@ -84,7 +84,6 @@ class Trainer:
             compile_layers(model)
         self.method, self.clock = config.method, config.clock
         self.factor = learning_rate_factor(config)
-        self.reporter = Reporter(config, tracker, vocab_size=vocab_size, machine=machine or {})
         self.micro = MicroSteps(
             config,
             model,
@@ -93,6 +92,9 @@ class Trainer:
             world=world,
             log_line=tracker.log_line,
             on_smaller=self._refresh,
+        )
+        self.reporter = Reporter(
+            config, tracker, vocab_size=vocab_size, machine=machine or {}, target_tokens=self.micro.target_tokens
         )
         self.in_backward: UpdateInBackward | None = None
         self.has_begun = False
@@ -359,6 +361,8 @@ class Trainer:
             ) from error
         # A size that ran out of memory would do so again. The config or a larger world may ask for a smaller one.
         self.micro.at_most(state["counters"].pop(MICRO_STEP_KEY))
+        # Checkpoints of earlier versions have no count: each of their steps predicted all its tokens.
+        state["counters"].setdefault("tokens", self.first_step * self.config.tokens_per_step)
         self.reporter.counters = Counters(**state["counters"])
         self.under_way.resume_from(self.counters.training_seconds)
         self.tracker.log_line(f"resumed at step {self.first_step} of {self.clock.total_steps}")

@@ -58,7 +58,10 @@ def trainer_of(config: RunConfig, folder: Path) -> Trainer:
     length = config.data.sequence_length_tokens
     count = length * 40 + 1
     path.write_bytes((np.arange(count) * 7 % vocab_size).astype(np.uint16).tobytes())
-    sequences = TokenSequences(path, "uint16", length)
+    starts = None if config.data.attend_across_documents else path.with_name("tokens.starts")
+    if starts is not None:
+        np.arange(0, count, 50).astype("<u8").tofile(starts)
+    sequences = TokenSequences(path, "uint16", length, starts=starts)
     return Trainer(
         config,
         build(config.model, config.trained_shape(vocab_size), end_of_text_id=0, seed=0),
@@ -86,6 +89,9 @@ def kept_bytes(trainer: Trainer) -> int:
         ("full", []),
         ("full", ["trainer.activation_checkpointing=true"]),
         ("full", ["trainer.sequences_per_micro_step=4"]),
+        ("full", ["data.attend_across_documents=false", "trainer.sequences_per_micro_step=4"]),
+        ("full", ["data.attend_across_documents=false", "trainer.activation_checkpointing=true"]),
+        ("lora", ["method.rank=16", "data.attend_across_documents=false"]),
         ("lora", ["method.rank=16"]),
         ("lora", ["method.rank=16", "method.merged_weight=rebuilt"]),
         ("lora", ["method.rank=16", "method.merged_weight=never"]),

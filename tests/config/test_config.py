@@ -84,6 +84,15 @@ WRONG = [
     (["model.heads=3"], "model.hidden_size=128 ... even multiple of model.heads=3"),
     (["model.vocab_size=100"], "model.vocab_size=100 ... below data.vocab_size=2048"),
     (["data.sequence_length_tokens=2048"], "data.sequence_length_tokens=2048 exceeds model.max_position_embeddings"),
+    (["data.packing=padded"], "data.packing=padded ... one of packed, pad"),
+    (
+        ["data.packing=pad", "data.attend_across_documents=false"],
+        "data.attend_across_documents=false has no meaning with data.packing=pad ... leave it out",
+    ),
+    (
+        ["data.packing=pad", "trainer.total_tokens=1.5M"],
+        "trainer.total_tokens=1.5M is no budget with data.packing=pad ... set trainer.total_steps",
+    ),
     (["data=text"], "data=text needs data.path=FILE_OR_FOLDER"),
     (["data=text", "data.path=/no/such"], "data.path=/no/such does not exist"),
     (["data=text", "data.path=.git"], "data.path= ... .git contains no text; ... .txt"),

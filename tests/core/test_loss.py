@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from relora.core.loss import summed_linear_cross_entropy
+from relora.core.loss import IGNORED, summed_linear_cross_entropy
 
 
 def drawn(
@@ -109,3 +109,22 @@ def test_a_loss_that_is_not_finite_is_returned_as_such(bad: float) -> None:
     with torch.no_grad():
         weight[0, 0] = bad
     assert not summed_linear_cross_entropy(hidden, weight, targets).isfinite()
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(kept=st.lists(st.booleans(), min_size=1, max_size=30), at_a_time=st.integers(1, 40))
+def test_rows_without_a_target_count_nothing(kept: list[bool], at_a_time: int) -> None:
+    """The reference has only the other rows."""
+    hidden, weight, targets = drawn(len(kept), 4, 9)
+    rows = torch.tensor(kept)
+    masked = targets.where(rows, IGNORED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relora.core.loss.LOGITS_NUMEL", at_a_time * 9)
+        loss = summed_linear_cross_entropy(hidden, weight, masked)
+        found = torch.autograd.grad(loss, (hidden, weight))
+    expected = reference(hidden[rows], weight, targets[rows])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
+    if any(kept):
+        for ours, theirs in zip(found, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert not found[0][~rows].any()

@@ -205,9 +205,9 @@ def test_a_folder_that_lost_its_text_is_refused(tmp_path: Path, corpora: Path) -
 
 def test_a_split_shorter_than_a_sequence_is_named(tmp_path: Path, corpora: Path) -> None:
     corpus = prepare(settings(write_documents(tmp_path / "texts", DOCUMENTS)), corpora, silent)
-    assert corpus.sequences("validation", 16).count > 0
+    assert corpus.sequences("validation", settings(tmp_path / "texts")).count > 0
     with pytest.raises(CorpusError, match=r"validation split is too short: .*data\.sequence_length_tokens=9999999"):
-        corpus.sequences("validation", 9_999_999)
+        corpus.sequences("validation", settings(tmp_path / "texts", sequence_length_tokens=9_999_999))
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
@@ -281,7 +281,7 @@ def test_two_builds_are_equal_to_the_byte(tmp_path: Path) -> None:
     assert one.identity == other.identity
     assert one.folder.name == other.folder.name
     files = sorted(path.name for path in one.folder.iterdir())
-    assert files == sorted(["meta.json", "source.json", "tokenizer.json", "tokenizer_config.json", *TOKEN_FILES])
+    assert files == sorted(["meta.json", *FILES])
     for name in files:
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
@@ -625,7 +625,7 @@ for number in range(6):
         os.read(waiting, 1)
         messages = []
         corpus = prepare(config, corpora, messages.append)
-        result = {"messages": messages, "identity": corpus.identity, "train": corpus.sequences("train", 16).count}
+        result = {"messages": messages, "identity": corpus.identity, "train": corpus.sequences("train", config).count}
         (results / f"{number}.json").write_text(json.dumps(result))
         os._exit(0)
 os.close(starting)
@@ -650,7 +650,7 @@ def test_processes_that_prepare_together_build_once(tmp_path: Path, corpora: Pat
     assert sorted(len(child["messages"]) for child in children) == [0, 0, 0, 0, 0, 2]
     assert len({json.dumps(child["identity"]) for child in children}) == 1
     assert {child["train"] for child in children} == {
-        prepare(settings(folder), corpora, silent).sequences("train", 16).count
+        prepare(settings(folder), corpora, silent).sequences("train", settings(folder)).count
     }
     assert len(list(corpora.glob("*/meta.json"))) == 1
     assert not list(corpora.glob("*.partial"))

@@ -364,7 +364,8 @@ class Recorder:
 
 def test_a_broadcast_passes_every_call_to_every_tracker_in_order(path: Path) -> None:
     first, second = Recorder(), Recorder()
-    progress = Progress(step=1, total_steps=9, loss=2.0, learning_rate=0.1, tokens_per_second=5.0, next_restart=None)
+    speed = {"tokens_per_second": 5.0, "steps_per_second": 1.0}
+    progress = Progress(step=1, total_steps=9, loss=2.0, learning_rate=0.1, **speed, next_restart=None)
     with MetricsLog.opened(path, exact=True) as log:
         everyone = Broadcast([first, log, second])
         everyone.progress(progress)

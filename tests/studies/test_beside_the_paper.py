@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lab import FULL, RELORA, Lab
@@ -198,19 +199,18 @@ def test_arms_with_different_tokenizers_are_compared_in_bits_per_byte(lab: Lab) 
 def simulated(run: RunDir, micro_batch: int, gpus: int) -> tuple[float, float]:
     """The true perplexity on test and the printed one, with Hugging Face's own mean loss of each batch."""
     config = read_frozen(run.config_file)
-    length = config.data.sequence_length_tokens
-    test = prepare(config.data, Path(config.runs_dir) / "corpora", print).sequences("test", length)
+    test = prepare(config.data, Path(config.runs_dir) / "corpora", print).sequences("test", config.data)
     model = AutoModelForCausalLM.from_pretrained(run.model).double()
     counters, totals, nats, tokens = [1] * gpus, [0.0] * gpus, 0.0, 0
     for number, first in enumerate(range(0, test.count, micro_batch)):
         last = min(first + micro_batch, test.count)
-        windows = [test.tokens[at * length : (at + 1) * length + 1].astype(int) for at in range(first, last)]
-        batch = torch.stack([torch.tensor(window) for window in windows])
+        inputs, targets, _ = test.batch(np.arange(first, last))
+        batch = torch.cat([inputs, targets[:, -1:]], dim=1)
         with torch.no_grad():
             loss = model(input_ids=batch, labels=batch).loss.item()
         counters[number % gpus] += 1
         totals[number % gpus] += loss
-        nats, tokens = nats + loss * len(batch) * length, tokens + len(batch) * length
+        nats, tokens = nats + loss * targets.numel(), tokens + targets.numel()
     means = [total / counter for total, counter in zip(totals, counters, strict=True)]
     return math.exp(nats / tokens), math.exp(sum(means) / gpus)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from lab import FULL, RELORA, Lab
 
+from relora.runs.metrics import MetricsLog
+from relora.runs.rundir import RunDir
 from relora.runs.state import ObservedState
 from relora.studies.status import StatusRow, render_plain, status_rows
 from relora.studies.study import of_manifest
@@ -40,6 +42,23 @@ def test_the_table_has_a_requeues_column_only_if_slurm_requeued_a_job() -> None:
 
 def test_empty_columns_are_left_out() -> None:
     assert render_plain([RUNNING]).split("\n")[0].split() == ["run", "role", "state", "step", "left", "note"]
+
+
+def test_the_time_left_follows_from_the_tokens_of_the_steps_so_far(tmp_path: Path) -> None:
+    """With padding, the tokens of a step differ from sequences times length."""
+    lab = Lab(tmp_path / "runs")
+    config = lab.run(*FULL, "data.packing=pad", state="running")
+    run = RunDir(config.run_dir)
+    run.metrics_file.unlink()
+    with MetricsLog.opened(run.metrics_file, exact=True) as log:
+        for step in (1, 2, 10):
+            log.log(step, {"perf/tokens_per_second": 60.0, "progress/tokens": 30.0 * step})
+    with run.locked():
+        lab.study(config)
+        rows, _ = shown(lab)
+    row = rows[config.name]
+    assert (row.state.name, row.step, row.tokens_per_second) == ("running", 10, 60.0)
+    assert row.seconds_left == (config.total_steps - 10) / 2
 
 
 # ------------------------------------------------------------------------------------------------------- baselines

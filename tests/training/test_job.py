@@ -27,6 +27,7 @@ from relora.cli import main as cli
 from relora.config.compose import compose
 from relora.core.lowrank import low_rank_layers, unwrap
 from relora.data.corpus import prepare
+from relora.data.sequences import TokenSequences
 from relora.methods.lora import LoRA
 from relora.runs.checkpoint import latest_step
 from relora.runs.metrics import read_rows, row_metrics
@@ -299,7 +300,8 @@ def test_the_model_loads_with_hugging_face_alone_and_computes_the_logged_perplex
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     names = set(model.state_dict())
     assert not any("lora" in name for name in names)
-    test = prepare(config.data, Path(config.runs_dir) / "corpora", print).sequences("test", 16)
+    test = prepare(config.data, Path(config.runs_dir) / "corpora", print).sequences("test", config.data)
+    assert isinstance(test, TokenSequences)
     total = 0.0
     for number in range(test.count):
         window = torch.tensor(test.tokens[number * 16 : number * 16 + 17].astype(int))[None]

@@ -46,7 +46,7 @@ def test_full_rank_equals_a_plain_loop(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0, fused=True)
     total, warmup, minimum = 14, 2, 0.1
     for step in range(total):
-        inputs, targets = trainer.training.training_batch(step, 4, 0)
+        inputs, targets, _ = trainer.training.training_batch(step, 4, 0)
         loss = nn.functional.cross_entropy(model(input_ids=inputs).logits.flatten(0, 1), targets.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -106,7 +106,7 @@ def test_relora_equals_a_plain_implementation_of_its_cycle(tmp_path: Path, monke
             else value + 0.25 * trained[name.replace(".weight", ".B")] @ trained[name.replace(".weight", ".A")]
             for name, value in values.items()
         }
-        inputs, targets = trainer.training.training_batch(step, 4, 0)
+        inputs, targets, _ = trainer.training.training_batch(step, 4, 0)
         logits = functional_call(model, composed, kwargs={"input_ids": inputs}).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         gradients = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
@@ -254,9 +254,9 @@ def test_bf16_gradients_of_micro_steps_are_summed_in_fp32_and_rounded_once(tmp_p
     settings = ("trainer.precision=bf16", "trainer.sequences_per_step=64")
     single = trainer_of(config_of(*settings, "trainer.sequences_per_micro_step=1"), tmp_path)
     sums: dict[str, Tensor] = {}
-    inputs, targets = single.training.training_batch(0, 64, 0)
+    batch = single.training.training_batch(0, 64, 0)
     single.model.train()
-    for one, target in zip(inputs.split(1), targets.split(1), strict=True):
+    for one, target, _ in batch.split(1):
         (summed_cross_entropy(single.model, one, target) / single.config.tokens_per_step).backward()
         for name, parameter in single.model.named_parameters():
             assert parameter.grad is not None
@@ -273,7 +273,7 @@ def test_bf16_gradients_of_micro_steps_are_summed_in_fp32_and_rounded_once(tmp_p
         single.micro.world = Twice(rank=0, size=2)
         single.micro.make_room(single._parameters)
         # Each of the two ranks takes the whole batch.
-        single.training.training_batch = lambda *_, **__: (inputs, targets)  # type: ignore[method-assign]
+        single.training.training_batch = lambda *_, **__: batch  # type: ignore[method-assign]
     single.forward_backward(0)
     for name, parameter in single.model.named_parameters():
         gradient, exact = parameter.grad, ranks * sums[name]
@@ -609,7 +609,7 @@ def test_a_checkpoint_whose_optimizer_has_other_groups_is_refused_with_a_remedy(
 def test_the_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     config = config_of()
     trainer = trainer_of(config, tmp_path)
-    inputs, targets = trainer.training.training_batch(0, 4, 0)
+    inputs, targets, _ = trainer.training.training_batch(0, 4, 0)
     model = build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0)
     with torch.no_grad():
         expected = torch.log_softmax(model(input_ids=inputs).logits.double(), -1)
