@@ -34,8 +34,19 @@ def inspect(arguments: argparse.Namespace) -> int:
     folder = folder_of(config.data, corpora)
     if not (folder / "meta.json").exists():
         raise RunError(f"{folder} is not prepared; run relora data prepare with the same settings first")
-    found = inspect(load(folder), config.data, config.trainer.seed)
-    print(json.dumps(found) if arguments.json else text(found))
+    corpus = load(folder)
+    if not corpus.parts:
+        found = inspect(corpus, config.data, config.trainer.seed)
+        print(json.dumps(found) if arguments.json else text(found))
+        return 0
+    parts = {name: inspect(part, config.data, config.trainer.seed) for name, part in corpus.parts.items()}
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "shares": corpus.shares, "parts": parts, **corpus.identity}))
+    else:
+        blocks = [
+            f"{name}, {corpus.shares[name] / 10:g}% of the mixture\n\n{text(part)}" for name, part in parts.items()
+        ]
+        print("\n\n\n".join(blocks))
     return 0
 
 

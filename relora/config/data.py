@@ -321,10 +321,10 @@ class MixtureConfig(DataConfig):
 
     def make_absolute(self) -> None:
         """Replace the relative paths of all sources by absolute ones."""
-        super(MixtureConfig, self).make_absolute()
         for name, part in self.parts().items():
             part.make_absolute()
-            own = {key: value for key, value in part.paths().items() if key != "tokenizer"}
+            own = part.paths()
+            self.tokenizer = own.pop("tokenizer", self.tokenizer)
             self.sources[name] = {**self.sources[name], **own}
 
     def paths(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 PATHS = ("data.path", "data.tokenizer", "runs_dir", "tracker.uri")
-FREE_KEYS = ("cluster.options.", "cluster.options=")
+FREE_KEYS = tuple(f"{key}{end}" for key in ("cluster.options", "data.sources", "data.weights") for end in ".=")
 """Beginnings of overrides whose keys are in no file of conf/."""
 MOST_VALUES = 10_000
 """The most values of one key in a sweep."""

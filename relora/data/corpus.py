@@ -98,7 +98,7 @@ class Corpus:
             DamagedFile: A file is missing.
         """
         if self.parts:
-            parts = [(part.sequences(split, config), self.shares[name]) for name, part in self.parts.items()]
+            parts = {name: (part.sequences(split, config), self.shares[name]) for name, part in self.parts.items()}
             try:
                 return MixedSequences(parts, held_out=split != "train")
             except ValueError as error:
@@ -260,7 +260,8 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
 def folder_of(config: DataConfig, corpora: Path) -> Path:
     """The folder of the corpus, prepared or not. The corpus is prepared if the folder has a meta.json."""
     # The name has a digest of settings, tokenizer, and each file's path, size and time. No text is read for it.
-    settings = {key: value for key, value in asdict(config).items() if key not in SEQUENCE_KEYS}
+    not_hashed = {*SEQUENCE_KEYS, "tokenizer", *config.without_effect()}
+    settings = {key: value for key, value in asdict(config).items() if key not in not_hashed}
     if isinstance(config, MixtureConfig):
         identity = {name: source.identity for name, source in _sources(config).items()}
     else:

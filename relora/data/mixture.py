@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ _OWN_SEED = 0x6D69787475726573
 
 @dataclass(frozen=True)
 class _Part:
+    name: str
     sequences: Sequences
     share: int
 
@@ -102,17 +103,17 @@ class MixedSequences(Sequences):
     sequences of each source as fit the shares.
     """
 
-    def __init__(self, parts: list[tuple[Sequences, int]], *, held_out: bool) -> None:
+    def __init__(self, parts: Mapping[str, tuple[Sequences, int]], *, held_out: bool) -> None:
         """Join the sequences of all sources.
 
         Args:
-            parts: The sequences of each source, and their number among MIXTURE_CYCLE.
+            parts: The name of each source, its sequences, and their number among MIXTURE_CYCLE.
             held_out: Whether the split is evaluated, and not trained on.
 
         Raises:
             ValueError: A held-out split is too short for the shares.
         """
-        self._parts = [_Part(*part) for part in parts]
+        self._parts = [_Part(name, *part) for name, part in parts.items()]
         self.sequence_length_tokens = self._parts[0].sequences.sequence_length_tokens
         own = [part.sequences.count for part in self._parts]
         if held_out:
@@ -151,6 +152,14 @@ class MixedSequences(Sequences):
     def targets_of(self, sequences: NDArray[np.int64]) -> int:
         """Return the number of targets in the sequences with these numbers."""
         return sum(part.targets_of(numbers) for part, _, numbers in self._by_part(sequences))
+
+    def epochs(self, sequences: int) -> str:
+        """Describe how often the text of each source is read by so many sequences of training."""
+        each = (
+            f"{sequences * part.share / MIXTURE_CYCLE / part.sequences.count:.2f} of {part.name}"
+            for part in self._parts
+        )
+        return f"epochs of the training text: {', '.join(each)}"
 
     def _numbers(self, first: int, count: int, seed: int) -> NDArray[np.int64]:
         positions = np.arange(first, first + count, dtype=np.int64)

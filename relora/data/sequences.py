@@ -131,6 +131,10 @@ class Sequences:
         """Return the number of targets in the sequences with these numbers. Padding does not count."""
         raise NotImplementedError
 
+    def epochs(self, sequences: int) -> str:
+        """Describe how often the text is read by so many sequences of training."""
+        return f"{sequences / self.count:.2f} epochs of the training text"
+
     def step_target_tokens(self, step: int, sequences_per_step: int, seed: int) -> int:
         """Return the number of targets in one optimizer step's whole batch, over all processes.
 

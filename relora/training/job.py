@@ -245,7 +245,7 @@ class _Attempt:
             self._note_begin(trainer.first_step, trainer.counters.training_seconds)
             for lost in log.begin(trainer.first_step):
                 log_line(f"{lost}: " + ("computed again now" if lost.recomputed else "these rows stay lost"))
-            epochs = config.total_steps * config.trainer.sequences_per_step / trainer.training.count
+            epochs = trainer.training.epochs(config.total_steps * config.trainer.sequences_per_step)
             cost, ranks = trainer.reporter.method_cost, f"{world.size} ranks of " if world.size > 1 else ""
             per_step = f"{config.tokens_per_step:,} tokens"
             if config.data.packing == "pad":
@@ -254,7 +254,7 @@ class _Attempt:
             log_line(
                 f"{config.method.name} on {ranks}{device}: {cost.parameters / 1e6:.2f}M parameters, "
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
-                f"{per_step}, {epochs:.2f} epochs of the training text"
+                f"{per_step}, {epochs}"
             )
             if above := warning(run_plan(config), config):
                 log_line(above)
