@@ -32,9 +32,8 @@ def sequences(folder: Path, number: int, count: int) -> TokenSequences:
 
 
 def mixed(folder: Path, sizes: list[int], shares: list[int], *, held_out: bool = False) -> MixedSequences:
-    parts = [
-        (sequences(folder, number, size), share) for number, (size, share) in enumerate(zip(sizes, shares, strict=True))
-    ]
+    of_source = zip(sizes, shares, strict=True)
+    parts = {f"s{number}": (sequences(folder, number, size), share) for number, (size, share) in enumerate(of_source)}
     return MixedSequences(parts, held_out=held_out)
 
 
@@ -67,6 +66,10 @@ def test_a_step_does_not_depend_on_other_steps_and_ranks(folder: Path, seed: int
     assert whole == [token for rank in range(3) for token in firsts(mixture, step, 12, seed, rank=rank, world_size=3)]
     assert whole == firsts(mixture, 2 * step, 6, seed) + firsts(mixture, 2 * step + 1, 6, seed)
     assert mixture.step_target_tokens(step, 12, seed) == 12 * LENGTH
+
+
+def test_the_epochs_of_each_source_are_named(folder: Path) -> None:
+    assert mixed(folder, SIZES, SHARES).epochs(2000).endswith("text: 71.43 of s0, 2.80 of s1, 1.67 of s2")
 
 
 def test_sources_are_spread_over_the_cycle(folder: Path) -> None:
