@@ -92,9 +92,16 @@ def did_you_mean(key: str) -> str:
     """Return the end of an "unknown key" message: the key that was probably meant, or how to see all keys."""
     known = known_keys()
     if key in known:
-        return f" with this choice of {key.partition('.')[0]}; only other choices of the group have it"
+        group = key.partition(".")[0]
+        having = [path.stem for folder in conf_dirs() for path in folder.glob(f"{group}/*.yaml") if _has(path, key)]
+        return f" with this choice of {group}; {listed([f'{group}={name}' for name in sorted(set(having))])} have it"
     meant = _meant(key, known)
     return f"; did you mean {meant}?" if meant else "; python run.py --cfg job shows every key"
+
+
+def _has(path: Path, key: str) -> bool:
+    """Whether a choice of a group has a dotted key."""
+    return key in _keys_of(path)
 
 
 def _meant(key: str, known: Sequence[str]) -> str | None:
@@ -128,9 +135,14 @@ def known_keys() -> tuple[str, ...]:
 def _known_keys(folders: tuple[Path, ...]) -> tuple[str, ...]:
     names: set[str] = {"runs_dir", "study", "baseline_rates"}
     for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
-        is_global = "@package _global_" in path.read_text(errors="replace")
-        names.update(_keys(_read(path), "" if is_global else path.parent.name))
+        names.update(_keys_of(path))
     return tuple(sorted(names))
+
+
+def _keys_of(path: Path) -> set[str]:
+    """Return every dotted key that a choice of a group sets."""
+    is_global = "@package _global_" in path.read_text(errors="replace")
+    return set(_keys(_read(path), "" if is_global else path.parent.name))
 
 
 def _keys(node: Any, prefix: str) -> Iterable[str]:

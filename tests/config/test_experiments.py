@@ -1,6 +1,8 @@
 import functools
+import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from omegaconf import OmegaConf
 from small import REPOSITORY
 
 from relora.config.compose import compose
+from relora.config.data import HubConfig
 from relora.config.run import RunConfig
 from relora.methods import registry
 from relora.methods.lora import LoRA
@@ -96,17 +99,9 @@ SAME_AS_THE_DEFAULT = {"laptop/small/lora", "laptop/small/control", "laptop/smal
 """Presets that are equal to the default of the method."""
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("some text\n")
-    return path
-
-
 @functools.cache
-def composed(experiment: str, method: str, corpus: Path, *more: str) -> RunConfig:
-    path = [f"data.path={corpus}"] if experiment in PAPER else []
-    return compose([f"experiments={experiment}", f"method={method}", *path, *more])
+def composed(experiment: str, method: str, *more: str) -> RunConfig:
+    return compose([f"experiments={experiment}", f"method={method}", *more])
 
 
 @functools.cache
@@ -142,8 +137,8 @@ def test_every_experiment_has_its_numbers_in_this_file() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_method_has_the_setting_that_is_cited(name: str, method: str, corpus: Path) -> None:
-    setting, config = SETTINGS[name], composed(name, method, corpus)
+def test_every_method_has_the_setting_that_is_cited(name: str, method: str) -> None:
+    setting, config = SETTINGS[name], composed(name, method)
     model = config.model
     assert config.method.name == method
     assert model.name == setting.model
@@ -154,10 +149,10 @@ def test_every_method_has_the_setting_that_is_cited(name: str, method: str, corp
     assert config.schedule.warmup_steps == setting.warmup
     assert config.schedule.min_lr_ratio == 0.1
     assert config.trainer.precision == setting.precision
-    assert (config.data.name, config.data.vocab_size) == (("text", 32100) if name in PAPER else ("stdlib", 2048))
+    assert (config.data.name, config.data.vocab_size) == (("hub", 32100) if name in PAPER else ("stdlib", 2048))
     assert isinstance(config.optimizer, AdamW)
     assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.999, 0.0)
-    assert config.comparison_key == composed(name, "full", corpus).comparison_key
+    assert config.comparison_key == composed(name, "full").comparison_key
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -178,8 +173,8 @@ def test_an_experiment_holds_no_method_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_paper_experiment_states_the_figures_of_its_paper(name: str, corpus: Path) -> None:
-    published = composed(name, "full", corpus).published
+def test_a_paper_experiment_states_the_figures_of_its_paper(name: str) -> None:
+    published = composed(name, "full").published
     assert published is not None
     if name not in GALORE_TABLE:
         assert published.source == "arXiv 2307.05695"
@@ -201,11 +196,11 @@ def test_every_method_has_a_preset_in_every_experiment() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESET_FILES)
-def test_every_preset_is_applied_to_its_experiment_and_method(preset: str, corpus: Path) -> None:
+def test_every_preset_is_applied_to_its_experiment_and_method(preset: str) -> None:
     experiment, _, method = preset.rpartition("/")
     assert experiment in SETTINGS
     assert method in METHODS
-    values, with_preset = leaves(loaded(PRESETS / f"{preset}.yaml")), composed(experiment, method, corpus)
+    values, with_preset = leaves(loaded(PRESETS / f"{preset}.yaml")), composed(experiment, method)
     assert values
     for key, value in values.items():
         assert functools.reduce(getattr, key.split("."), with_preset) == value, key
@@ -215,11 +210,11 @@ def test_every_preset_is_applied_to_its_experiment_and_method(preset: str, corpu
 
 
 @pytest.mark.parametrize(("name", "million"), RELORA_TRAINABLE_MILLION.items())
-def test_relora_trains_as_many_parameters_as_in_its_paper(name: str, million: float, corpus: Path) -> None:
-    config = composed(name, "relora", corpus)
+def test_relora_trains_as_many_parameters_as_in_its_paper(name: str, million: float) -> None:
+    config = composed(name, "relora")
     assert isinstance(config.method, ReLoRA)
     assert (config.rank, config.method.alpha, config.schedule.restart_warmup_steps) == (128, 32, 100)
-    trained = {method: composed(name, method, corpus).cost(32100) for method in ("relora", "lora", "control")}
+    trained = {method: composed(name, method).cost(32100) for method in ("relora", "lora", "control")}
     assert trained["relora"].trainable_parameters / 1e6 == pytest.approx(million, abs=0.005)
     assert trained["lora"].trainable_parameters == trained["relora"].trainable_parameters
     assert trained["control"].parameters / 1e6 == pytest.approx(million, rel=0.01)
@@ -242,9 +237,8 @@ def test_relora_has_its_papers_recipe(
     pruning_ratio: float,
     learning_rate: float,
     warm_start_learning_rate: float,
-    corpus: Path,
 ) -> None:
-    config = composed(name, "relora", corpus)
+    config = composed(name, "relora")
     assert isinstance(config.method, ReLoRA)
     assert config.reset_interval_steps == interval
     assert config.method.optimizer_reset.mode == "magnitude"
@@ -252,15 +246,15 @@ def test_relora_has_its_papers_recipe(
     assert config.optimizer.learning_rate == learning_rate
     assert config.method.warm_start_steps == 5000
     assert config.warm_start_learning_rate == warm_start_learning_rate
-    full = composed(name, "full", corpus)
+    full = composed(name, "full")
     assert full.optimizer.learning_rate == warm_start_learning_rate
-    assert baseline_of(config, f"experiments={name}", "method=relora", f"data.path={corpus}") == full.config_hash
+    assert baseline_of(config, f"experiments={name}", "method=relora") == full.config_hash
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rank"), GALORE_RANKS.items())
-def test_low_rank_methods_have_the_rank_of_the_galore_table(name: str, rank: int, corpus: Path) -> None:
-    runs = {method: composed(name, method, corpus) for method in METHODS}
+def test_low_rank_methods_have_the_rank_of_the_galore_table(name: str, rank: int) -> None:
+    runs = {method: composed(name, method) for method in METHODS}
     assert {run.rank for method, run in runs.items() if method != "full"} == {rank}
     assert {run.optimizer.max_grad_norm for run in runs.values()} == {None}
     assert runs["galore"].optimizer.learning_rate == 1e-2
@@ -268,8 +262,8 @@ def test_low_rank_methods_have_the_rank_of_the_galore_table(name: str, rank: int
     assert runs["full"].config_hash == baseline_of(runs["galore"], f"experiments={name}")
 
 
-def test_laptop_crossing_has_the_rates_of_the_probe(corpus: Path) -> None:
-    runs = {method: composed("laptop/crossing", method, corpus) for method in ("full", "lora", "relora")}
+def test_laptop_crossing_has_the_rates_of_the_probe() -> None:
+    runs = {method: composed("laptop/crossing", method) for method in ("full", "lora", "relora")}
     assert {method: run.optimizer.learning_rate for method, run in runs.items()} == {
         "full": 2.5e-3,
         "lora": 5e-3,
@@ -284,27 +278,25 @@ def test_laptop_crossing_has_the_rates_of_the_probe(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_ablation_of_the_paper_composes_in_its_setting(corpus: Path) -> None:
-    sweep = expand(["sweeps=paper_ablation", "experiments=paper/relora_130m", f"data.path={corpus}"])
+def test_the_ablation_of_the_paper_composes_in_its_setting() -> None:
+    sweep = expand(["sweeps=paper_ablation", "experiments=paper/relora_130m"])
     assert len(sweep.runs) == 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
-def test_the_sweep_of_a_papers_table_has_its_arms(name: str, corpus: Path) -> None:
-    sweep = expand(["sweeps=paper_table", f"experiments={name}", f"data.path={corpus}"])
+def test_the_sweep_of_a_papers_table_has_its_arms(name: str) -> None:
+    sweep = expand(["sweeps=paper_table", f"experiments={name}"])
     assert [run.method.name for run in sweep.runs] == ["full", "lora", "relora", "galore"]
     assert sweep.study == "paper_table"
     for run in sweep.runs:
         assert run.published is not None
         assert run.published.differs == []
-        assert run.config_hash == composed(name, run.method.name, corpus).config_hash
+        assert run.config_hash == composed(name, run.method.name).config_hash
 
 
-def test_the_command_line_can_choose_another_text_model_and_budget(corpus: Path) -> None:
-    config = composed(
-        "paper/relora_250m", "relora", corpus, "model=llama_9m", "trainer.total_tokens=6.8B", "method.rank=8"
-    )
+def test_the_command_line_can_choose_another_text_model_and_budget() -> None:
+    config = composed("paper/relora_250m", "relora", "model=llama_9m", "trainer.total_tokens=6.8B", "method.rank=8")
     assert config.model.name == "llama_9m"
     assert config.total_steps == 11_529
     assert config.clock.restarts_before(11_529) == 1
@@ -312,15 +304,36 @@ def test_the_command_line_can_choose_another_text_model_and_budget(corpus: Path)
     assert compose(["experiments=paper/relora_60m", "data=stdlib"]).data.name == "stdlib"
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_experiment_reads_c4_with_the_tokenizer_of_t5(name: str) -> None:
+    config, setting = composed(name, "full"), SETTINGS[name]
+    data = config.data
+    assert isinstance(data, HubConfig)
+    assert (data.dataset, data.config, data.split, data.validation_split) == ("allenai/c4", "en", "train", "auto")
+    assert data.tokenizer == "t5-base"
+    limit, documents = data.limit("limit_tokens"), setting.steps * setting.sequences
+    assert limit is not None
+    if name == "paper/relora_1b":
+        assert data.packing == "packed"
+        assert config.total_steps * config.tokens_per_step <= limit
+    else:
+        assert data.packing == "pad"
+        assert 1.02 < limit / (430 * documents) < 1.1, "a document for each sequence"
+
+
 @pytest.mark.slow
-def test_without_text_there_is_one_message_and_no_run_folder(tmp_path: Path) -> None:
+def test_without_a_network_there_is_one_message_in_seconds(tmp_path: Path) -> None:
+    began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "run.py", "experiments=paper/relora_60m", f"runs_dir={tmp_path / 'runs'}"],
+        [sys.executable, "run.py", "experiments=paper/relora_60m", f"runs_dir={tmp_path / 'runs'}", "tracker=jsonl"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)},
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "relora: data=text needs data.path=FILE_OR_FOLDER\n"
-    assert not (tmp_path / "runs").exists()
+    assert time.monotonic() - began < 60
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    for part in ("data.dataset=allenai/c4", "cannot be reached", "data.dataset to a folder", "relora data prepare"):
+        assert part in line

@@ -50,7 +50,7 @@ def test_a_preset_in_its_own_setting_is_tuned(overrides: tuple[str, ...], source
         (("data.sequence_length_tokens=64",), "data.sequence_length_tokens=64, tuned at 128"),
         (("model=llama_20m",), "model=llama_20m, tuned at llama_tiny"),
         (("model.layers=2",), "model.layers=2, tuned at 4"),
-        (("experiments=paper/relora_60m", "data=stdlib"), "data.name=stdlib, tuned at text"),
+        (("experiments=paper/relora_60m", "data=stdlib"), "data.name=stdlib, tuned at hub"),
     ],
 )
 def test_a_preset_outside_its_setting_is_untuned_and_names_the_difference(
@@ -62,9 +62,12 @@ def test_a_preset_outside_its_setting_is_untuned_and_names_the_difference(
     assert differs in found.in_full
 
 
-def test_another_text_is_another_setting_and_an_experiment_may_leave_the_text_open(text: Path) -> None:
+def test_another_text_is_another_setting(text: Path) -> None:
     assert noted("data=text", f"data.path={text}").differs == ["data.name=text, tuned at stdlib"]
-    assert noted("experiments=paper/relora_60m", f"data.path={text}").basis == "tuned"
+    assert noted("experiments=paper/relora_60m").basis == "tuned"
+    assert noted("experiments=paper/relora_60m", f"data.dataset={text}").differs == [
+        f"data.dataset={text}, tuned at allenai/c4"
+    ]
 
 
 @pytest.mark.parametrize(
