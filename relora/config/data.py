@@ -67,7 +67,7 @@ class DataConfig:
         if self.packing == "pad" and not self.attend_across_documents:
             raise ConfigError(
                 "data.attend_across_documents=false has no meaning with data.packing=pad, where a sequence has one "
-                "document; leave it out"
+                "document; set it to true"
             )
         for split in HELD_OUT:
             value = getattr(self, f"{split}_fraction")

@@ -87,7 +87,7 @@ WRONG = [
     (["data.packing=padded"], "data.packing=padded ... one of packed, pad"),
     (
         ["data.packing=pad", "data.attend_across_documents=false"],
-        "data.attend_across_documents=false has no meaning with data.packing=pad ... leave it out",
+        "data.attend_across_documents=false has no meaning with data.packing=pad ... set it to true",
     ),
     (
         ["data.packing=pad", "trainer.total_tokens=1.5M"],
