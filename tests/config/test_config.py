@@ -415,7 +415,7 @@ def test_a_token_budget_is_rounded_up_to_whole_steps(steps: int, sequences: int,
 def test_steps_on_the_command_line_replace_the_budget_of_an_experiment(
     text: Path, capsys, monkeypatch, tmp_path
 ) -> None:
-    own = ["experiments=paper/relora_1b", f"data.path={text}", "method=full"]
+    own = ["experiments=paper/relora_1b", "method=full"]
     assert compose(own).total_steps == 23_499
     assert compose([*own, "trainer.total_steps=6000"]).total_steps == 6000
     assert compose([*own, "trainer.total_steps=6000", "trainer.total_tokens=9.8304B"]).total_steps == 10_000

@@ -296,7 +296,14 @@ def test_the_sweep_of_a_papers_table_has_its_arms(name: str) -> None:
 
 
 def test_the_command_line_can_choose_another_text_model_and_budget() -> None:
-    config = composed("paper/relora_250m", "relora", "model=llama_9m", "trainer.total_tokens=6.8B", "method.rank=8")
+    config = composed(
+        "paper/relora_250m",
+        "relora",
+        "model=llama_9m",
+        "data.packing=packed",
+        "trainer.total_tokens=6.8B",
+        "method.rank=8",
+    )
     assert config.model.name == "llama_9m"
     assert config.total_steps == 11_529
     assert config.clock.restarts_before(11_529) == 1

@@ -79,9 +79,8 @@ def test_another_text_is_another_setting(text: Path) -> None:
         ("paper/relora_1b", "lora"),
     ],
 )
-def test_a_preset_that_nobody_tuned_is_untuned_also_in_its_setting(experiment: str, method: str, text: Path) -> None:
-    own = [f"data.path={text}"] if "paper" in experiment else []
-    found = noted(f"experiments={experiment}", f"method={method}", *own)
+def test_a_preset_that_nobody_tuned_is_untuned_also_in_its_setting(experiment: str, method: str) -> None:
+    found = noted(f"experiments={experiment}", f"method={method}")
     assert found.basis == "untuned"
     (reason,) = found.differs
     assert reason.startswith(f"conf/presets/{experiment}/{method}.yaml ")
