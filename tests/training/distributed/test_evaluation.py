@@ -62,6 +62,7 @@ def test_every_rank_gets_the_losses_of_all_batches_to_the_bit(tmp_path: Path, si
 
 def test_a_run_on_two_ranks_has_the_published_figure_of_a_run_on_one(text: Path, tmp_path: Path) -> None:
     overrides = [*TINY, "experiments=paper/galore_60m", "method=relora", "data=text", f"data.path={text}"]
+    overrides += ["data.packing=packed"]
     overrides += ["trainer.precision=fp32", "tracker=jsonl", "method.dropout=0"]
     overrides += ["published.micro_batch_sequences=6", "published.gpus=2"]
     one, two = (trained(size, [*overrides, f"runs_dir={tmp_path / str(size)}"]).status for size in (1, 2))
