@@ -1,9 +1,6 @@
 """Datasets of the hub: from a folder in its layout, and from a hub on this machine whose connection breaks."""
 
-import gzip
 import json
-import os
-import random
 import subprocess
 import sys
 import time
@@ -13,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_server import REVISION, Hub, serving
+from hub_server import REVISION, Hub, like_c4, serving, with_hub
 from tokenizers import Tokenizer
 
 from relora.config.data import HubConfig, data_config
@@ -24,43 +21,6 @@ from relora.data.source import SPLITS
 from relora.data.writer import SplitFiles
 
 pytestmark = pytest.mark.slow
-
-CARD = """---
-configs:
-- config_name: en
-  data_files:
-  - split: train
-    path: en/c4-train.*.json.gz
-  - split: validation
-    path: en/c4-validation.*.json.gz
----
-# Not text for training
-"""
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def texts_of(split: str, number: int, count: int) -> list[str]:
-    chance = random.Random(f"{split}/{number}")
-    words = ["".join(chance.choices(LETTERS, k=chance.randrange(2, 9))) for _ in range(2000)]
-    return [
-        f"{split} {number} {row}: {' '.join(chance.choices(words, k=chance.randrange(1, 60)))}" for row in range(count)
-    ]
-
-
-def like_c4(folder: Path, rows: int = 400) -> dict[str, list[str]]:
-    """Write a dataset with the layout of C4. Return the texts of its splits."""
-    (folder / "en").mkdir(parents=True)
-    (folder / "README.md").write_text(CARD)
-    texts: dict[str, list[str]] = {"train": [], "validation": []}
-    for split, files in (("train", 3), ("validation", 1)):
-        for number in range(files):
-            own = texts_of(split, number, rows)
-            texts[split] += own
-            records = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for text in own]
-            name = f"c4-{split}.{number:05}-of-{files:05}.json.gz"
-            with gzip.open(folder / "en" / name, "wt") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-    return texts
 
 
 def settings(dataset: Path | str, **changes: Any) -> HubConfig:
@@ -186,12 +146,6 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     like_c4(tmp_path / "hub" / "allenai" / "c4", rows=1500)
     with serving(tmp_path / "hub") as server:
         yield server
-
-
-def with_hub(tmp_path: Path, address: str) -> dict[str, str]:
-    """The environment with a hub at this address, and an empty cache."""
-    own = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    return {**os.environ, **own}
 
 
 def prepared(

@@ -1,10 +1,13 @@
-"""A hub on this machine: serves folders as datasets and tokenizers, with the addresses of the real hub.
+"""A dataset with the layout of C4, and a hub on this machine that serves folders as datasets and tokenizers.
 
-It can break a transfer in the middle, and it can go away.
+The hub has the addresses of the real one. It can break a transfer in the middle, and it can go away.
 """
 
+import gzip
 import hashlib
 import json
+import os
+import random
 import re
 import threading
 from collections.abc import Iterator
@@ -13,6 +16,50 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
+
+CARD = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/c4-train.*.json.gz
+  - split: validation
+    path: en/c4-validation.*.json.gz
+---
+# Not text for training
+"""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def texts_of(split: str, number: int, count: int) -> list[str]:
+    chance = random.Random(f"{split}/{number}")
+    words = ["".join(chance.choices(LETTERS, k=chance.randrange(2, 9))) for _ in range(2000)]
+    return [
+        f"{split} {number} {row}: {' '.join(chance.choices(words, k=chance.randrange(1, 60)))}" for row in range(count)
+    ]
+
+
+def like_c4(folder: Path, rows: int = 400) -> dict[str, list[str]]:
+    """Write a dataset with the layout of C4. Return the texts of its splits."""
+    (folder / "en").mkdir(parents=True)
+    (folder / "README.md").write_text(CARD)
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for split, files in (("train", 3), ("validation", 1)):
+        for number in range(files):
+            own = texts_of(split, number, rows)
+            texts[split] += own
+            records = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for text in own]
+            name = f"c4-{split}.{number:05}-of-{files:05}.json.gz"
+            with gzip.open(folder / "en" / name, "wt") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+    return texts
+
+
+def with_hub(tmp_path: Path, address: str) -> dict[str, str]:
+    """The environment with a hub at this address, and an empty cache."""
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    return {**os.environ, **own}
+
 
 REVISION = "1234567890abcdef1234567890abcdef12345678"
 
