@@ -49,9 +49,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     folder = _model_folder(arguments.folder)
     run = read_json(folder / "relora.json")
     limit = read_json(folder / "config.json").get("max_position_embeddings", 1024)
-    config = compose.compose([*_as_trained(folder, run, limit), *arguments.overrides])
+    as_trained = _as_trained(folder, run, limit)
+    config = compose.compose([*as_trained, *arguments.overrides])
 
-    from relora.data.corpus import prepare
+    from relora.data.corpus import prepare, prepared_with
     from relora.training.evaluate import evaluate
     from relora.training.pretrained import load_pretrained
     from relora.training.processes import choose_device
@@ -60,7 +61,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(message, file=sys.stderr)
 
     device = choose_device(config.trainer.device, World())
-    corpus = prepare(config.data, Path(config.runs_dir) / "corpora", log_line)
+    corpora, corpus = Path(config.runs_dir) / "corpora", None
+    if "tokenizer_digest" in run:  # the run's own corpus has these tokens: it is not prepared again
+        of_text = [override for override in as_trained if not override.startswith("data.tokenizer=")]
+        own = compose.compose([*of_text, *arguments.overrides])
+        corpus = prepared_with(own.data, corpora, run["tokenizer_digest"])
+    if corpus is None:
+        corpus = prepare(config.data, corpora, log_line)
     if run.get("corpus_digest", corpus.corpus_digest) != corpus.corpus_digest:
         log_line(
             f"note: data={config.data.name} is not the text, or not the split, of the training of {run['run']}: the "

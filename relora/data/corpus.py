@@ -219,6 +219,15 @@ def _prepared(folder: Path, log_line: Callable[[str], None]) -> Corpus | None:
         return None
 
 
+def prepared_with(config: DataConfig, corpora: Path, tokenizer_digest: str) -> Corpus | None:
+    """Return the prepared corpus of `config` if its tokenizer has this digest; None if there is none."""
+    try:
+        corpus = _prepared(folder_of(config, corpora), lambda message: None)
+    except CorpusError:
+        return None
+    return corpus if corpus is not None and corpus.tokenizer_digest == tokenizer_digest else None
+
+
 def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:
     """As `prepare`, but a missing corpus is built by another process, so that its memory is not used in this one.
 

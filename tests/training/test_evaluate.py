@@ -160,8 +160,9 @@ def test_relora_evaluate_prints_all_that_a_comparison_needs(finished: Case, caps
     command = ["evaluate", str(run.model), *data, "trainer.device=cpu"]
     assert run.status is not None
     logged = run.status.summary["test_perplexity"]
-    assert cli.main(command) == 0  # prepares a corpus with the tokenizer of the model's folder
-    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().err == "", "the run's own corpus is not prepared again"
+    assert len(list((finished.runs_dir / "corpora").glob("*/meta.json"))) == 1
     (split_tokens,) = {state_bytes(path, "test", 2000) for path in (finished.runs_dir / "corpora").glob("*/")}
 
     assert cli.main([*command, "--json"]) == 0
