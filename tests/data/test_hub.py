@@ -204,3 +204,35 @@ def test_a_dataset_that_the_hub_does_not_have_is_named(tmp_path: Path, hub: Hub)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "data.dataset=allenai/c5 cannot be opened" in line
+
+
+# ----------------------------------------------------------------------------------------------- files at any address
+
+
+def test_files_at_an_address_are_streamed(tmp_path: Path, hub: Hub) -> None:
+    names = [f"en/c4-train.{number:05}-of-00003.json.gz" for number in (0, 2)]
+    urls = [f"{hub.address}/datasets/allenai/c4/resolve/main/{name}" for name in names]
+    own = ["data.config=null", "data.validation_fraction=0.1", "data.test_fraction=0.1"]
+    hub.breaks = [0, 15_000]
+    done = prepared(tmp_path, hub.address, *own, f"data.files=[{','.join(urls)}]", dataset="json")
+    assert done.returncode == 0, done.stderr
+    remote = load(Path(json.loads(done.stdout)["folder"]))
+    paths = [str(tmp_path / "hub" / "allenai" / "c4" / name) for name in names]
+    done = prepared(tmp_path, hub.address, *own, f"data.files=[{','.join(paths)}]", dataset="json")
+    assert done.returncode == 0, done.stderr
+    local = load(Path(json.loads(done.stdout)["folder"]))
+    assert remote.folder != local.folder
+    assert files_of(remote) == files_of(local)
+    pieces = [split["pieces"] for split in remote.splits.values()]
+    assert sum(pieces) == 3000
+    assert all(200 < count < 400 for count in pieces[1:])
+
+
+def test_an_address_without_a_file_gives_one_message(tmp_path: Path, hub: Hub) -> None:
+    url = f"{hub.address}/datasets/allenai/c4/resolve/main/nothing.json"
+    done = prepared(tmp_path, hub.address, "data.config=null", f"data.files=[{url}]", dataset="json")
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("relora: ")]
+    assert len(lines) == 1
+    assert "data.dataset=json cannot be read" in lines[0]
+    assert "Traceback" not in done.stderr
