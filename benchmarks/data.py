@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from relora.config.data import data_config
+from relora.config.mixture import data_config
 from relora.data.corpus import Corpus, load, prepare
 from relora.data.decoding import Tally
 from relora.data.sequences import TokenSequences
@@ -131,7 +131,7 @@ def measure_processes(folder: Path, path: Path, size_bytes: int, tokenizer: Path
 MEMORY = """
 import json, sys
 from pathlib import Path
-from relora.config.data import data_config
+from relora.config.mixture import data_config
 from relora.data.corpus import prepare
 prepare(data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), lambda message: None, workers=1)
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])

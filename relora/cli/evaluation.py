@@ -36,7 +36,7 @@ def values(result: "Evaluation", sequences: int, data: DataConfig, corpus: "Corp
         "split": split,
         "bits_per_token": bits_per_token(result.loss),
         "bits_per_byte": split_bits_per_byte(result, counts),
-        "text": _source(data),
+        "text": data.source_words(),
         "split_tokens": counts["tokens"],
         "split_bytes": counts.get("bytes"),
         "sequences": sequences,
@@ -45,12 +45,6 @@ def values(result: "Evaluation", sequences: int, data: DataConfig, corpus: "Corp
         "context": _context(data),
         **corpus.identity,
     }
-
-
-def _source(data: DataConfig) -> str:
-    """Name the text as a user does: data=text data.path=..."""
-    paths = {key: value for key, value in data.paths().items() if key != "tokenizer"}
-    return " ".join([f"data={data.name}", *(f"data.{key}={value}" for key, value in paths.items())])
 
 
 def _context(data: DataConfig) -> str:

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers",
         type=_number(int, 1, 1024),
         default=None,
-        help="processes that encode (default: one for each CPU)",
+        help="processes that encode (default: one for each CPU; 1: this process, with the threads of its tokenizer)",
     )
     sub.add_argument("overrides", nargs="*", help="as for python run.py; data=... and runs_dir=... matter")
     sub = verb("inspect", data.inspect, "Show sizes, lengths, tokens and samples of a prepared corpus.", actions)

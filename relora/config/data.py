@@ -3,21 +3,19 @@
 Each source is a class with its own keys. `data.name` chooses it.
 """
 
-import dataclasses
+import glob
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from relora.common.checks import at_least, at_most, check_name, one_of, parse_count, positive
+from relora.common.checks import at_least, at_most, one_of, parse_count
 from relora.common.errors import ConfigError, shown
 from relora.config.groups import LARGEST_MODEL
 from relora.config.sources import TOKEN_KINDS, check_path
 
 HELD_OUT = ("validation", "test")
 LIMITS = ("limit_tokens", "held_out_tokens")
-MIXTURE_CYCLE = 1000
-"""Of so many training sequences in a row, each source of a mixture has the same number."""
 LARGEST_FRACTION = 0.4
 PACKINGS = ("packed", "pad")
 SEQUENCE_KEYS = ("sequence_length_tokens", "packing", "attend_across_documents")
@@ -31,7 +29,8 @@ class DataConfig:
     name: The source: a key of SOURCES.
     path: A file or folder, for the sources that have files.
     text_field: The field or column with the text, in files of records.
-    tokenizer: A tokenizer.json or its folder. None trains a byte-level BPE of `vocab_size` on the training split.
+    tokenizer: A tokenizer.json, a folder with a tokenizer, or its name on the hub. None trains a byte-level BPE of
+        `vocab_size` on the training split.
     limit_tokens, held_out_tokens: The training split, and each held-out split, ends with the document that reaches so
         many tokens.
     packing: "packed" cuts the text of all documents into sequences. "pad" makes a sequence of each document.
@@ -59,7 +58,7 @@ class DataConfig:
         self.check_path()
         for name in LIMITS:
             self.limit(name)
-        at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
+        self.check_vocab_size()
         at_most("data.vocab_size", self.vocab_size, LARGEST_MODEL["vocab_size"], "no tokenizer is that large")
         at_least("data.sequence_length_tokens", self.sequence_length_tokens, 2)
         at_most("data.sequence_length_tokens", self.sequence_length_tokens, 2**31 - 1, "no model accepts that many")
@@ -82,6 +81,15 @@ class DataConfig:
             raise ConfigError(f"data={self.name} needs data.path=FILE_OR_FOLDER")
         if not self.has_path and self.path:
             raise ConfigError(f"data.path={shown(self.path)} has no meaning with data={self.name}; use data=text")
+
+    def check_vocab_size(self) -> None:
+        """Raise ConfigError if a byte-level BPE cannot have so few tokens."""
+        at_least("data.vocab_size", self.vocab_size, 257, " (256 bytes and the end-of-text token)")
+
+    def source_words(self) -> str:
+        """Name the source as a user writes it: data=text data.path=..."""
+        values = {key: value for key, value in self.paths().items() if key != "tokenizer"}
+        return " ".join([f"data={self.name}", *(f"data.{key}={value}" for key, value in values.items())])
 
     def limit(self, name: str) -> int | None:
         """Return the value of limit_tokens or held_out_tokens as a number; None for no limit. Raises ConfigError."""
@@ -176,6 +184,35 @@ class HubConfig(DataConfig):
             raise ConfigError(f"data={self.name} needs data.dataset=OWNER/NAME, or a folder")
         if self.files is not None and not self.files:
             raise ConfigError("data.files is empty; name files or URLs, or leave it null")
+        of_splits = {part: part if own == "auto" else own for part, own in self._held_out_splits().items()}
+        if of_splits["validation"] is not None and of_splits["validation"] == of_splits["test"]:
+            raise ConfigError(
+                f"data.test_split={shown(self.test_split)} is the validation split too; leave it auto, and half of it "
+                "is for the test, or set data.validation_split=null"
+            )
+
+    def _held_out_splits(self) -> dict[str, str | None]:
+        return {"validation": self.validation_split, "test": self.test_split}
+
+    def source_words(self) -> str:
+        """Name the source as a user writes it: data=hub data.dataset=..."""
+        names = ("dataset", "config", "split", "revision", "files")
+        values = {name: getattr(self, name) for name in names}
+        return " ".join(["data=hub", *(f"data.{name}={value}" for name, value in values.items() if value is not None)])
+
+    def make_absolute(self) -> None:
+        """Replace relative paths by absolute ones, also in `files`."""
+        super(HubConfig, self).make_absolute()
+        if self.files is not None:
+            self.files = [name if "://" in name else str(Path(name).expanduser().absolute()) for name in self.files]
+
+    def check_files(self) -> None:
+        """Raise ConfigError if a file of the config is missing or unreadable. Only a launch calls this."""
+        super(HubConfig, self).check_files()
+        for name in self.files or ():
+            # Path.glob takes no absolute pattern.
+            if "://" not in name and not glob.glob(name, recursive=True):  # noqa: PTH207
+                raise ConfigError(f"data.files has {shown(name, 200)}, and there is no such file")
 
     def paths(self) -> dict[str, str]:
         """Return the paths of the config by key: files and folders of this machine."""
@@ -208,6 +245,7 @@ class TokensConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super(TokensConfig, self).__post_init__()
+        at_least("data.vocab_size", self.vocab_size, 2)
         one_of("data.token_type", self.token_type, ("uint16", "uint32"))
         at_least("data.end_of_text_id", self.end_of_text_id, 0)
         if self.tokenizer is None and self.end_of_text_id >= self.vocab_size:
@@ -215,6 +253,9 @@ class TokensConfig(DataConfig):
                 f"data.end_of_text_id={self.end_of_text_id} is not below data.vocab_size={self.vocab_size}; set both "
                 "to those of the files' tokenizer, or set data.tokenizer"
             )
+
+    def check_vocab_size(self) -> None:
+        """Accept a small vocabulary: no tokenizer is trained."""
 
     def without_effect(self) -> tuple[str, ...]:
         """Return the fields that change nothing with the values of the others."""
@@ -233,140 +274,9 @@ class TokensConfig(DataConfig):
             super(TokensConfig, self).check_file(key, value)
 
 
-@dataclass(kw_only=True, slots=True)
-class MixtureConfig(DataConfig):
-    """Several sources, mixed by sequences. The tokenizer is that of all of them.
-
-    sources: Name -> the settings of a source, as in its own group: {name: text, path: my_texts}.
-    weights: Name -> the share of the training tokens. Only the ratios matter.
-    """
-
-    sources: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super(MixtureConfig, self).__post_init__()
-        if len(self.sources) < 2:
-            example = "'data.sources={a:{name:stdlib},b:{name:text,path:my_texts}}' 'data.weights={a:0.3,b:0.7}'"
-            raise ConfigError(f"data=mixture needs at least two sources; write {example}")
-        if set(self.sources) != set(self.weights):
-            raise ConfigError(
-                f"data.weights has {', '.join(self.weights) or 'no source'}, and data.sources has "
-                f"{', '.join(self.sources)}; give each source one weight"
-            )
-        for name, weight in self.weights.items():
-            check_name("data.sources", name)
-            positive(f"data.weights.{name}", weight)
-        self.parts()
-        self.shares()
-
-    def parts(self) -> dict[str, DataConfig]:
-        """Return the settings of each source, with the tokenizer and the length of the mixture. Raises ConfigError."""
-        given = {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size}
-        given["sequence_length_tokens"] = self.sequence_length_tokens
-        found: dict[str, DataConfig] = {}
-        for name, values in self.sources.items():
-            if not isinstance(values, dict):
-                raise ConfigError(f"data.sources.{name}={shown(values)} is no source; write {{name: text, path: ...}}")
-            if values.get("name") == self.name:
-                raise ConfigError(f"data.sources.{name} is a mixture; name its sources here instead")
-            if (own := sorted(set(values) & set(given))) and values[own[0]] != given[own[0]]:
-                raise ConfigError(f"data.sources.{name}.{own[0]} has no meaning; set data.{own[0]} for all sources")
-            kind = source_class(values.get("name"))
-            known = {each.name for each in dataclasses.fields(kind)}
-            if unknown := sorted(set(values) - known):
-                raise ConfigError(f"unknown key data.sources.{name}.{unknown[0]}; it has {', '.join(sorted(known))}")
-            try:
-                found[name] = kind(**{**values, **given})
-            except TypeError as error:  # a value of another type
-                raise ConfigError(f"data.sources.{name} has a value of the wrong type: {shown(error, 120)}") from error
-            except ConfigError as error:
-                raise ConfigError(f"data.sources.{name}: {error}") from error
-            if isinstance(found[name], TokensConfig) and self.tokenizer is None:
-                raise ConfigError(f"data.sources.{name} has token ids; set data.tokenizer to their tokenizer")
-        return found
-
-    def shares(self) -> dict[str, int]:
-        """Return how many of MIXTURE_CYCLE sequences in a row are of each source. Raises ConfigError.
-
-        The shares are rounded to whole numbers, those with the largest remainders up.
-        """
-        total = sum(self.weights.values())
-        exact = {name: MIXTURE_CYCLE * self.weights[name] / total for name in self.sources}
-        found = {name: int(value) for name, value in exact.items()}
-        by_remainder = sorted(exact, key=lambda name: found[name] - exact[name])
-        for name in by_remainder[: MIXTURE_CYCLE - sum(found.values())]:
-            found[name] += 1
-        for name, count in found.items():
-            if count == 0:
-                raise ConfigError(
-                    f"data.weights.{name}={self.weights[name]} is less than 1/{MIXTURE_CYCLE} of all weights; leave "
-                    "the source out, or give it more"
-                )
-        return found
-
-    def written_out(self) -> dict[str, Any]:
-        """Return the fields whose values have a normal form: all settings of each source, and the shares."""
-        sources: dict[str, Any] = {}
-        for name, part in self.parts().items():
-            unused = {*part.without_effect(), "tokenizer", "vocab_size", "sequence_length_tokens"}
-            values = {**dataclasses.asdict(part), **part.written_out()}
-            sources[name] = {key: value for key, value in values.items() if key not in unused}
-        return {"sources": sources, "weights": self.shares()}
-
-    def without_effect(self) -> tuple[str, ...]:
-        """Return the fields that change nothing with the values of the others. Each source has its own."""
-        of_sources = ("text_field", "validation_fraction", "test_fraction", "limit_tokens", "held_out_tokens")
-        return (*of_sources, *super(MixtureConfig, self).without_effect())
-
-    def make_absolute(self) -> None:
-        """Replace the relative paths of all sources by absolute ones."""
-        for name, part in self.parts().items():
-            part.make_absolute()
-            own = part.paths()
-            self.tokenizer = own.pop("tokenizer", self.tokenizer)
-            self.sources[name] = {**self.sources[name], **own}
-
-    def paths(self) -> dict[str, str]:
-        """Return the paths of all sources."""
-        found = super(MixtureConfig, self).paths()
-        for name, part in self.parts().items():
-            own = {key: value for key, value in part.paths().items() if key != "tokenizer"}
-            found |= {f"sources.{name}.{key}": value for key, value in own.items()}
-        return found
-
-    def check_files(self) -> None:
-        """Raise ConfigError if a file of a source is missing or unreadable. Only a launch calls this."""
-        for name, part in self.parts().items():
-            try:
-                part.check_files()
-            except ConfigError as error:
-                raise ConfigError(f"data.sources.{name}: {error}") from error
-
-
-SOURCES: dict[str, type[DataConfig]] = {
-    "stdlib": StdlibConfig,
-    "text": TextConfig,
-    "hub": HubConfig,
-    "tokens": TokensConfig,
-    "mixture": MixtureConfig,
-}
-
-
 def own_paths(config: DataConfig, *keys: str) -> dict[str, str]:
     """Return the values of these keys, without those that are None."""
     return {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
-
-
-def source_class(name: object) -> type[DataConfig]:
-    """Return the class of a source's settings. Raises ConfigError for an unknown name."""
-    one_of("data.name", str(name), tuple(SOURCES))
-    return SOURCES[str(name)]
-
-
-def data_config(values: dict[str, Any]) -> DataConfig:
-    """Return the settings with these values. `values["name"]` is the source."""
-    return source_class(values.get("name"))(**values)
 
 
 def is_local(tokenizer: str) -> bool:

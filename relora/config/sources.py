@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,23 +93,46 @@ class Survey:
     read_bytes: int = 0
     left_out: list[LeftOut] = field(default_factory=list)
 
-    def by_split(self) -> dict[str, list[Path]]:
+    def by_split(self, key: str) -> dict[str, list[Path]]:
         """Return split -> files, if the files are named after splits. Otherwise all files are for training.
 
         A name has a split's name as a word, as in c4-train.00001.json.gz or val/a.txt. If at least one file is for
-        training and one is held out, then files without a split's name are left out.
+        training and one is held out, then files without a split's name are left out. If no file is named for training,
+        then only files and folders whose whole name is that of a split are held out: val.txt, but not my_test.txt.
+
+        Args:
+            key: The config key of `root`, for messages.
+
+        Raises:
+            ConfigError: Most bytes are left out.
         """
-        named: dict[str, list[Path]] = {}
+        named = self._grouped(_split_named)
+        if "train" in named and named.keys() & {"validation", "test"}:
+            for path in named.pop("", []):
+                size_bytes = path.stat().st_size
+                self.left_out.append(LeftOut(path=path, reason="not named after a split", size_bytes=size_bytes))
+                self.read_bytes -= size_bytes
+            self.read = sorted(path for files in named.values() for path in files)
+            self.check_left_out(key)
+            return named
+        named = self._grouped(_split_exactly_named)
+        train = sorted(named.pop("", []) + named.pop("train", []))
+        return {"train": train, **named} if train else {"train": self.read}
+
+    def _grouped(self, split_of: Callable[[Path, Path], str]) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
         for path in self.read:
-            named.setdefault(_split_named(path, self.root), []).append(path)
-        if "train" not in named or not named.keys() & {"validation", "test"}:
-            return {"train": self.read}
-        for path in named.pop("", []):
-            size_bytes = path.stat().st_size
-            self.left_out.append(LeftOut(path=path, reason="not named after a split", size_bytes=size_bytes))
-            self.read_bytes -= size_bytes
-        self.read = sorted(path for files in named.values() for path in files)
-        return named
+            found.setdefault(split_of(path, self.root), []).append(path)
+        return found
+
+    def check_left_out(self, key: str) -> None:
+        """Raise ConfigError if more bytes are left out than read. `key` is the config key of `root`."""
+        if self.missed_bytes > self.read_bytes:
+            raise ConfigError(
+                f"{key}={shown(self.root, 200)} has {in_units(self.read_bytes)} that relora can read, and "
+                f"{in_units(self.missed_bytes)} of other files; {self.left_out_described()}; move or convert them, or "
+                "name a folder or file with only the text"
+            )
 
     @property
     def missed_bytes(self) -> int:
@@ -136,6 +159,14 @@ def _split_named(path: Path, root: Path) -> str:
         return ""
     words = re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())
     return next((NAMED_SPLITS[word] for word in words if word in NAMED_SPLITS), "")
+
+
+def _split_exactly_named(path: Path, root: Path) -> str:
+    """Return the split that is the whole name of a file, without its endings, or of a folder; empty if none is."""
+    if path.name.endswith(UNNAMED_KINDS):
+        return ""
+    *folders, name = path.relative_to(root).as_posix().lower().split("/")
+    return next((NAMED_SPLITS[each] for each in (*folders, name.partition(".")[0]) if each in NAMED_SPLITS), "")
 
 
 def kind_of(path: Path, kinds: Mapping[str, str] = KINDS) -> str | None:
@@ -217,13 +248,14 @@ def _files(root: Path) -> Iterator[Path]:
             below.clear()
             continue
         seen.add(own)
-        below[:] = [name for name in below if not name.startswith(".") and not _holds_runs(Path(folder, name))]
+        below[:] = sorted(name for name in below if not name.startswith(".") and not _holds_runs(Path(folder, name)))
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def _holds_runs(folder: Path) -> bool:
     """Return whether a folder is a runs_dir. Its files must not become text, or each launch would change the text."""
-    return next((folder / "corpora").glob("*/meta.json"), None) is not None
+    corpora = folder / "corpora"
+    return any(next(corpora.glob(each), None) is not None for each in ("*/meta.json", "*-*.lock"))
 
 
 def check_path(path: Path, key: str = "data.path", kinds: Mapping[str, str] = KINDS) -> Survey:
@@ -240,10 +272,5 @@ def check_path(path: Path, key: str = "data.path", kinds: Mapping[str, str] = KI
         raise ConfigError(
             f"{key}={shown(path, 200)} contains no {wanted}; relora reads files that end in {readable}{left_out}"
         )
-    if found.missed_bytes > found.read_bytes:
-        raise ConfigError(
-            f"{key}={shown(path, 200)} has {in_units(found.read_bytes)} that relora can read, and "
-            f"{in_units(found.missed_bytes)} of other files; {found.left_out_described()}; move or convert them, or "
-            "name a folder or file with only the text"
-        )
+    found.check_left_out(key)
     return found

@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from relora.common.errors import ConfigError, shown
 from relora.config import credentials
 from relora.config.cluster import cluster_class
-from relora.config.data import source_class
 from relora.config.groups import TrackerConfig
+from relora.config.mixture import source_class
 from relora.config.overrides import explain, leaves
 from relora.config.run import RunConfig
 from relora.methods.registry import METHODS

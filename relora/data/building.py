@@ -47,6 +47,8 @@ class _Place:
     """The counts at the cursor."""
     pieces_after: int = 0
     """Pieces from the cursor to this place."""
+    is_end: bool = False
+    """Whether the part is complete."""
 
 
 @dataclass(kw_only=True)
@@ -88,15 +90,19 @@ class Build:
             OSError: The files cannot be written.
         """
         state = self._earlier_state()
+        self.source.pin(state.get("source"))
         self.work.mkdir(parents=True, exist_ok=True)
         assignments: dict[str, Assignment] = {"train": self._assignment("train")}
         known = self._vocabulary(assignments["train"])
         self.files = SplitFiles(self.work, known, state.get("files"))
         try:
             for part in self.source.parts[self.source.parts.index(state.get("part", "train")) :]:
-                assignments[part] = assignments.get(part) or self._assignment(part)
                 place = _Place(**state.pop("place", {}))
+                if place.is_end:
+                    continue
+                assignments[part] = assignments.get(part) or self._assignment(part)
                 self._write_part(part, assignments[part], place)
+                place.is_end = True
                 self._commit(part, place)
         finally:
             self.files.close()
@@ -116,7 +122,7 @@ class Build:
         for name, split in self.files.splits.items():
             if split.tokens == 0:
                 remedy = "use more text"
-                if name != "train":
+                if name not in self.source.parts:
                     remedy += f", or a larger data.{name}_fraction={getattr(self.config, f'{name}_fraction')}"
                 raise CorpusError(f"the text leaves none for {name}; {remedy}")
 
@@ -178,17 +184,22 @@ class Build:
 
     def _write_part(self, part: str, assignment: Assignment, place: _Place) -> None:
         tally = Tally(**place.tally)
-        progress = _Progress(self, part, assignment.total_characters)
+        progress = _Progress(self, part, assignment.total_characters if part == "train" else 0)
         committed = time.monotonic()
         batches = self._batches(part, assignment, place, tally)
         try:
             for batch, encoded in self._encoded(batches):
                 texts = iter(encoded)
+                is_enough = False
                 for piece in batch.pieces:
                     ids = next(texts) if isinstance(piece.content, str) else piece.content
-                    if not self._is_full(piece.split):
+                    # The reading is ahead of the writing. So the end is decided here, in the order of the pieces.
+                    is_enough = is_enough or self._is_enough(part, piece.split)
+                    if not is_enough and not self._is_full(piece.split):
                         self.files.add(piece, ids)
                 self.files.write()
+                if is_enough:
+                    break
                 vars(place).update(vars(batch.end))
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     self._commit(part, place)
@@ -216,15 +227,14 @@ class Build:
         documents = self.source.documents(part, tally, begin.cursor)
         for document, next_item, piece in assignment.pieces(documents, begin.item):
             if document is not last and document.cursor is not None and last is not None:
-                now = _Place(cursor=document.cursor, item=item, tally=asdict(tally))
+                now = _Place(cursor=document.cursor, item=item, tally=document.counts)
             last, item = document, next_item
             now.pieces_after += 1
             if skip > 0:
                 skip -= 1
                 continue
             if self._is_full(piece.split):
-                is_enough = part == "train" and piece.split == part and not self.source.is_read_twice
-                if is_enough or all(map(self._is_full, splits)):
+                if self._is_enough(part, piece.split) or all(map(self._is_full, splits)):
                     break
                 continue
             pieces.append(piece)
@@ -238,10 +248,15 @@ class Build:
         limit = self.limits[split]
         return limit is not None and self.files.splits[split].tokens >= limit
 
+    def _is_enough(self, part: str, split: str) -> bool:
+        """Whether a part ends at a piece of this split: a source that is read once ends when its own split is full."""
+        return part == split == "train" and not self.source.is_read_twice and self._is_full(split)
+
     def _commit(self, part: str, place: _Place) -> None:
         """Write the state, after all that it describes is on the disk."""
         self.files.sync()
-        write_json(self.work / STATE, {"part": part, "place": asdict(place), "files": self.files.state()})
+        place_and_files = {"place": asdict(place), "files": self.files.state()}
+        write_json(self.work / STATE, {**place_and_files, "part": part, "source": self.source.pinned()})
 
     def _meta(self, known: Vocabulary) -> dict[str, Any]:
         """Return the values of meta.json."""
@@ -311,7 +326,7 @@ class _Progress:
         self.build.log_line(text)
 
     def _share(self, done: tuple[int, int, int]) -> float | None:
-        limit = self.build.limits["train"]
+        limit = self.build.limits["train"] if self.part == "train" else None
         by_tokens = done[1] / limit if limit else None
         by_characters = done[2] / self.total_characters if self.total_characters else None
         shares = [share for share in (by_tokens, by_characters) if share is not None]

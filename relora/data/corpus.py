@@ -12,17 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from relora.common import signals
-from relora.common.errors import DamagedFile
+from relora.common.errors import ConfigError, DamagedFile, RunError
 from relora.common.files import (
     check_crc32,
     crc32_of,
@@ -35,15 +35,8 @@ from relora.common.files import (
     write_json,
 )
 from relora.common.tables import in_units
-from relora.config.data import (
-    SEQUENCE_KEYS,
-    DataConfig,
-    HubConfig,
-    MixtureConfig,
-    TextConfig,
-    TokensConfig,
-    data_config,
-)
+from relora.config.data import SEQUENCE_KEYS, DataConfig, HubConfig, TextConfig, TokensConfig
+from relora.config.mixture import MixtureConfig, data_config
 from relora.data.building import FORMAT, Build, crc32_of_values
 from relora.data.decoding import CorpusError, Unfinished
 from relora.data.mixture import MixedSequences, counts, digest, shared_tokenizer
@@ -134,7 +127,7 @@ def prepare(
     corpus = _prepared(folder, lambda message: None)
     if corpus is None:
         corpora.mkdir(parents=True, exist_ok=True)
-        with FileLock(corpora / f"{folder.name}.lock"):
+        with _locked(corpora / f"{folder.name}.lock", log_line):
             corpus = _prepared(folder, log_line)
             if corpus is None:
                 if isinstance(config, MixtureConfig):
@@ -143,6 +136,21 @@ def prepare(
                     _build(source_of(config), folder, log_line, workers)
                 corpus = load(folder)
     return corpus
+
+
+@contextmanager
+def _locked(path: Path, log_line: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a corpus. Log it if another process has the lock, which may be for hours."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log_line(f"another process prepares the corpus {path.stem}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def source_of(config: DataConfig) -> Source:
@@ -205,7 +213,7 @@ def _check_sums(folder: Path, crc32: dict[str, str]) -> None:
 def _stamp(path: Path) -> list[int]:
     """Values that change when a file changes. Nobody can set the time of the last change of the inode."""
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _prepared(folder: Path, log_line: Callable[[str], None]) -> Corpus | None:
@@ -270,7 +278,8 @@ def folder_of(config: DataConfig, corpora: Path) -> Path:
     """The folder of the corpus, prepared or not. The corpus is prepared if the folder has a meta.json."""
     # The name has a digest of settings, tokenizer, and each file's path, size and time. No text is read for it.
     not_hashed = {*SEQUENCE_KEYS, "tokenizer", *config.without_effect()}
-    settings = {key: value for key, value in asdict(config).items() if key not in not_hashed}
+    settings = {**asdict(config), **config.written_out()}
+    settings = {key: value for key, value in settings.items() if key not in not_hashed}
     if isinstance(config, MixtureConfig):
         identity = {name: source.identity for name, source in _sources(config).items()}
     else:
@@ -356,7 +365,7 @@ def _main(settings: str, corpora: str) -> int:
     """Run `prepare` in this process and return the exit code."""
     try:
         prepare(data_config(json.loads(settings)), Path(corpora), lambda message: print(message, flush=True))
-    except (CorpusError, OSError) as error:
+    except (RunError, ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return USER_ERROR
     return 0

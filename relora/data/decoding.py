@@ -44,6 +44,8 @@ class Tally:
     records: int = 0
     without_text: int = 0
     """Records with no text field, with null, or with an empty text."""
+    null: int = 0
+    """Those of `without_text` whose text is missing or null."""
     replaced_bytes: int = 0
     """Bytes that are not valid in the encoding of their file. Each becomes U+FFFD."""
     replaced_surrogates: int = 0

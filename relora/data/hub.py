@@ -7,6 +7,8 @@ the splits. A stream that breaks is opened again at the same document.
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +21,8 @@ from relora.data.source import SPLITS, Document, Source
 SECONDS_TO_REACH = 5.0
 """A hub that does not answer within this time is not there."""
 WAITS_SECONDS = (1.0, 5.0, 20.0)
-"""Waits before a broken stream is opened again, one after the other, without a document between them."""
+"""Waits before a broken stream is opened again, one after the other, without a document between them. Before the
+first document there is only one: the address may be wrong."""
 CURSOR_DOCUMENTS = 64
 """A document after so many has a cursor."""
 
@@ -40,6 +43,10 @@ def go_offline_if_unreachable() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 class HubSource(Source):
     """Streams the documents of data.dataset."""
 
@@ -50,17 +57,22 @@ class HubSource(Source):
         self.config = self.hub = config
         self._folder = Path(config.dataset) if Path(config.dataset).exists() else None
         self._names: dict[str, str] | None = None
-        self._revision: str | None = None
+        self._revision = config.revision
         self._place = config.dataset
         """What `datasets` opens: a name on the hub, a folder, or the kind of `data.files`."""
 
     @property
     def identity(self) -> Any:
         """The paths, sizes and times of the files of a local folder. A dataset on the hub is known by its settings."""
-        files = [self._folder] if self._folder and self._folder.is_file() else []
-        if self._folder is not None and self._folder.is_dir():
-            files = sorted(path for path in self._folder.rglob("*") if path.is_file())
-        files += [Path(name) for name in self.hub.files or () if Path(name).is_file()]
+        files: list[Path] = []
+        if self._folder is not None and not self.hub.files:
+            below = (path for path in self._folder.rglob("*") if path.is_file())
+            shown = (path for path in below if not _is_hidden(path.relative_to(self._folder)))
+            files = sorted(shown)
+        for name in self.hub.files or ():
+            if "://" not in name:
+                found = sorted(glob(name, recursive=True))  # noqa: PTH207 -- Path.glob takes no absolute pattern
+                files += map(Path, found)
         return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
     @property
@@ -80,14 +92,24 @@ class HubSource(Source):
     def documents(self, part: str, tally: Tally, cursor: Any = None) -> Iterator[Document]:
         """Yield the documents of a split, from a state of its stream on."""
         field = TextField(f"the {self._splits[part]} split of {self.hub.dataset}", self.config.text_field, tally)
+        field.records, field.without = tally.records, tally.null  # of the documents before the cursor
         since_cursor = 0
-        for state, number, record in self._records(self._splits[part], cursor):
-            text = field.text(f"record {number}", record)
+        for state, record in self._records(self._splits[part], cursor):
+            counts = asdict(tally) if since_cursor == 0 else {}
+            text = field.text(f"record {field.records + 1}", record)
             if text:
-                with_cursor = since_cursor == 0
-                yield Document(chunks=(text,), cursor=state if with_cursor else None)
+                yield Document(chunks=(text,), cursor=state if since_cursor == 0 else None, counts=counts)
                 since_cursor = (since_cursor + 1) % CURSOR_DOCUMENTS
         field.check()
+
+    def pinned(self) -> Any:
+        """Return the revision that is read."""
+        return self._revision
+
+    def pin(self, state: Any) -> None:
+        """Read the revision that an earlier process has read."""
+        if state is not None:
+            self._revision = state
 
     def provenance(self) -> dict[str, Any]:
         """Name the dataset, its revision, and its splits."""
@@ -96,9 +118,9 @@ class HubSource(Source):
 
     # ------------------------------------------------------------------------------------------------------- streams
 
-    def _records(self, split: str, state: Any) -> Iterator[tuple[Any, int, Any]]:
-        """Yield (state of the stream before the record, its number since the start, the record)."""
-        failures = number = 0
+    def _records(self, split: str, state: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield (state of the stream before the record, the record)."""
+        failures, waits = 0, WAITS_SECONDS[:1]
         while True:
             try:
                 stream = self._opened(split)
@@ -110,24 +132,29 @@ class HubSource(Source):
                     row = next(rows, None)
                     if row is None:
                         return
-                    failures, number = 0, number + 1
-                    yield state, number, row
+                    failures, waits = 0, WAITS_SECONDS
+                    yield state, row
             except (CorpusError, GeneratorExit):
                 raise
             except Exception as error:  # datasets and the HTTP libraries below it raise errors of many classes
-                if self._is_local or failures == len(WAITS_SECONDS):
+                if self._is_local or failures == len(waits):
                     raise self._broken(error) from error
-                time.sleep(WAITS_SECONDS[failures])
+                time.sleep(waits[failures])
                 failures += 1
 
     @property
     def _is_local(self) -> bool:
-        return self._folder is not None and not any("://" in name for name in self.hub.files or ())
+        if self.hub.files:
+            return not any("://" in name for name in self.hub.files)
+        return Path(self._place).exists()
 
     def _broken(self, error: Exception) -> CorpusError:
         what = f"data.dataset={self.hub.dataset} cannot be read: {first_line(error)}"
         if self._is_local:
-            return CorpusError(f"{what}; correct or replace its files")
+            return CorpusError(
+                f"{what}; correct or replace its files, or read files with data=text data.path=..., which needs only "
+                "the text of each record"
+            )
         return Unfinished(f"{what}; the same command goes on from here when the network is back")
 
     def _opened(self, split: str) -> Any:
@@ -136,10 +163,15 @@ class HubSource(Source):
         return datasets.load_dataset(split=split, streaming=True, **self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"path": self._place, "name": self.hub.config, "revision": self._revision}
+        found: dict[str, Any] = {"path": self._place, "name": self.hub.config, "revision": self._revision_to_open}
         if self.hub.files:
             found["data_files"] = {self.hub.split: self.hub.files}
         return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def _revision_to_open(self) -> str | None:
+        """The revision of a dataset on the hub. A folder, also in the cache, has the files of one revision."""
+        return None if Path(self._place).exists() or self.hub.files else self._revision
 
     @property
     def _splits(self) -> dict[str, str]:
@@ -160,10 +192,10 @@ class HubSource(Source):
             if self._place == config.dataset and self._folder is None and not config.files:
                 from huggingface_hub import HfApi
 
-                self._revision = HfApi().dataset_info(config.dataset, revision=config.revision).sha
+                self._revision = HfApi().dataset_info(config.dataset, revision=self._revision).sha
             names = [config.split]
             if not config.files:
-                names = datasets.get_dataset_split_names(self._place, config.config, revision=self._revision)
+                names = datasets.get_dataset_split_names(self._place, config.config, revision=self._revision_to_open)
         except Exception as error:  # datasets and the hub's library raise errors of many classes
             raise CorpusError(f"data.dataset={config.dataset} cannot be opened: {first_line(error)}") from error
         wanted = {"train": config.split, "validation": config.validation_split, "test": config.test_split}
@@ -182,9 +214,11 @@ class HubSource(Source):
         """Return the folder of the dataset in the hub's cache. Raises CorpusError if there is no copy."""
         from huggingface_hub import snapshot_download
 
-        name, config = self.hub.dataset, self.hub
+        name = self.hub.dataset
         try:
-            return snapshot_download(name, repo_type="dataset", revision=config.revision, local_files_only=True)
+            folder = snapshot_download(name, repo_type="dataset", revision=self._revision, local_files_only=True)
+            self._revision = Path(folder).name
+            return folder
         except Exception as error:  # also for a name that no dataset can have
             raise CorpusError(
                 f"data.dataset={name}: the hub cannot be reached from this machine, and HF_HOME has no copy of the "

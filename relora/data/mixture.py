@@ -12,7 +12,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from relora.common.files import publishing
-from relora.config.data import MIXTURE_CYCLE, MixtureConfig
+from relora.config.mixture import MIXTURE_CYCLE, MixtureConfig
 from relora.data.decoding import Tally
 from relora.data.sequences import Batch, Sequences, permuted
 from relora.data.source import SPLITS, Source
@@ -76,6 +76,8 @@ def counts(shares: dict[str, int], splits: dict[str, dict[str, dict[str, int]]])
             used = dict.fromkeys(shares, 1.0)
         names = ("tokens", "pieces", "bytes")
         found[split] = {key: round(sum(used[name] * splits[name][split][key] for name in shares)) for key in names}
+        if not all(splits[name][split]["bytes"] for name in shares):  # a source of token ids
+            found[split]["bytes"] = 0
     return found
 
 
@@ -117,8 +119,8 @@ class MixedSequences(Sequences):
         self.sequence_length_tokens = self._parts[0].sequences.sequence_length_tokens
         own = [part.sequences.count for part in self._parts]
         if held_out:
-            fitting = min(count / part.share for count, part in zip(own, self._parts, strict=True))
-            own = [int(fitting * part.share) for part in self._parts]
+            limits = list(zip(own, self._parts, strict=True))
+            own = [min(count * part.share // other.share for count, other in limits) for part in self._parts]
             if min(own) < 1:
                 raise ValueError("a source has less than one sequence there; use more held-out text, or other weights")
         self._ends = np.cumsum(own)

@@ -9,7 +9,6 @@ import itertools
 import json
 import lzma
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -93,6 +92,7 @@ class TextField:
         """
         self.source, self.text_field, self.tally = source, text_field, tally
         self.records = self.without = 0
+        """Records that were read, and those of them whose text is missing or null."""
         self._example = ""
 
     def text(self, where: str, record: Any) -> str:
@@ -107,6 +107,7 @@ class TextField:
         value = record.get(self.text_field) if isinstance(record, dict) else record
         if value is None:
             self.without += 1
+            self.tally.null += 1
             if not self._example:
                 fields = ", ".join(record) if isinstance(record, dict) else "no field"
                 self._example = f"{where} has {fields};"
@@ -149,7 +150,7 @@ def _jsonl(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any
         if line.strip():
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CorpusError(f"{path}, line {number}: this is no JSON, or the line is cut: {error}") from error
             yield f"line {number}", _as_record(path, f"line {number}", record)
 
@@ -165,9 +166,15 @@ def _json(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]
     while True:
         position = _BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
         if buffer[position : position + 1] == "]":
+            if buffer[position + 1 :].strip() or any(chunk.strip() for chunk in chunks):
+                raise CorpusError(
+                    f"{path} goes on after its JSON array; write one record on each line of a .jsonl file"
+                )
             return
         try:
             record, end = decoder.raw_decode(buffer, position)
+        except RecursionError as error:
+            raise CorpusError(f"{path}, record {number + 1}: it is nested too deeply") from error
         except ValueError as error:
             left = len(buffer) - position
             if left > LONGEST_RECORD:
@@ -191,7 +198,7 @@ def _as_record(path: Path, where: str, record: object) -> dict[str, Any]:
 
 def _table(delimiter: str) -> Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]:
     def read(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
-        csv.field_size_limit(sys.maxsize)
+        csv.field_size_limit(LONGEST_RECORD)
         rows = csv.DictReader(lines(path, tally), delimiter=delimiter, strict=True)
         try:
             columns = rows.fieldnames or []
@@ -199,7 +206,7 @@ def _table(delimiter: str) -> Callable[[Path, str, Tally], Iterator[tuple[str, A
             for number, row in enumerate(rows, start=1):
                 yield f"record {number}", row
         except csv.Error as error:
-            raise CorpusError(f"{path}, line {rows.line_num}: the table cannot be read: {error}") from error
+            raise CorpusError(f"{path}, line {rows.reader.line_num}: the table cannot be read: {error}") from error
 
     return read
 

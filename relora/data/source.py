@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +42,8 @@ class Document:
     """Its content, in parts. Read them before the next document."""
     cursor: Any = None
     """A JSON value with which `Source.documents` begins at this document; None if reading cannot begin here."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """With a cursor: the tally before this document was read."""
 
 
 class Source(ABC):
@@ -94,12 +96,20 @@ class Source(ABC):
         """
         return None
 
+    def pinned(self) -> Any:
+        """Return a JSON value that names the state of the source, so that another process reads the same documents."""
+        return None
+
+    def pin(self, state: Any) -> None:
+        """Read the documents of an earlier process, which had this `pinned` state; None for no earlier process."""
+        return
+
     def check_unchanged(self) -> None:
         """Raise CorpusError if the documents changed while they were read."""
         return
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the documents came from, for meta.json."""
+        """Return where the documents came from, for source.json."""
         return {}
 
 

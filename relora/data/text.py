@@ -5,6 +5,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ class FilesSource(Source):
     def documents(self, part: str, tally: Tally, cursor: Any = None) -> Iterator[Document]:
         """Yield the documents of all files of a part. The number of a file is a cursor."""
         for number in range(cursor or 0, len(self.files[part])):
-            is_first = True
+            is_first, counts = True, asdict(tally)
             for chunks in read_documents(self.files[part][number], self.config.text_field, tally):
-                yield Document(chunks=chunks, cursor=number if is_first else None)
+                yield Document(chunks=chunks, cursor=number, counts=counts) if is_first else Document(chunks=chunks)
                 is_first = False
 
     def check_unchanged(self) -> None:
@@ -134,9 +135,17 @@ def own_files(
             except ConfigError as error:
                 raise CorpusError(str(error)) from error
             except OSError as error:
-                raise CorpusError(f"data.{key}={path} cannot be read: {error.strerror}") from error
-    files = {part: found.read for part, found in surveys.items()}
-    return surveys, surveys["train"].by_split() if set(files) == {"train"} else files
+                raise CorpusError(f"{error.filename or path} of data.{key} cannot be read: {error.strerror}") from error
+    try:
+        files = surveys["train"].by_split("data.path")
+    except ConfigError as error:
+        raise CorpusError(str(error)) from error
+    held_out = {part: found.read for part, found in surveys.items() if part != "train"}
+    own = {path.resolve() for paths in held_out.values() for path in paths}
+    files = {part: [path for path in paths if path.resolve() not in own] for part, paths in files.items()} | held_out
+    if not files["train"]:
+        raise CorpusError(f"data.path={config.path} has only held-out files; leave some text for training")
+    return surveys, files
 
 
 def _digest_of_file(path: Path) -> str:

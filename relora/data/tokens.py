@@ -6,6 +6,7 @@ Imports pyarrow.
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class TokensSource(FilesSource):
         for number in range(cursor or 0, len(self.files[part])):
             is_first = True
             for chunks in _documents(self._blocks(self.files[part][number]), end_of_text_id):
-                yield Document(chunks=chunks, cursor=number if is_first else None)
+                yield Document(chunks=chunks, cursor=number if is_first else None, counts=asdict(tally))
                 is_first = False
 
     def _vocabulary(self) -> Vocabulary:
@@ -120,16 +121,21 @@ def _rows(path: Path, kind: str, field: str) -> Iterator[NDArray[Any]]:
     """Yield the ids of each row of a parquet or arrow file."""
     import pyarrow as pa
 
+    number = 0
     try:
         for batch in arrow_batches(path, kind, field, "data.tokens_field"):
             column = batch.column(0)
-            if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+            kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+            if not any(is_kind(column.type) for is_kind in kinds) or not pa.types.is_integer(column.type.value_type):
                 raise CorpusError(
                     f"{path}: the column {field!r} holds {column.type} and not lists of token ids; set "
                     "data.tokens_field to the column with the ids"
                 )
             for row in column:
+                number += 1
                 if row.is_valid:
+                    if row.values.null_count:
+                        raise CorpusError(f"{path}, row {number}: a token id of the column {field!r} is null")
                     yield row.values.to_numpy(zero_copy_only=False)
     except pa.ArrowException as error:
         raise CorpusError(f"{path} cannot be read as {kind}: {first_line(error)}") from error

@@ -118,10 +118,8 @@ class Encoder(Generic[B]):
         first = next(batches, None)
         if first is None:
             return
-        workers = [_Worker(self._file) for _ in range(self._workers)]
+        workers: list[_Worker] = []
         idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in workers:
-            idle.put(worker)
 
         def task(texts: list[str]) -> list[Ids]:
             worker = idle.get()
@@ -132,9 +130,11 @@ class Encoder(Generic[B]):
 
         waiting: deque[tuple[B, Future[list[Ids]]]] = deque()
         with ExitStack() as closing, ThreadPoolExecutor(self._workers) as threads:
-            for worker in workers:
-                closing.callback(worker.close)
             try:
+                for _ in range(self._workers):
+                    workers.append(_Worker(self._file))
+                    closing.callback(workers[-1].close)
+                    idle.put(workers[-1])
                 waiting.append((first, threads.submit(task, first.texts)))
                 for batch in batches:
                     waiting.append((batch, threads.submit(task, batch.texts)))

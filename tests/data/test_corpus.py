@@ -20,7 +20,8 @@ from damaged import flip
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from relora.common.errors import DamagedFile
-from relora.config.data import DataConfig, data_config
+from relora.config.data import DataConfig
+from relora.config.mixture import data_config
 from relora.data import building
 from relora.data.corpus import Corpus, load, prepare, prepare_apart
 from relora.data.decoding import CorpusError
@@ -573,7 +574,7 @@ def test_a_corpus_built_in_another_process_is_the_same_and_loads_no_tokenizers(t
     alone = prepare(config, tmp_path / "other", silent)
     script = (
         "import json, sys; from pathlib import Path\n"
-        "from relora.config.data import data_config; from relora.data import corpus\n"
+        "from relora.config.mixture import data_config; from relora.data import corpus\n"
         "corpus._build = None\n"
         "made = corpus.prepare_apart(data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), print)\n"
         "print(made.corpus_digest, 'tokenizers' in sys.modules)"
@@ -612,7 +613,7 @@ def test_a_signal_to_the_process_that_prepares_a_corpus_gives_one_line(
 PREPARE_AT_ONCE = """
 import json, os, sys
 from pathlib import Path
-from relora.config.data import data_config
+from relora.config.mixture import data_config
 from relora.data.corpus import prepare
 
 config, corpora, results = data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
@@ -659,7 +660,7 @@ def test_processes_that_prepare_together_build_once(tmp_path: Path, corpora: Pat
 KILL_AND_PREPARE = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from relora.config.data import data_config
+from relora.config.mixture import data_config
 from relora.data import building
 from relora.data.corpus import prepare
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_server import REVISION, Hub, like_c4, serving, with_hub
+from hub_server import REVISION, Hub, like_c4, serving, texts_of, with_hub
 from tokenizers import Tokenizer
 
-from relora.config.data import HubConfig, data_config
-from relora.data import building
+from relora.config.data import HubConfig
+from relora.config.mixture import data_config
+from relora.data import building, workers
 from relora.data.corpus import Corpus, load, prepare
 from relora.data.decoding import CorpusError
+from relora.data.hub import HubSource
 from relora.data.source import SPLITS
 from relora.data.writer import SplitFiles
 
@@ -136,6 +138,75 @@ def test_a_stream_goes_on_at_the_same_document(tmp_path: Path, monkeypatch: pyte
             stopped += 1
     assert stopped == 4
     assert files_of(corpus) == files_of(prepare(settings(tmp_path / "c4"), tmp_path / "other", silent))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_stream_with_a_limit_has_the_same_bytes_with_any_number_of_processes(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading is ahead of writing, by more with more processes. Held-out documents after the limit were once kept."""
+    like_c4(tmp_path / "c4")
+    tokenizer = str(prepare(settings(tmp_path / "c4"), tmp_path / "corpora", silent).folder)
+    config = settings(tmp_path / "c4", validation_split=None, limit_tokens=30_000, tokenizer=tokenizer)
+    monkeypatch.setattr(building, "BATCH_PIECES", 16)
+    one = prepare(config, tmp_path / "one", silent, workers=1)
+    monkeypatch.setattr(workers, "TEXT_BEFORE_WORKERS", 0)
+    assert files_of(one) == files_of(prepare(config, tmp_path / "many", silent, workers=count))
+
+
+@pytest.mark.parametrize("place", ["near_duplicates", "crc32_of_values"])
+def test_a_stop_after_the_last_document_adds_nothing(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like_c4(tmp_path / "c4")
+    config = settings(tmp_path / "c4", validation_split=None, limit_tokens=30_000)
+    whole = prepare(config, tmp_path / "whole", silent)
+    with monkeypatch.context() as patch:
+
+        def stop(*arguments: Any) -> Any:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(building, place, stop)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                prepare(config, tmp_path / "stopped", silent)
+    assert files_of(whole) == files_of(prepare(config, tmp_path / "stopped", silent))
+
+
+def test_a_preparation_that_goes_on_counts_the_records_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record of the last three has no text. Alone they would be refused."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    records = [{"text": text} for text in texts_of("train", 0, 700)] + [{"text": None}, {"text": "last"}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = settings(folder, config=None)
+    monkeypatch.setattr(building, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(building, "BATCH_PIECES", 50)
+    write = SplitFiles.write
+
+    def stopping(self: SplitFiles) -> None:
+        write(self)
+        if sum(split.pieces for split in self.splits.values()) >= 699:
+            raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitFiles, "write", stopping)
+        with pytest.raises(OSError, match="Input/output error"):
+            prepare(config, tmp_path / "corpora", silent)
+    messages: list[str] = []
+    corpus = prepare(config, tmp_path / "corpora", messages.append)
+    assert "note: 1 of 702 records have no text and were skipped" in messages
+    assert files_of(corpus) == files_of(prepare(config, tmp_path / "other", silent))
+
+
+def test_a_preparation_goes_on_with_the_same_revision(tmp_path: Path) -> None:
+    source = HubSource(settings("allenai/c4"))
+    assert source.pinned() is None
+    source.pin(REVISION)
+    assert source.pinned() == REVISION
+    assert HubSource(settings("allenai/c4", revision="main")).pinned() == "main"
 
 
 # ------------------------------------------------------------------------------------------ a hub of this machine

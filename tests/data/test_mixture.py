@@ -14,7 +14,8 @@ from test_preparation import document, files_of, silent, write_records
 
 from relora.common.errors import ConfigError
 from relora.config.compose import compose
-from relora.config.data import MIXTURE_CYCLE, DataConfig, data_config
+from relora.config.data import DataConfig
+from relora.config.mixture import MIXTURE_CYCLE, data_config
 from relora.data.corpus import folder_of, load, prepare
 from relora.data.mixture import MixedSequences
 from relora.data.sequences import TokenSequences, permuted

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from small import fill
 
-from relora.config.data import DataConfig, data_config
+from relora.config.data import DataConfig
+from relora.config.mixture import data_config
 from relora.data import building, workers
 from relora.data.corpus import Corpus, prepare
 from relora.data.decoding import CHUNK_BYTES, CorpusError, Unfinished
@@ -212,7 +213,7 @@ def test_a_very_long_line_is_read_in_little_memory(tmp_path: Path) -> None:
             file.write(f"{number} {block} ")
     script = (
         "import json, sys\nfrom pathlib import Path\n"
-        "from relora.config.data import data_config\nfrom relora.data.corpus import prepare\n"
+        "from relora.config.mixture import data_config\nfrom relora.data.corpus import prepare\n"
         "prepare(data_config(json.loads(sys.argv[1])), Path(sys.argv[2]), print, workers=1)\n"
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])\n"
     )

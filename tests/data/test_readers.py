@@ -257,3 +257,29 @@ def test_a_cut_columnar_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(CorpusError, match=rf"{name} cannot be read as {name.partition('.')[2]}"):
         read(tmp_path / name)
+
+
+def test_text_in_another_encoding_is_refused_in_an_array_too(tmp_path: Path) -> None:
+    records = [{"text": "Gr\u00fc\u00dfe aus K\u00f6ln"}] * 300
+    (tmp_path / "a.json").write_bytes(json.dumps(records, ensure_ascii=False).encode("latin-1"))
+    assert_refused(tmp_path / "a.json", ["not valid UTF-8", "iconv"])
+
+
+@pytest.mark.parametrize("more", ['[{"text": "b"}]', "x"])
+def test_text_after_an_array_is_not_lost_silently(tmp_path: Path, more: str) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"}]\n' + more)
+    assert_refused(tmp_path / "a.json", ["goes on after its JSON array", ".jsonl"])
+    (tmp_path / "a.json").write_text('[{"text": "a"}]\n \n')
+    assert read(tmp_path / "a.json") == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_that_is_nested_too_deeply_is_named(tmp_path: Path, name: str) -> None:
+    record = '{"text": "a", "more": ' + "[" * 200_000
+    (tmp_path / name).write_text(record if name == "a.jsonl" else f"[{record}")
+    assert_refused(tmp_path / name, ["1"])
+
+
+def test_a_table_names_the_line_of_the_error(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,b\nfine,1\n"He said hi,1\nsecond\n"third" line\n')
+    assert_refused(tmp_path / "a.csv", ["line 5"])

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora.config.data import data_config
+from relora.config.mixture import data_config
 from relora.data import splitting
-from relora.data.decoding import Tally
+from relora.data.decoding import CorpusError, Tally
 from relora.data.source import Content, Document, Source, digest_of
 from relora.data.splitting import LONGEST_LINE_PIECES, Assignment, Piece, assign, cut
 
@@ -160,7 +160,10 @@ NAMED = {
     "by file": (["train.txt", "val.txt", "test.txt"], ("train", "validation", "test")),
     "C4": (["en/c4-train.00000-of-01024.txt", "en/c4-validation.00000-of-00008.txt"], ("train", "validation")),
     "by folder": (["training/a.txt", "dev/a.txt"], ("train", "validation")),
-    "no training": (["val.txt", "b.txt"], ("train",)),
+    "only a held-out name": (["val.txt", "b.txt"], ("train", "validation")),
+    "a held-out folder": (["test/a.txt", "b.txt"], ("train", "test")),
+    "words without training": (["my_val.txt", "test-results.txt", "b.txt"], ("train",)),
+    "only held-out files": (["val.txt", "test.txt"], ("train",)),
     "no held-out": (["train.txt", "b.txt"], ("train",)),
     "programs": (["train.py", "test.py"], ("train",)),
     "words": (["training.md", "latest.txt", "retrain.txt"], ("train",)),
@@ -174,8 +177,9 @@ def test_files_named_after_splits_are_those_splits(tmp_path: Path, case: str) ->
     names, parts = NAMED[case]
     source = TextSource(data_config({"name": "text", "path": str(folder_with(tmp_path, names))}))  # type: ignore[arg-type]
     assert source.parts == parts
-    for part in parts if len(parts) > 1 else ():
-        assert all(any(word in str(path) for word in (part, part[:3], "dev")) for path in source.files[part])
+    for part in parts[1:]:
+        assert all(any(word in str(path) for word in (part[:3], "dev")) for path in source.files[part])
+    assert sum(map(len, source.files.values())) == len(names)
 
 
 def test_a_file_without_a_split_is_left_out_beside_named_ones(tmp_path: Path) -> None:
@@ -186,3 +190,24 @@ def test_a_file_without_a_split_is_left_out_beside_named_ones(tmp_path: Path) ->
     assert sorted(path.name for files in source.files.values() for path in files) == ["train.txt", "val.txt"]
     assert "notes.txt (not named after a split" in source.described()
     assert "1 for train, 1 for validation" in source.described()
+
+
+def test_held_out_paths_below_the_text_are_not_trained_on(tmp_path: Path) -> None:
+    from relora.data.text import TextSource
+
+    folder = folder_with(tmp_path, ["a.txt", "test.txt", "val/v.txt", "more/b.txt"])
+    values = {"name": "text", "path": str(folder), "validation_path": str(folder / "val")}
+    source = TextSource(data_config(values))  # type: ignore[arg-type]
+    found = {part: [path.name for path in paths] for part, paths in source.files.items()}
+    assert found == {"train": ["a.txt", "b.txt"], "validation": ["v.txt"], "test": ["test.txt"]}
+    with pytest.raises(CorpusError, match=r"data\.path=.* has only held-out files"):
+        TextSource(data_config({**values, "path": str(folder / "val")}))  # type: ignore[arg-type]
+
+
+def test_most_bytes_without_a_split_are_refused(tmp_path: Path) -> None:
+    from relora.data.text import TextSource
+
+    folder = folder_with(tmp_path, ["train.txt", "test.txt"])
+    (folder / "war.txt").write_text("peace " * 5000)
+    with pytest.raises(CorpusError, match=r"war\.txt \(not named after a split.*move or convert"):
+        TextSource(data_config({"name": "text", "path": str(folder)}))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from test_hub import with_hub
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from relora.config.data import data_config
+from relora.config.mixture import data_config
 from relora.data import tokenizer as module
 from relora.data.corpus import Corpus, prepare
 from relora.data.decoding import CorpusError

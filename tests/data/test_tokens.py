@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora.config.data import TokensConfig, data_config
+from relora.config.data import TokensConfig
+from relora.config.mixture import data_config
 from relora.data import tokens
 from relora.data.corpus import Corpus, prepare
 from relora.data.decoding import CorpusError
@@ -70,11 +71,20 @@ def as_saved_dataset(folder: Path) -> None:
     datasets.Dataset.from_dict({"input_ids": DOCUMENTS}).save_to_disk(folder / "saved")
 
 
+def as_rows_of_one_length(folder: Path) -> None:
+    rows = [STREAM[start : start + 64] for start in range(0, len(STREAM) - 63, 64)]
+    rest = [*STREAM[len(rows) * 64 :]]
+    rows = [*rows, rest + [END] * (64 - len(rest))]
+    kind = pa.list_(pa.int32(), 64)
+    pq.write_table(pa.table({"input_ids": pa.array(rows, type=kind)}), folder / "all.parquet")
+
+
 FORMS: dict[str, Callable[[Path], None]] = {
     "raw": as_raw,
     "numpy": as_numpy,
     "rows": as_rows,
     "packed rows": as_packed_rows,
+    "rows of one length": as_rows_of_one_length,
     "save_to_disk": as_saved_dataset,
 }
 
@@ -162,6 +172,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], list[str]]] = {
     "floats": (lambda folder: np.save(folder / "a.npy", np.zeros(9)), {}, ["float64", "not a row of token ids"]),
     "no column": (as_rows, {"tokens_field": "ids"}, ["no column 'ids'", "input_ids, other", "data.tokens_field"]),
     "no lists": (as_rows, {"tokens_field": "other"}, ["int64", "not lists", "data.tokens_field"]),
+    "a null": (
+        lambda folder: pq.write_table(pa.table({"input_ids": [[1, 2], [1, None, 3]]}), folder / "a.parquet"),
+        {},
+        ["row 2", "input_ids", "null"],
+    ),
+    "fractions": (
+        lambda folder: pq.write_table(pa.table({"input_ids": [[1.5, 2.0]]}), folder / "a.parquet"),
+        {},
+        ["double", "not lists of token ids"],
+    ),
     "no parquet": (lambda folder: (folder / "a.parquet").write_bytes(b"abcd" * 9), {}, ["as parquet"]),
 }
 
@@ -188,3 +208,12 @@ def test_a_long_document_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.M
     large = prepare(settings(folder), tmp_path / "large", silent)
     assert small.identity == large.identity
     assert json.loads((small.folder / "meta.json").read_text())["splits"]["train"]["bytes"] == 0
+
+
+def test_a_small_vocabulary_is_accepted(tmp_path: Path) -> None:
+    """nanoGPT's characters of Shakespeare are 65."""
+    ids = np.random.default_rng(0).integers(0, 64, 20_000)
+    ids[::50] = 64
+    ids.astype(np.uint16).tofile(tmp_path / "a.bin")
+    config = settings(tmp_path / "a.bin", vocab_size=65, end_of_text_id=64)
+    assert prepare(config, tmp_path / "corpora", silent).vocab_size == 65
