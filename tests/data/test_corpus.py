@@ -648,7 +648,11 @@ def test_processes_that_prepare_together_build_once(tmp_path: Path, corpora: Pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     children = [json.loads(path.read_text()) for path in results.iterdir()]
-    assert sorted(len(child["messages"]) for child in children) == [0, 0, 0, 0, 0, 2]
+    (built,) = [child["messages"] for child in children if any("corpus ready" in each for each in child["messages"])]
+    assert len(built) == 2
+    waiting = [message for child in children for message in child["messages"] if message not in built]
+    assert all("another process prepares the corpus text-" in message for message in waiting)
+    assert len(waiting) <= 5
     assert len({json.dumps(child["identity"]) for child in children}) == 1
     assert {child["train"] for child in children} == {
         prepare(settings(folder), corpora, silent).sequences("train", settings(folder)).count
