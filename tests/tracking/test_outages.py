@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -113,8 +114,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Itera
 
     eventually(listens, "the server starts")
     yield port
-    os.killpg(process.pid, 15)
-    process.wait()
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:  # uvicorn waits without end for a connection that a client keeps open
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="module")
