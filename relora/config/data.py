@@ -140,8 +140,8 @@ class StdlibConfig(DataConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class TextConfig(DataConfig):
-    """The user's files.
+class FilesConfig(DataConfig):
+    """The user's files, of any kind.
 
     validation_path, test_path: The user's own held-out files. If only one of them is given, the other split is half of
         the validation files, or is taken from the training text.
@@ -154,7 +154,12 @@ class TextConfig(DataConfig):
 
     def paths(self) -> dict[str, str]:
         """Return the paths of the config by key: files and folders of this machine."""
-        return super(TextConfig, self).paths() | own_paths(self, "validation_path", "test_path")
+        return super(FilesConfig, self).paths() | own_paths(self, "validation_path", "test_path")
+
+
+@dataclass(kw_only=True, slots=True)
+class TextConfig(FilesConfig):
+    """Files of text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,15 +189,12 @@ class HubConfig(DataConfig):
             raise ConfigError(f"data={self.name} needs data.dataset=OWNER/NAME, or a folder")
         if self.files is not None and not self.files:
             raise ConfigError("data.files is empty; name files or URLs, or leave it null")
-        of_splits = {part: part if own == "auto" else own for part, own in self._held_out_splits().items()}
-        if of_splits["validation"] is not None and of_splits["validation"] == of_splits["test"]:
+        validation = "validation" if self.validation_split == "auto" else self.validation_split
+        if validation is not None and validation == ("test" if self.test_split == "auto" else self.test_split):
             raise ConfigError(
                 f"data.test_split={shown(self.test_split)} is the validation split too; leave it auto, and half of it "
                 "is for the test, or set data.validation_split=null"
             )
-
-    def _held_out_splits(self) -> dict[str, str | None]:
-        return {"validation": self.validation_split, "test": self.test_split}
 
     def source_words(self) -> str:
         """Name the source as a user writes it: data=hub data.dataset=..."""
@@ -226,7 +228,7 @@ class HubConfig(DataConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class TokensConfig(DataConfig):
+class TokensConfig(FilesConfig):
     """Files of token ids.
 
     tokens_field: The column with the ids, in files of rows.
@@ -235,17 +237,12 @@ class TokensConfig(DataConfig):
         `vocab_size` and `end_of_text_id` give the vocabulary.
     """
 
-    has_path: ClassVar[bool] = True
-
-    validation_path: str | None = None
-    test_path: str | None = None
     tokens_field: str = "input_ids"
     token_type: str = "uint16"
     end_of_text_id: int = 50256
 
     def __post_init__(self) -> None:
         super(TokensConfig, self).__post_init__()
-        at_least("data.vocab_size", self.vocab_size, 2)
         one_of("data.token_type", self.token_type, ("uint16", "uint32"))
         at_least("data.end_of_text_id", self.end_of_text_id, 0)
         if self.tokenizer is None and self.end_of_text_id >= self.vocab_size:
@@ -255,16 +252,13 @@ class TokensConfig(DataConfig):
             )
 
     def check_vocab_size(self) -> None:
-        """Accept a small vocabulary: no tokenizer is trained."""
+        """Raise ConfigError for less than two ids. A small vocabulary is accepted: no tokenizer is trained."""
+        at_least("data.vocab_size", self.vocab_size, 2)
 
     def without_effect(self) -> tuple[str, ...]:
         """Return the fields that change nothing with the values of the others."""
         of_tokenizer = () if self.tokenizer is None else ("end_of_text_id",)
         return ("text_field", *of_tokenizer, *super(TokensConfig, self).without_effect())
-
-    def paths(self) -> dict[str, str]:
-        """Return the paths of the config by key: files and folders of this machine."""
-        return super(TokensConfig, self).paths() | own_paths(self, "validation_path", "test_path")
 
     def check_file(self, key: str, value: str) -> None:
         """Raise ConfigError if the file or folder of one key cannot be used. May raise OSError."""

@@ -21,7 +21,7 @@ from relora.common.tables import in_units
 from relora.data.decoding import CorpusError, Tally
 from relora.data.overlap import near_duplicates
 from relora.data.source import SPLITS, Source, Vocabulary
-from relora.data.splitting import Assignment, Piece, assign, held_out_shares
+from relora.data.splitting import Assignment, Piece, assign, held_out_shares, training_texts
 from relora.data.tokenizer import TOKENIZER_TRAINING_CHARACTERS, copy_tokenizer, train_tokenizer, vocabulary
 from relora.data.workers import Encoder, Ids, usable_cpus
 from relora.data.writer import PIECES, SplitFiles
@@ -165,20 +165,11 @@ class Build:
         given, done = self.config.tokenizer, self.work / "tokenizer_config.json"
         if not done.exists():  # the last of its files
             if given is None:
-                train_tokenizer(self._training_texts(assignment), self.config.vocab_size, self.work)
+                texts = training_texts(self.source, assignment, TOKENIZER_TRAINING_CHARACTERS)
+                train_tokenizer(texts, self.config.vocab_size, self.work)
             else:
                 copy_tokenizer(given, self.work, self.log_line)
         return vocabulary(self.work, given)
-
-    def _training_texts(self, assignment: Assignment) -> Iterator[str]:
-        read = 0
-        for _, _, piece in assignment.pieces(self.source.documents("train", Tally())):
-            if piece.split == "train":
-                assert isinstance(piece.content, str)
-                read += len(piece.content)
-                yield piece.content
-                if read >= TOKENIZER_TRAINING_CHARACTERS:
-                    return
 
     # ------------------------------------------------------------------------------------------------ encode and write
 

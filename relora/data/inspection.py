@@ -26,7 +26,7 @@ def inspect(corpus: Corpus, config: DataConfig, seed: int) -> dict[str, Any]:
         config: The kind and length of the sequences.
         seed: The order of training, whose first sequences are the samples.
     """
-    splits = {name: _split(corpus, name) for name in SPLITS}
+    splits, meta = {name: _split(corpus, name) for name in SPLITS}, read_json(corpus.folder / "meta.json")
     used = np.zeros(corpus.vocab_size, np.int64)
     for name in SPLITS:
         tokens = np.memmap(corpus.folder / f"{name}.bin", dtype=corpus.dtype, mode="r")
@@ -35,13 +35,13 @@ def inspect(corpus: Corpus, config: DataConfig, seed: int) -> dict[str, Any]:
     found = {
         "folder": str(corpus.folder),
         "size_bytes": sum(path.stat().st_size for path in corpus.folder.iterdir()),
-        "source": read_json(corpus.folder / "meta.json")["source"],
+        "source": meta["source"],
         "corpus_digest": corpus.corpus_digest,
         "vocab_size": corpus.vocab_size,
         "splits": splits,
         "end_of_text_share": float(used[corpus.end_of_text_id] / used.sum()),
         "ids_never_used": int((used == 0).sum()),
-        "near_duplicates": read_json(corpus.folder / "meta.json").get("near_duplicates", {}),
+        "near_duplicates": meta.get("near_duplicates", {}),
     }
     if corpus.tokenizer_file is not None:
         found |= _texts(corpus, corpus.tokenizer_file, config, seed, used)

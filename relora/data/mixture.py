@@ -16,7 +16,7 @@ from relora.config.mixture import MIXTURE_CYCLE, MixtureConfig
 from relora.data.decoding import Tally
 from relora.data.sequences import Batch, Sequences, permuted
 from relora.data.source import SPLITS, Source
-from relora.data.splitting import assign, held_out_shares
+from relora.data.splitting import assign, held_out_shares, training_texts
 from relora.data.tokenizer import TOKENIZER_TRAINING_CHARACTERS, train_tokenizer
 
 
@@ -42,22 +42,14 @@ def shared_tokenizer(config: MixtureConfig, sources: dict[str, Source], corpora:
                 texts = (
                     text
                     for name, source in sources.items()
-                    for text in _training_texts(source, config.shares()[name] / MIXTURE_CYCLE)
+                    for text in training_texts(
+                        source,
+                        assign(source, "train", held_out_shares(source, "train"), Tally()),
+                        config.shares()[name] / MIXTURE_CYCLE * TOKENIZER_TRAINING_CHARACTERS,
+                    )
                 )
                 train_tokenizer(texts, config.vocab_size, temporary)
     return str(folder)
-
-
-def _training_texts(source: Source, weight: float) -> Iterator[str]:
-    assignment = assign(source, "train", held_out_shares(source, "train"), Tally())
-    read = 0
-    for _, _, piece in assignment.pieces(source.documents("train", Tally())):
-        if piece.split == "train":
-            assert isinstance(piece.content, str)
-            yield piece.content
-            read += len(piece.content)
-            if read >= weight * TOKENIZER_TRAINING_CHARACTERS:
-                return
 
 
 def counts(shares: dict[str, int], splits: dict[str, dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

@@ -141,6 +141,18 @@ def assign(source: Source, part: str, shares: dict[str, float], tally: Tally) ->
     return Assignment(rest=part, piece_characters=piece_characters, held_out=held_out, total_characters=smallest.total)
 
 
+def training_texts(source: Source, assignment: Assignment, most_characters: float) -> Iterator[str]:
+    """Yield the training text of a source, until it has so many characters. A tokenizer is trained on it."""
+    read = 0
+    for _, _, piece in assignment.pieces(source.documents("train", Tally())):
+        if piece.split == "train":
+            assert isinstance(piece.content, str)
+            yield piece.content
+            read += len(piece.content)
+            if read >= most_characters:
+                return
+
+
 class _Smallest:
     """Collects the items with the smallest digests. Memory holds only those that can be held out, and some more."""
 

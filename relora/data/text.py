@@ -1,6 +1,5 @@
 """Documents in files of this machine: the standard library, or what data.path names."""
 
-import hashlib
 import os
 import platform
 import sysconfig
@@ -10,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from relora.common.errors import ConfigError
+from relora.common.files import sha256_of
 from relora.common.tables import in_units
-from relora.config.data import DataConfig, TextConfig, TokensConfig
+from relora.config.data import DataConfig, FilesConfig, TextConfig
 from relora.config.sources import KINDS, Survey, check_path
 from relora.data.decoding import CorpusError, Tally
 from relora.data.readers import read_documents
 from relora.data.source import SPLITS, Document, Source
 
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-READ_BYTES = 1 << 20
 
 
 class FilesSource(Source):
@@ -78,7 +77,7 @@ class FilesSource(Source):
         """List all files, with the digests of their bytes."""
         return {
             "files": [
-                {"part": part, "path": str(path), "size_bytes": path.stat().st_size, "blake2b": _digest_of_file(path)}
+                {"part": part, "path": str(path), "size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 for part in self.parts
                 for path in self.files[part]
             ]
@@ -119,9 +118,7 @@ class TextSource(FilesSource):
         return "; ".join([texts["train"], *([f"by their names, {', '.join(own)}"] if own else [])])
 
 
-def own_files(
-    config: TextConfig | TokensConfig, kinds: dict[str, str]
-) -> tuple[dict[str, Survey], dict[str, list[Path]]]:
+def own_files(config: FilesConfig, kinds: dict[str, str]) -> tuple[dict[str, Survey], dict[str, list[Path]]]:
     """Return what is read and left out for each path of the config, and the files of each split.
 
     Raises CorpusError if a path has no files.
@@ -146,11 +143,3 @@ def own_files(
     if not files["train"]:
         raise CorpusError(f"data.path={config.path} has only held-out files; leave some text for training")
     return surveys, files
-
-
-def _digest_of_file(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -71,8 +71,8 @@ class TokensSource(FilesSource):
         with tempfile.TemporaryDirectory() as folder:
             return self.vocabulary(Path(folder), lambda message: None)
 
-    def _blocks(self, path: Path) -> Iterator[tuple[int, Ids]]:
-        """Yield (position of the first id, ids) of a file, in blocks. Rows without end-of-text tokens get one each.
+    def _blocks(self, path: Path) -> Iterator[Ids]:
+        """Yield the ids of a file, in blocks. Rows without end-of-text tokens get one each.
 
         Raises CorpusError if an id is not in the vocabulary.
         """
@@ -85,7 +85,7 @@ class TokensSource(FilesSource):
                     f"vocabulary of {known.vocab_size:,} ids; set data.tokenizer, or data.vocab_size and "
                     "data.token_type, to those of these files"
                 )
-            yield position, block.astype(np.uint32)
+            yield block.astype(np.uint32)
             position += len(block)
 
 
@@ -149,7 +149,7 @@ def _joined_rows(rows: Iterator[NDArray[Any]], end_of_text_id: int) -> Iterator[
         yield np.append(row, end_of_text_id) if are_documents else row
 
 
-def _documents(blocks: Iterator[tuple[int, Ids]], end_of_text_id: int) -> Iterator[Iterator[Ids]]:
+def _documents(blocks: Iterator[Ids], end_of_text_id: int) -> Iterator[Iterator[Ids]]:
     """Cut the ids of a file at the end-of-text tokens. Yield the chunks of each document that is not empty."""
     reading = _Reading(blocks, end_of_text_id)
     while reading.advance():
@@ -159,7 +159,7 @@ def _documents(blocks: Iterator[tuple[int, Ids]], end_of_text_id: int) -> Iterat
 class _Reading:
     """Reads blocks, and cuts them into documents."""
 
-    def __init__(self, blocks: Iterator[tuple[int, Ids]], end_of_text_id: int) -> None:
+    def __init__(self, blocks: Iterator[Ids], end_of_text_id: int) -> None:
         self._blocks, self._end_of_text_id = blocks, end_of_text_id
         self._block: Ids = np.empty(0, np.uint32)
         self._ends = np.empty(0, np.int64)
@@ -195,6 +195,6 @@ class _Reading:
         if found is None:
             self._place = len(self._block)
             return False
-        self._block, self._place, self._next_end = found[1], 0, 0
+        self._block, self._place, self._next_end = found, 0, 0
         self._ends = np.flatnonzero(self._block == self._end_of_text_id)
         return True

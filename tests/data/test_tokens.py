@@ -131,7 +131,7 @@ def test_own_held_out_files_may_be_elsewhere(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 20))
 def test_documents_do_not_depend_on_the_blocks(ids: list[int], size: int) -> None:
     stream = np.asarray(ids, dtype=np.uint32)
-    blocks = ((start, stream[start : start + size]) for start in range(0, len(stream), size))
+    blocks = (stream[start : start + size] for start in range(0, len(stream), size))
     found = [np.concatenate(list(chunks)).tolist() for chunks in _documents(blocks, 3)]
     expected: list[list[int]] = [[]]
     for token in ids:
