@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from relora.common.errors import ConfigError, shown
@@ -13,6 +13,7 @@ from relora.config.compose import Composer, as_values, compose, composed, study_
 from relora.config.overrides import given_values, leaves, parsed
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
+from relora.methods.registry import METHODS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -62,7 +63,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
             raise ConfigError(f"{shown(texts[0])} is for Hydra's own sweeper; write key=a,b,c instead")
         if key in ("study", "runs_dir") and len(texts) > 1:
             raise ConfigError(f"{key}={shown(texts[0].partition('=')[2])},... cannot be swept: a study has one {key}")
-    file = composed(plain, with_hydra=True)
+    file = composed([text for text in plain if not text.startswith("method.")], with_hydra=True)
     grids = [{}] if name is None else _grids(file, name)
     on_the_line = {key for key, _ in given}
     runs: dict[str, RunConfig] = {}
@@ -75,6 +76,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
         raise ConfigError("nothing is swept; write key=a,b,c or sweeps=NAME, or leave -m out for a single run")
     composer, presets = Composer(), Presets()
     own = [] if name is None else [f"sweeps={name}"]
+    keys = _KeysOfMethods([text for key, texts in given if key == "method" for text in texts] or _methods_of(grids))
     for grid in grids:
         rows = parsed([f"{key}={_written(value)}" for key, value in grid.items() if key not in on_the_line])
         axes = [*rows, *given]
@@ -82,7 +84,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
             sizes = " x ".join(str(len(texts)) for _, texts in axes if len(texts) > 1)
             raise ConfigError(f"the sweep has {sizes} runs; the maximum is {MOST_RUNS:,}; give fewer values")
         for cell in itertools.product(*(texts for _, texts in axes)):
-            arguments = [text for text in cell if not text.startswith(("sweeps=", "study="))]
+            arguments = keys.without_foreign(text for text in cell if not text.startswith(("sweeps=", "study=")))
             chosen = [text for (key, texts), text in zip(axes, cell, strict=True) if key in grid or len(texts) > 1]
             try:
                 config = composer.compose([*own, *arguments, f"study={study}"])
@@ -97,7 +99,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
         remarks.append(f"{cells} choices are {len(runs)} runs: some choices give the same run in this setting")
     for key, config in runs.items():
         remarks += [*without_preset(led_to[key], config), *config.remarks]
-    remarks += tuned.remarks(runs.values())
+    remarks += [*keys.remarks(), *tuned.remarks(runs.values())]
     return Sweep(
         study=study,
         question=_question(name),
@@ -108,6 +110,50 @@ def expand(overrides: Sequence[str]) -> Sweep:
         baseline_rates=_baseline_rates(as_values(file.get("baseline_rates"))),
         remarks=list(dict.fromkeys(remarks)),
     )
+
+
+class _KeysOfMethods:
+    """Leaves out overrides of keys that the method of a run does not have, but another method of the sweep has."""
+
+    def __init__(self, choices_of_method: Sequence[str]) -> None:
+        names = [text.partition("=")[2] for text in choices_of_method]
+        self._keys = {
+            name: {each.name for each in fields(METHODS.find(name))} for name in names if name in METHODS.names()
+        }
+        self._left_out: dict[str, set[str]] = {}
+        """Override -> the methods that do not have its key."""
+
+    def without_foreign(self, arguments: Iterable[str]) -> list[str]:
+        """Return the overrides of one run, without those that are for other methods of the sweep."""
+        texts = list(arguments)
+        method = given_values(texts).get("method")
+        found: list[str] = []
+        for text in texts:
+            group, _, key = text.partition("=")[0].partition(".")
+            having = {name for name, keys in self._keys.items() if key.partition(".")[0] in keys}
+            if group == "method" and key and method in self._keys.keys() - having and having:
+                self._left_out.setdefault(text, set()).add(method)
+            else:
+                found.append(text)
+        return found
+
+    def remarks(self) -> list[str]:
+        """Return a note for each override that some methods do not have."""
+        return [
+            f"{text} is not for {', '.join(f'method={name}' for name in sorted(methods))}: no such key there"
+            for text, methods in self._left_out.items()
+        ]
+
+
+def _methods_of(grids: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the choices of method in the grids of a file, as overrides."""
+    return [
+        text
+        for grid in grids
+        if "method" in grid
+        for _, texts in parsed([f"method={grid['method']}"])
+        for text in texts
+    ]
 
 
 def _baseline_rates(given: Any) -> list[float] | None:

@@ -232,6 +232,21 @@ def test_a_key_on_the_command_line_replaces_the_files_grid() -> None:
     assert len(runs) == 3
 
 
+def test_a_key_of_some_methods_of_a_sweep_applies_to_these_methods() -> None:
+    sweep = expand(["method=full,lora,relora", "method.rank=8,16", "method.reset_interval_steps=50", "study=x"])
+    found = [(run.method.name, run.rank, run.reset_interval_steps) for run in sweep.runs]
+    assert found == [("full", None, None), ("lora", 8, None), ("lora", 16, None), ("relora", 8, 50), ("relora", 16, 50)]
+    (remark,) = [each for each in sweep.remarks if "reset_interval" in each]
+    assert "method.reset_interval_steps=50 is not for method=full, method=lora" in remark
+    of_a_file = expand(["sweeps=paper_table", "experiments=paper/galore_60m", "data=stdlib", "method.alpha=64"])
+    assert {run.method.name: getattr(run.method, "alpha", None) for run in of_a_file.runs} == {
+        "full": None,
+        "lora": 64,
+        "relora": 64,
+        "galore": None,
+    }
+
+
 def test_equal_runs_are_launched_once() -> None:
     assert len(expand(["method.alpha=null,8", "study=x"]).runs) == 1
 
@@ -242,7 +257,8 @@ def test_equal_runs_are_launched_once() -> None:
         (["trainer.seed=1"], "nothing is swept"),
         (["sweeps=rank"], "sweeps=rank does not exist; .*sweeps= one of"),
         (["method.rank=8,600"], r"method\.rank=600: rank=600 exceeds"),
-        (["method=full,relora", "method.rank=8"], r"method=full: unknown key method\.rank"),
+        (["method=full,control", "method.alpha=8"], r"unknown key method\.alpha"),
+        (["method=full,relora", "method.rnak=8"], r"unknown key method\.rnak"),
         (["sweeps=methods,seeds"], "sweeps=methods,seeds: .*one question; launch one sweep"),
         (["sweeps=methods", "grids=3"], r"grids=3 must be a list .*sweeps/methods\.yaml"),
         (["sweeps=methods", "grids=[3]"], r"grids=\[3\] must be a list .*sweeps/methods\.yaml"),

@@ -11,6 +11,8 @@ from small import TINY
 from relora.cli import main as cli
 from relora.config.compose import compose
 from relora.runs.rundir import RunDir, Status
+from relora.studies.published import HEADING
+from relora.studies.sweeps import expand
 
 pytestmark = pytest.mark.slow
 
@@ -22,41 +24,60 @@ SMALL = (
     "data.held_out_tokens=2k",
     "tracker=jsonl",
 )
-RESTARTS = ("method.rank=4", "method.reset_interval_steps=4", "schedule.restart_warmup_steps=2")
-ARMS = {
-    "full": (),
-    "lora": ("method.rank=4",),
-    "galore": ("method.rank=4",),
-    "relora": (*RESTARTS, "method.warm_start_steps=3"),
-}
+ARMS = ("method.rank=4", "method.reset_interval_steps=4", "schedule.restart_warmup_steps=2")
+"""Full rank has no rank, and only ReLoRA has an interval: a sweep gives each key to the methods that have it."""
 
 
-def trained(overrides: list[str]) -> Status:
-    assert cli.run(overrides) == 0
-    status = RunDir(compose(overrides).run_dir).status
+def finished(folder: Path) -> Status:
+    status = RunDir(folder).status
     assert status is not None
     assert status.state == "finished"
     return status
 
 
-@pytest.mark.parametrize("experiment", ["paper/galore_60m", "paper/relora_60m"])
-def test_the_arms_of_a_papers_row_train_on_a_dataset_with_the_layout_of_c4(tmp_path: Path, experiment: str) -> None:
+def trained(overrides: list[str]) -> Status:
+    assert cli.run(overrides) == 0
+    return finished(compose(overrides).run_dir)
+
+
+def test_the_table_of_a_paper_is_trained_on_a_dataset_with_the_layout_of_c4(tmp_path: Path) -> None:
+    """The command of sweeps/paper_table.yaml, with cut budgets and without other learning rates of full rank."""
     like_c4(tmp_path / "c4")
-    own = [f"data.dataset={tmp_path / 'c4'}", f"runs_dir={tmp_path / 'runs'}", f"experiments={experiment}", *SMALL]
-    found = {method: trained([*own, f"method={method}", *more]) for method, more in ARMS.items()}
+    own = [f"data.dataset={tmp_path / 'c4'}", f"runs_dir={tmp_path / 'runs'}", "experiments=paper/galore_60m", *SMALL]
+    own += ["baseline_rates=[1]", "cluster=debug"]
+    assert cli.run(["-m", "sweeps=paper_table", *own, *ARMS]) == 0
+    found: dict[str, Status] = {}
+    for run in expand(["sweeps=paper_table", *own, *ARMS]).runs:
+        found[run.method.name] = finished(run.run_dir)
+        assert run.data.packing == "pad"
+        assert run.trainer.precision == "bf16"
+        positions = run.total_steps * run.tokens_per_step
+        assert found[run.method.name].summary["tokens"] < positions, "padding is not counted"
+    assert set(found) == {"full", "lora", "relora", "galore"}
     assert len({json.dumps(status.corpus) for status in found.values()}) == 1
     (folder,) = (tmp_path / "runs" / "corpora").glob("hub-*/meta.json")
     splits = json.loads(folder.read_text())["splits"]
     assert splits["train"]["tokens"] >= 30_000
     assert splits["validation"]["tokens"] >= 2000
+    report = (tmp_path / "runs/studies/paper_table/report/report.md").read_text()
+    assert HEADING in report
     for method, status in found.items():
-        config = compose([*own, f"method={method}", *ARMS[method]])
-        assert config.data.packing == "pad"
-        assert config.trainer.precision == "bf16"
-        assert status.summary["tokens"] < config.total_steps * config.tokens_per_step, "padding is not counted"
         printed, true = status.summary["test_perplexity_as_published"], status.summary["test_perplexity"]
-        assert printed < true if experiment == "paper/galore_60m" else printed == pytest.approx(true, rel=1e-6)
-    assert found["relora"].summary["restarts"] == 2
+        assert printed < true
+        assert f"| {method} | {true:.2f} | {printed:.2f} |" in report
+    assert found["relora"].summary["restarts"] == 3
+
+
+@pytest.mark.parametrize("method", ["full", "relora"])
+def test_relora_as_its_paper_trains_it_runs_on_a_dataset_with_the_layout_of_c4(tmp_path: Path, method: str) -> None:
+    like_c4(tmp_path / "c4")
+    own = [f"data.dataset={tmp_path / 'c4'}", f"runs_dir={tmp_path / 'runs'}", "experiments=paper/relora_60m", *SMALL]
+    own += [f"method={method}", *([*ARMS, "method.warm_start_steps=3"] if method == "relora" else [])]
+    status = trained(own)
+    assert compose(own).data.packing == "pad"
+    printed, true = status.summary["test_perplexity_as_published"], status.summary["test_perplexity"]
+    assert printed == pytest.approx(true, rel=1e-6)
+    assert status.summary["restarts"] == (2 if method == "relora" else 0)
 
 
 def test_a_run_on_token_ids_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
