@@ -120,7 +120,8 @@ class DataConfig:
             try:
                 self.check_file(key, value)
             except OSError as error:  # the path is too long, or this user has no permission
-                raise ConfigError(f"data.{key}={shown(value, 150)} cannot be read: {error.strerror}") from error
+                within = f" ({error.filename})" if error.filename not in (None, value) else ""
+                raise ConfigError(f"data.{key}={shown(value, 150)} cannot be read{within}: {error.strerror}") from error
 
     def check_file(self, key: str, value: str) -> None:
         """Raise ConfigError if the file or folder of one key cannot be used. May raise OSError."""

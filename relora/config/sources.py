@@ -1,5 +1,6 @@
 """The files of `data.path`: which are read as text, and which are left out for what reason. Reads no text."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -59,6 +60,7 @@ ABOUT_THE_DATA = (
     "contributing",
 )
 """Names of files beside records that describe the records, as the card of a dataset does."""
+LONGEST_FIRST_LINE_BYTES = 1 << 20
 ABOUT = "describes the data"
 """The reason for leaving them out."""
 NAMES_SHOWN = 4
@@ -226,15 +228,23 @@ def _why_left_out(file: Path, kinds: Mapping[str, str], *, has_records: bool) ->
         return "no regular file"
     if has_records and kind == "text" and file.stem.lower() in ABOUT_THE_DATA:
         return ABOUT
-    if kind == "json" and not is_compressed(file) and not _is_array(file):
-        return "no JSON array of records"
+    if kind == "json" and not is_compressed(file) and not _holds_records(file):
+        return "no JSON records"
     return None
 
 
-def _is_array(file: Path) -> bool:
+def _holds_records(file: Path) -> bool:
+    """Return whether a .json file begins like an array, or like lines with one record each, and not like settings."""
     with file.open("rb") as opened:
-        start = opened.read(4096)
-    return start.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0").startswith(b"[")
+        start = opened.read(LONGEST_FIRST_LINE_BYTES)
+    start = start.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0")
+    first, end, more = start.partition(b"\n")
+    if start.startswith(b"[") or not end:
+        return start.startswith(b"[")
+    try:
+        return isinstance(json.loads(first), dict) and more.lstrip().startswith(b"{")
+    except (ValueError, RecursionError):
+        return False
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -33,6 +33,10 @@ BATCH_CHARACTERS = 1 << 20
 COMMIT_SECONDS = 5.0
 """A killed preparation repeats at most the work of this time, and what was read since the last cursor."""
 LOG_SECONDS = 10.0
+LARGE_BYTES = 100 << 20
+"""For less text, stages that take seconds and the need of disk are not logged."""
+MANY_TOKENS = 50_000_000
+"""For fewer training tokens, the estimate of near-duplicates takes seconds."""
 STATE = "state.json"
 
 
@@ -92,8 +96,10 @@ class Build:
         state = self._earlier_state()
         self.source.pin(state.get("source"))
         self.work.mkdir(parents=True, exist_ok=True)
+        known = self._given_vocabulary()
+        self._log_disk(self.config.vocab_size if known is None else known.vocab_size)
         assignments: dict[str, Assignment] = {"train": self._assignment("train")}
-        known = self._vocabulary(assignments["train"])
+        known = known or self._trained_vocabulary(assignments["train"])
         self.files = SplitFiles(self.work, known, state.get("files"))
         try:
             for part in self.source.parts[self.source.parts.index(state.get("part", "train")) :]:
@@ -108,6 +114,8 @@ class Build:
             self.files.close()
         self.source.check_unchanged()
         self._check_splits()
+        if (self.source.size_bytes or 0) > LARGE_BYTES:
+            self.log_line("computing the digests of the files")
         write_json(self.work / "source.json", self.source.provenance())
         meta = self._meta(known)
         write_json(self.work / "meta.json", {**meta, "own_crc32": crc32_of_values(meta)})
@@ -125,6 +133,12 @@ class Build:
                 if name not in self.source.parts:
                     remedy += f", or a larger data.{name}_fraction={getattr(self.config, f'{name}_fraction')}"
                 raise CorpusError(f"the text leaves none for {name}; {remedy}")
+            limit = self.limits[name]
+            if limit is not None and split.tokens < limit:
+                key = "limit_tokens" if name == "train" else "held_out_tokens"
+                self.log_line(
+                    f"note: {name} has {split.tokens:,} tokens, less than data.{key}={limit:,}: no more text was for it"
+                )
 
     # ------------------------------------------------------------------------------------------------------- stages
 
@@ -148,6 +162,8 @@ class Build:
             numbers = {number: split for split, of_split in saved.pop("held_out").items() for number in of_split}
             return Assignment(**saved, held_out=numbers)
         tally = Tally()
+        if self.source.is_read_twice and (self.source.size_bytes or 0) > LARGE_BYTES:
+            self.log_line(f"reading the {part} text once to decide which documents are held out")
         made = assign(self.source, part, held_out_shares(self.source, part), tally)
         for remark in tally.remarks():
             self.log_line(f"note: {remark}")
@@ -157,25 +173,43 @@ class Build:
         write_json(file, {**asdict(made), "held_out": by_split})
         return made
 
-    def _vocabulary(self, assignment: Assignment) -> Vocabulary:
-        """Make the tokenizer of the corpus, if it is not there yet, and return its vocabulary."""
-        own = self.source.vocabulary(self.work, self.log_line)
-        if own is not None:
+    @property
+    def _has_tokenizer(self) -> bool:
+        return (self.work / "tokenizer_config.json").exists()  # the last of its files
+
+    def _given_vocabulary(self) -> Vocabulary | None:
+        """Return the vocabulary of the source or of data.tokenizer, which is copied. None if one is to be trained."""
+        own, given = self.source.vocabulary(self.work, self.log_line), self.config.tokenizer
+        if own is not None or given is None:
             return own
-        given, done = self.config.tokenizer, self.work / "tokenizer_config.json"
-        if not done.exists():  # the last of its files
-            if given is None:
-                texts = training_texts(self.source, assignment, TOKENIZER_TRAINING_CHARACTERS)
-                train_tokenizer(texts, self.config.vocab_size, self.work)
-            else:
-                copy_tokenizer(given, self.work, self.log_line)
+        if not self._has_tokenizer:
+            copy_tokenizer(given, self.work, self.log_line)
         return vocabulary(self.work, given)
+
+    def _trained_vocabulary(self, assignment: Assignment) -> Vocabulary:
+        """Train a tokenizer, if it is not there yet, and return its vocabulary."""
+        if not self._has_tokenizer:
+            if self.source.size_bytes is None or self.source.size_bytes > LARGE_BYTES:
+                self.log_line(f"training a tokenizer with {self.config.vocab_size:,} ids")
+            texts = training_texts(self.source, assignment, TOKENIZER_TRAINING_CHARACTERS)
+            train_tokenizer(texts, self.config.vocab_size, self.work)
+        return vocabulary(self.work, None)
+
+    def _log_disk(self, vocab_size: int) -> None:
+        """Log how much of the disk a large corpus needs."""
+        needed_bytes, free_bytes = needed_disk_bytes(self.source, vocab_size), shutil.disk_usage(self.work).free
+        if needed_bytes is None:
+            self.log_line(f"the size of the source is unknown; {in_units(free_bytes)} of the disk are free")
+        elif needed_bytes > min(LARGE_BYTES, free_bytes):
+            self.log_line(
+                f"the corpus needs about {in_units(needed_bytes)} of the {in_units(free_bytes)} that are free"
+            )
 
     # ------------------------------------------------------------------------------------------------ encode and write
 
     def _write_part(self, part: str, assignment: Assignment, place: _Place) -> None:
         tally = Tally(**place.tally)
-        progress = _Progress(self, part, assignment.total_characters if part == "train" else 0)
+        progress = _Progress(self, part, assignment.total_characters)
         committed = time.monotonic()
         batches = self._batches(part, assignment, place, tally)
         try:
@@ -256,6 +290,8 @@ class Build:
             while piece := file.read(READ_BYTES):
                 corpus_digest.update(piece)
         tokenizer = self.work / "tokenizer.json"
+        if self.files.splits["train"].tokens > MANY_TOKENS:
+            self.log_line("estimating the near-duplicates of held-out text in the training text")
         near = near_duplicates(self.work, known.dtype)
         settled = tokenizer.read_bytes() if tokenizer.exists() else json.dumps(asdict(known)).encode()
         small = [self.work / name for name in ("tokenizer.json", "tokenizer_config.json", "source.json")]
@@ -281,47 +317,64 @@ def crc32_of_values(meta: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
+def needed_disk_bytes(source: Source, vocab_size: int) -> int | None:
+    """Return about how many bytes a corpus takes; None if its size is unknown.
+
+    A token takes 2 or 4 bytes. Text has about 4 bytes for a token. A compressed file has about a half of its text.
+    """
+    token_bytes, limit = 2 if vocab_size <= 1 << 16 else 4, source.config.limit("limit_tokens")
+    by_limit = None if limit is None else token_bytes * (limit + 2 * (source.config.limit("held_out_tokens") or 0))
+    by_size = None if source.size_bytes is None else source.size_bytes * token_bytes // 2
+    known = [needed_bytes for needed_bytes in (by_limit, by_size) if needed_bytes is not None]
+    return min(known, default=None)
+
+
 class _Progress:
     """Logs how far a part is, every few seconds."""
 
     def __init__(self, build: Build, part: str, total_characters: int) -> None:
         self.build, self.part, self.total_characters = build, part, total_characters
-        self.began = self.logged = time.monotonic()
-        self.first = self._done()
+        self._splits = [build.files.splits[name] for name in (part, *held_out_shares(build.source, part))]
+        self._began = self._logged = time.monotonic()
+        self._first = self._bytes_and_tokens()
+        share = self._share_written()
+        self._begun = None if share is None else (self._began, share)
+        """The first time at which the share was known, and the share."""
 
-    def _done(self) -> tuple[int, int, int]:
-        splits = self.build.files.splits.values()
-        return (
-            sum(split.bytes for split in splits),
-            sum(split.tokens for split in splits),
-            sum(split.characters for split in splits),
-        )
+    def _bytes_and_tokens(self) -> tuple[int, int]:
+        return sum(split.bytes for split in self._splits), sum(split.tokens for split in self._splits)
 
     def log(self) -> None:
         """Log a line if the last one is some seconds old."""
-        now = time.monotonic()
-        if now - self.logged < LOG_SECONDS:
+        shares = (self._share_written(), self.build.source.share_read())
+        now, share = time.monotonic(), max((each for each in shares if each is not None), default=None)
+        if share is not None and self._begun is None:
+            self._begun = now, share
+        if now - self._logged < LOG_SECONDS:
             return
-        self.logged = now
-        done, seconds = self._done(), now - self.began
-        mib_per_second = (done[0] - self.first[0]) / seconds / 2**20
-        tokens_per_second = (done[1] - self.first[1]) / seconds
+        self._logged = now
+        (first_bytes, first_tokens), (done_bytes, done_tokens) = self._first, self._bytes_and_tokens()
+        mib_per_second = (done_bytes - first_bytes) / (now - self._began) / 2**20
+        tokens_per_second = (done_tokens - first_tokens) / (now - self._began)
         text = (
-            f"{done[1]:,} tokens of {in_units(done[0])}, {mib_per_second:.1f} MiB/s, {tokens_per_second:,.0f} tokens/s"
+            f"{self.part}: {done_tokens:,} tokens of {in_units(done_bytes)}, {mib_per_second:.1f} MiB/s, "
+            f"{tokens_per_second:,.0f} tokens/s"
         )
-        share = self._share(done)
-        if share is not None and share > 0:
-            begun = self._share(self.first) or 0.0
-            left = seconds * (1 - share) / (share - begun) if share > begun else 0.0
-            text += f", {share:.0%}, {_duration(left)} left"
+        if share is not None and self._begun is not None:
+            text += f", {share:.0%}"
+            then, share_then = self._begun
+            if share > share_then:
+                text += f", {_duration((now - then) * (1 - share) / (share - share_then))} left"
         self.build.log_line(text)
 
-    def _share(self, done: tuple[int, int, int]) -> float | None:
-        limit = self.build.limits["train"] if self.part == "train" else None
-        by_tokens = done[1] / limit if limit else None
-        by_characters = done[2] / self.total_characters if self.total_characters else None
-        shares = [share for share in (by_tokens, by_characters) if share is not None]
-        return min(1.0, max(shares)) if shares else None
+    def _share_written(self) -> float | None:
+        """The share of the part that is written, by what will end it first; None if unknown."""
+        limit = self.build.limits[self.part]
+        by_tokens = self.build.files.splits[self.part].tokens / limit if limit else None
+        characters = sum(split.characters for split in self._splits)
+        by_characters = characters / self.total_characters if self.total_characters else None
+        known = [each for each in (by_tokens, by_characters) if each is not None]
+        return min(1.0, max(known)) if known else None
 
 
 def _duration(seconds: float) -> str:

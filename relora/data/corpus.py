@@ -36,8 +36,9 @@ from relora.common.files import (
 )
 from relora.common.tables import in_units
 from relora.config.data import SEQUENCE_KEYS, DataConfig, HubConfig, TextConfig, TokensConfig
+from relora.config.groups import LARGEST_MODEL
 from relora.config.mixture import MixtureConfig, data_config
-from relora.data.building import FORMAT, Build, crc32_of_values
+from relora.data.building import FORMAT, LARGE_BYTES, Build, crc32_of_values, needed_disk_bytes
 from relora.data.decoding import CorpusError, Unfinished
 from relora.data.mixture import MixedSequences, counts, digest, shared_tokenizer
 from relora.data.overlap import described
@@ -49,8 +50,6 @@ from relora.data.tokens import TokensSource
 
 USER_ERROR = 3
 """Exit code of the process that builds a corpus when its stderr is an error message for the user."""
-SMALL_BYTES = 100 << 20
-"""The need of disk is not logged for less."""
 REMEDY = "remove its folder, and the next launch prepares the corpus again"
 """The remedy in messages about a damaged corpus that the run does not repair by itself."""
 
@@ -123,7 +122,8 @@ def prepare(
     Raises:
         CorpusError: The text cannot be read or is too little.
     """
-    folder = folder_of(config, corpora)
+    source = None if isinstance(config, MixtureConfig) else source_of(config)
+    folder = folder_of(config, corpora, source)
     corpus = _prepared(folder, lambda message: None)
     if corpus is None:
         corpora.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,8 @@ def prepare(
                 if isinstance(config, MixtureConfig):
                     _build_mixture(config, folder, log_line, workers)
                 else:
-                    _build(source_of(config), folder, log_line, workers)
+                    assert source is not None
+                    _build(source, folder, log_line, workers)
                 corpus = load(folder)
     return corpus
 
@@ -274,8 +275,17 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
     return corpus
 
 
-def folder_of(config: DataConfig, corpora: Path) -> Path:
-    """The folder of the corpus, prepared or not. The corpus is prepared if the folder has a meta.json."""
+def folder_of(config: DataConfig, corpora: Path, source: Source | None = None) -> Path:
+    """Return the folder of the corpus, prepared or not. The corpus is prepared if the folder has a meta.json.
+
+    Args:
+        config: The text, its splits and its tokenizer.
+        corpora: The folder that holds all prepared corpora.
+        source: The source of the documents, if it is made already.
+
+    Raises:
+        CorpusError: The files of the text cannot be found or listed.
+    """
     # The name has a digest of settings, tokenizer, and each file's path, size and time. No text is read for it.
     not_hashed = {*SEQUENCE_KEYS, "tokenizer", *config.without_effect()}
     settings = {**asdict(config), **config.written_out()}
@@ -283,7 +293,7 @@ def folder_of(config: DataConfig, corpora: Path) -> Path:
     if isinstance(config, MixtureConfig):
         identity = {name: source.identity for name, source in _sources(config).items()}
     else:
-        identity = source_of(config).identity
+        identity = (source or source_of(config)).identity
     key = json.dumps([FORMAT, settings, identity, tokenizer_identity(config.tokenizer)])
     return corpora / f"{config.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
@@ -298,7 +308,17 @@ def _build_mixture(config: MixtureConfig, folder: Path, log_line: Callable[[str]
     log_line(
         f"preparing the mixture {folder.name}: {', '.join(f'{share / 10:g}% {name}' for name, share in shares.items())}"
     )
-    tokenizer = shared_tokenizer(config, _sources(config), folder.parent)
+    sources = _sources(config)
+    vocab_size = config.vocab_size if config.tokenizer is None else LARGEST_MODEL["vocab_size"]
+    needed = [needed_disk_bytes(source, vocab_size) for source in sources.values()]
+    known_bytes, free_bytes = sum(filter(None, needed)), shutil.disk_usage(folder.parent).free
+    if known_bytes > min(LARGE_BYTES, free_bytes):
+        unknown = f", without the sources of unknown size ({needed.count(None)})" if None in needed else ""
+        log_line(
+            f"the mixture needs at most about {in_units(known_bytes)} of the {in_units(free_bytes)} that are "
+            f"free{unknown}"
+        )
+    tokenizer = shared_tokenizer(config, sources, folder.parent)
     parts = {
         name: prepare(replace(part, tokenizer=tokenizer), folder.parent, log_line, workers=workers)
         for name, part in config.parts().items()
@@ -329,7 +349,6 @@ def _build(source: Source, folder: Path, log_line: Callable[[str], None], worker
     started = time.perf_counter()
     log_line(f"preparing the corpus {folder.name}: {source.described()}")
     work = folder.with_name(f"{folder.name}.partial")
-    _log_disk(source, folder.parent, log_line)
     build = Build(source, work, log_line, workers=workers)
     try:
         if not (work / "meta.json").exists():
@@ -348,17 +367,6 @@ def _build(source: Source, folder: Path, log_line: Callable[[str], None], worker
         f"corpus ready in {time.perf_counter() - started:.0f} s: tokens {counts}; vocabulary {meta['vocab_size']:,}; "
         f"near-duplicates of training text: {described(meta['near_duplicates'])}"
     )
-
-
-def _log_disk(source: Source, corpora: Path, log_line: Callable[[str], None]) -> None:
-    """Log how much of the disk a large corpus needs: at most about two bytes for each byte of text."""
-    limit, size_bytes = source.config.limit("limit_tokens"), source.size_bytes
-    needed = [count for count in (2 * limit if limit else None, size_bytes) if count is not None]
-    free_bytes = shutil.disk_usage(corpora).free
-    if not needed:
-        log_line(f"the size of the source is unknown; {in_units(free_bytes)} of the disk are free")
-    elif min(needed) > SMALL_BYTES or min(needed) > free_bytes:
-        log_line(f"the corpus needs about {in_units(min(needed))} of the {in_units(free_bytes)} that are free")
 
 
 def _main(settings: str, corpora: str) -> int:

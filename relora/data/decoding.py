@@ -4,10 +4,10 @@ import codecs
 import gzip
 import io
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol, cast
 
 from relora.common.errors import RunError
 
@@ -27,6 +27,19 @@ MOST_NUL_SHARE = 0.01
 CHUNK_BYTES = 1 << 20
 LONGEST_RECORD = 1 << 28
 """Characters of a record. A longer one would take gigabytes of memory, and is rather a file of another kind."""
+
+
+class Readable(Protocol):
+    """A file on this machine (a Path) or elsewhere. `str` of it names it for messages."""
+
+    @property
+    def suffix(self) -> str:
+        """The last ending of the name."""
+        ...
+
+    def open(self, mode: str, /) -> Any:
+        """Open the file."""
+        ...
 
 
 class CorpusError(RunError):
@@ -63,7 +76,7 @@ class Tally:
         return said
 
 
-def text_chunks(path: Path, tally: Tally) -> Iterator[str]:
+def text_chunks(path: Readable, tally: Tally) -> Iterator[str]:
     """Yield the characters of a file in chunks. No chunk is empty.
 
     Raises:
@@ -83,11 +96,19 @@ def text_chunks(path: Path, tally: Tally) -> Iterator[str]:
     decoder.check()
 
 
-def lines(path: Path, tally: Tally) -> Iterator[str]:
-    """Yield the lines of a file with their ends. Only "\\n" ends a line. Raises as `text_chunks`."""
+def lines(path: Readable, chunks: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a file with their ends. Only "\\n" ends a line.
+
+    Args:
+        path: The file, for the message.
+        chunks: Its characters (`text_chunks`).
+
+    Raises:
+        CorpusError: A line is longer than LONGEST_RECORD.
+    """
     parts: list[str] = []
     number = 1
-    for chunk in text_chunks(path, tally):
+    for chunk in chunks:
         if sum(map(len, parts)) > LONGEST_RECORD:
             raise too_long(path, f"line {number}")
         start = 0
@@ -104,7 +125,7 @@ def lines(path: Path, tally: Tally) -> Iterator[str]:
         yield "".join(parts)
 
 
-def too_long(path: Path, where: str) -> CorpusError:
+def too_long(path: Readable, where: str) -> CorpusError:
     """Return the error for a record that is longer than LONGEST_RECORD."""
     return CorpusError(
         f"{path}, {where}: it has more than {LONGEST_RECORD:,} characters; cut it into several records, or write the "
@@ -112,18 +133,23 @@ def too_long(path: Path, where: str) -> CorpusError:
     )
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def _opened(path: Readable) -> Iterator[BinaryIO]:
     """Open a file for reading bytes. A compressed file gives its content."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path)
-    if suffix == ".xz":
-        return lzma.open(path)
-    if suffix == ".zst":
-        import pyarrow as pa
+    with ExitStack() as closing:
+        stored = closing.enter_context(path.open("rb"))
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
+            yield cast(BinaryIO, closing.enter_context(gzip.open(stored)))
+        elif suffix == ".xz":
+            yield cast(BinaryIO, closing.enter_context(lzma.open(stored)))
+        elif suffix == ".zst":
+            import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
-    return path.open("rb")
+            content: Any = pa.input_stream(stored, compression="zstd")
+            yield cast(BinaryIO, closing.enter_context(io.BufferedReader(content)))
+        else:
+            yield stored
 
 
 def _encoding(start: bytes) -> tuple[str, int]:
@@ -138,7 +164,7 @@ def _encoding(start: bytes) -> tuple[str, int]:
 class _Decoder:
     """Decodes a file, counts the bytes that it replaces, and refuses a file with too many of them."""
 
-    path: Path
+    path: Readable
     tally: Tally
     encoding: str
     read_bytes: int

@@ -5,8 +5,9 @@ the splits. A stream that breaks is opened again at the same document.
 """
 
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from glob import glob
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 from relora.common.errors import first_line
 from relora.config.data import HubConfig
 from relora.data.decoding import CorpusError, Tally, Unfinished
+from relora.data.json_stream import JsonStream, is_json
 from relora.data.readers import TextField
 from relora.data.source import SPLITS, Document, Source
 
@@ -47,6 +49,13 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def _missing(split: str, files: Sequence[str]) -> str:
+    """Say how many files of a split a copy lacks, by names such as c4-train.00000-of-01024.json.gz; empty if none."""
+    totals = [int(found[1]) for name in files if (found := re.search(r"-of-(\d+)\b", Path(name).name))]
+    total = max(totals, default=0)
+    return f"note: the copy has {len(totals):,} of the {total:,} files of {split}" if len(totals) < total else ""
+
+
 class HubSource(Source):
     """Streams the documents of data.dataset."""
 
@@ -57,6 +66,9 @@ class HubSource(Source):
         self.config = self.hub = config
         self._folder = Path(config.dataset) if Path(config.dataset).exists() else None
         self._names: dict[str, str] | None = None
+        self._builder: Any = None
+        """The `datasets` builder, which knows the files of each split; None before the first look-up."""
+        self._share_read: Callable[[], float | None] = lambda: None
         self._revision = config.revision
         self._place = config.dataset
         """What `datasets` opens: a name on the hub, a folder, or the kind of `data.files`."""
@@ -87,20 +99,29 @@ class HubSource(Source):
         names = (own if own == part else f"{own} for {part}" for part, own in self._splits.items())
         splits = f"splits {', '.join(names)}"
         revision = f" at revision {self._revision}" if self._revision else ""
-        return f"{self.hub.dataset}{config}{revision}, a dataset {where}; {splits}"
+        missing = [_missing(own, self._files(own)) for own in self._splits.values()] if self._is_local else []
+        return "; ".join([f"{self.hub.dataset}{config}{revision}, a dataset {where}", splits, *filter(None, missing)])
 
     def documents(self, part: str, tally: Tally, cursor: Any = None) -> Iterator[Document]:
         """Yield the documents of a split, from a state of its stream on."""
         field = TextField(f"the {self._splits[part]} split of {self.hub.dataset}", self.config.text_field, tally)
         field.records, field.without = tally.records, tally.null  # of the documents before the cursor
-        since_cursor = 0
-        for state, record in self._records(self._splits[part], cursor):
+        since_cursor, split = 0, self._splits[part]
+        self._share_read = lambda: None
+        info = (self._builder.info.splits or {}).get(split)
+        if info is not None and info.num_examples:
+            self._share_read = lambda: tally.records / info.num_examples
+        for state, record in self._records(split, tally, cursor):
             counts = asdict(tally) if since_cursor == 0 else {}
             text = field.text(f"record {field.records + 1}", record)
             if text:
                 yield Document(chunks=(text,), cursor=state if since_cursor == 0 else None, counts=counts)
                 since_cursor = (since_cursor + 1) % CURSOR_DOCUMENTS
         field.check()
+
+    def share_read(self) -> float | None:
+        """Return the share of the documents that are read. The card of a dataset may say how many there are."""
+        return self._share_read()
 
     def pinned(self) -> Any:
         """Return the revision that is read."""
@@ -118,12 +139,12 @@ class HubSource(Source):
 
     # ------------------------------------------------------------------------------------------------------- streams
 
-    def _records(self, split: str, state: Any) -> Iterator[tuple[Any, Any]]:
+    def _records(self, split: str, tally: Tally, state: Any) -> Iterator[tuple[Any, Any]]:
         """Yield (state of the stream before the record, the record)."""
         failures, waits = 0, WAITS_SECONDS[:1]
         while True:
             try:
-                stream = self._opened(split)
+                stream = self._opened(split, tally)
                 if state is not None:
                     stream.load_state_dict(state)
                 rows = iter(stream)
@@ -157,10 +178,20 @@ class HubSource(Source):
             )
         return Unfinished(f"{what}; the same command goes on from here when the network is back")
 
-    def _opened(self, split: str) -> Any:
-        import datasets
+    def _opened(self, split: str, tally: Tally) -> Any:
+        """Open the stream of a split. relora reads JSON itself, because only the text field has to have one type."""
+        files = self._files(split)
+        if not is_json(files) or getattr(self._builder.config, "field", None) is not None:
+            return self._builder.as_streaming_dataset(split=split)
+        stream = JsonStream(files, tally)
+        if self._share_read() is None:
+            self._share_read = lambda: stream.share_read
+        return stream
 
-        return datasets.load_dataset(split=split, streaming=True, **self._arguments())
+    def _files(self, split: str) -> list[str]:
+        """The paths or addresses of the files of a split."""
+        self._look_up()
+        return list((self._builder.config.data_files or {}).get(split, ()))
 
     def _arguments(self) -> dict[str, Any]:
         found: dict[str, Any] = {"path": self._place, "name": self.hub.config, "revision": self._revision_to_open}
@@ -176,13 +207,14 @@ class HubSource(Source):
     @property
     def _splits(self) -> dict[str, str]:
         """Split of the corpus -> split of the dataset. The first call looks the dataset up."""
-        if self._names is None:
-            self._look_up()
+        self._look_up()
         assert self._names is not None
         return self._names
 
     def _look_up(self) -> None:
-        """Find the dataset's revision and its splits. Raises CorpusError if the dataset cannot be found."""
+        """Find the dataset's revision, its files and its splits. Raises CorpusError if it cannot be found."""
+        if self._names is not None:
+            return
         config = self.hub
         if self._folder is None and not config.files and go_offline_if_unreachable():
             self._place = self._cached()
@@ -193,9 +225,8 @@ class HubSource(Source):
                 from huggingface_hub import HfApi
 
                 self._revision = HfApi().dataset_info(config.dataset, revision=self._revision).sha
-            names = [config.split]
-            if not config.files:
-                names = datasets.get_dataset_split_names(self._place, config.config, revision=self._revision_to_open)
+            self._builder = datasets.load_dataset_builder(**self._arguments())
+            names = list(self._builder.config.data_files or ())
         except Exception as error:  # datasets and the hub's library raise errors of many classes
             raise CorpusError(f"data.dataset={config.dataset} cannot be opened: {first_line(error)}") from error
         wanted = {"train": config.split, "validation": config.validation_split, "test": config.test_split}
@@ -222,7 +253,8 @@ class HubSource(Source):
         except Exception as error:  # also for a name that no dataset can have
             raise CorpusError(
                 f"data.dataset={name}: the hub cannot be reached from this machine, and HF_HOME has no copy of the "
-                "dataset. Set data.dataset to a folder with a copy; or set HF_HOME to a cache that has one; or run "
+                "dataset. Set data.dataset to a folder with a copy, or data.files to copies of its files; or set "
+                "HF_HOME to a cache that has one; or run "
                 "relora data prepare with the same settings on a machine with a network, and copy the folder that it "
                 "names into runs_dir/corpora"
             ) from error

@@ -17,7 +17,7 @@ from typing import Any
 from relora.common.errors import first_line
 from relora.common.files import reason
 from relora.config.sources import kind_of
-from relora.data.decoding import CHUNK_BYTES, LONGEST_RECORD, CorpusError, Tally, lines, text_chunks, too_long
+from relora.data.decoding import CHUNK_BYTES, LONGEST_RECORD, CorpusError, Readable, Tally, lines, text_chunks, too_long
 
 MOST_WITHOUT_TEXT_SHARE = 0.1
 """More records than this share without text mean that the text is in another field."""
@@ -145,24 +145,40 @@ def _without_surrogates(text: str, tally: Tally) -> str:
     return text
 
 
-def _jsonl(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines(path, tally), start=1):
+def json_records(path: Readable, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, record) of a file that has an array of records, or one record on each line.
+
+    Raises:
+        CorpusError: The file is no JSON, or an element is no record.
+        OSError, EOFError, lzma.LZMAError, zlib.error: The file cannot be read, or is cut.
+    """
+    chunks, empty = text_chunks(path, tally), ""
+    for chunk in chunks:
+        if not chunk.strip():
+            empty += chunk  # its lines count
+            continue
+        read = _array if chunk.lstrip().startswith("[") else _json_lines
+        yield from read(path, itertools.chain((empty + chunk,), chunks))
+        return
+
+
+def _json_lines(path: Readable, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines(path, chunks), start=1):
         if line.strip():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise CorpusError(f"{path}, line {number}: this is no JSON, or the line is cut: {error}") from error
+                raise CorpusError(
+                    f"{path}, line {number}: this is no JSON, or the line is cut: {error}; a file has one "
+                    "record on each line, or one array of records"
+                ) from error
             yield f"line {number}", _as_record(path, f"line {number}", record)
 
 
-def _json(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
+def _array(path: Readable, chunks: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read an array in chunks, so that memory holds a few records at a time."""
-    decoder, chunks = json.JSONDecoder(), text_chunks(path, tally)
-    buffer = next(chunks, "")
-    position, number = _BETWEEN.match(buffer).end(), 0  # type: ignore[union-attr]
-    if position < len(buffer) and buffer[position] != "[":
-        raise CorpusError(f"{path} is no JSON array of records; write one record on each line of a .jsonl file")
-    position += 1
+    decoder, buffer = json.JSONDecoder(), next(chunks)
+    position, number = buffer.index("[") + 1, 0
     while True:
         position = _BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
         if buffer[position : position + 1] == "]":
@@ -190,7 +206,7 @@ def _json(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]
         yield f"record {number}", _as_record(path, f"record {number}", record)
 
 
-def _as_record(path: Path, where: str, record: object) -> dict[str, Any]:
+def _as_record(path: Readable, where: str, record: object) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CorpusError(f"{path}, {where}: this is {_kind_of_value(record)} and no record with fields")
     return record
@@ -199,19 +215,24 @@ def _as_record(path: Path, where: str, record: object) -> dict[str, Any]:
 def _table(delimiter: str) -> Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]:
     def read(path: Path, text_field: str, tally: Tally) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(LONGEST_RECORD)
-        rows = csv.DictReader(lines(path, tally), delimiter=delimiter, strict=True)
+        rows = csv.DictReader(lines(path, text_chunks(path, tally)), delimiter=delimiter, strict=True)
         try:
             columns = rows.fieldnames or []
             _check_column(path, text_field, columns)
             for number, row in enumerate(rows, start=1):
                 yield f"record {number}", row
         except csv.Error as error:
-            raise CorpusError(f"{path}, line {rows.reader.line_num}: the table cannot be read: {error}") from error
+            raise CorpusError(
+                f"{path}, line {rows.reader.line_num}: the table cannot be read: {error}; a cell that begins with a "
+                'quote must end with one, and a quote in it is written twice: ""'
+            ) from error
 
     return read
 
 
 def _check_column(path: Path, column: str, columns: Any, key: str = "data.text_field") -> None:
+    if not columns:
+        raise CorpusError(f"{path} is empty: it has no row with the names of its columns; fill or remove it")
     if column not in columns:
         raise CorpusError(
             f"{path} has no column {column!r}; it has {', '.join(columns)}; set {key} to the column to read"
@@ -265,8 +286,8 @@ def arrow_batches(path: Path, kind: str, column: str, key: str = "data.text_fiel
 
 
 _READERS: dict[str, Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]] = {
-    "jsonl": _jsonl,
-    "json": _json,
+    "jsonl": lambda path, text_field, tally: _json_lines(path, text_chunks(path, tally)),
+    "json": lambda path, text_field, tally: json_records(path, tally),
     "csv": _table(","),
     "tsv": _table("\t"),
     "parquet": _columns("parquet"),

@@ -96,6 +96,10 @@ class Source(ABC):
         """
         return None
 
+    def share_read(self) -> float | None:
+        """Return the share of the documents of the current part that are read; None if unknown."""
+        return None
+
     def pinned(self) -> Any:
         """Return a JSON value that names the state of the source, so that another process reads the same documents."""
         return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relora.common.errors import DamagedFile, first_line
-from relora.common.files import read_json
+from relora.common.files import read_json, sha256_of
 from relora.config.data import is_local, tokenizer_file
 from relora.data.decoding import CorpusError
 from relora.data.hub import go_offline_if_unreachable
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<eos>")
+OTHER_FORMS = (".model", ".json", ".txt", ".vocab")
+"""Endings of the files of a tokenizer without a tokenizer.json. Weights beside them are not part of it."""
 TOKENIZER_TRAINING_CHARACTERS = 200_000_000
 """The tokenizer is trained on no more text: beyond this, a BPE vocabulary no longer changes."""
 
@@ -54,13 +56,14 @@ def tokenizer_identity(source: str | None) -> str:
     if not is_local(source):
         return source
     file = tokenizer_file(source)
-    if file.is_file():
-        files = [file, file.with_name("tokenizer_config.json")]  # the second names the end-of-text token
-    else:
-        files = sorted(path for path in Path(source).iterdir() if path.is_file())
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes() if path.exists() else b"")
+    if file.is_file():
+        for path in (file, file.with_name("tokenizer_config.json")):  # the second names the end-of-text token
+            digest.update(path.read_bytes() if path.exists() else b"")
+        return digest.hexdigest()
+    for path in sorted(Path(source).iterdir()):
+        if path.suffix in OTHER_FORMS and path.is_file():
+            digest.update(f"{path.name}/{sha256_of(path)}/".encode())
     return digest.hexdigest()
 
 

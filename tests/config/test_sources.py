@@ -78,9 +78,11 @@ def test_the_card_of_a_dataset_is_not_its_text(tmp_path: Path) -> None:
 def test_settings_in_json_are_no_records(tmp_path: Path) -> None:
     write(tmp_path, "a.json", 300)
     (tmp_path / "b.json").write_text(' {"dataset": 1}')
+    (tmp_path / "c.json").write_text('{\n  "dataset": 1\n}')
+    (tmp_path / "lines.json").write_text('\ufeff{"text": "a"}\n\n{"text": "b"}\n')
     found = check_path(tmp_path)
-    assert [file.name for file in found.read] == ["a.json"]
-    assert "b.json (no JSON array" in found.described()
+    assert [file.name for file in found.read] == ["a.json", "lines.json"]
+    assert "b.json (no JSON records" in found.described()
 
 
 def test_a_folder_with_mostly_other_files_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Datasets of the hub: from a folder in its layout, and from a hub on this machine whose connection breaks."""
 
+import gzip
 import json
+import re
 import subprocess
 import sys
 import time
@@ -94,7 +96,6 @@ def test_limits_end_the_splits_at_a_document(tmp_path: Path) -> None:
         ({"test_split": "test"}, ["no split test", "train, validation", "data.test_split"]),
         ({"config": "de"}, ["cannot be opened", "de"]),
         ({"text_field": "body"}, ["no text in the field 'body'", "text, timestamp, url", "data.text_field"]),
-        ({"text_field": "timestamp"}, ["timestamp"]),
     ],
 )
 def test_a_wrong_setting_gives_one_message(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
@@ -112,6 +113,43 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path: Path) -> None:
     damaged.write_bytes(damaged.read_bytes()[:-300])
     with pytest.raises(CorpusError, match=r"c4 cannot be read: .*; correct or replace its files"):
         prepare(settings(tmp_path / "c4"), tmp_path / "corpora", silent)
+
+
+def test_only_the_text_field_of_json_has_to_have_one_type(tmp_path: Path) -> None:
+    """datasets takes the types from the first file, and fails at fields that nobody asked for."""
+    folder = tmp_path / "c4"
+    like_c4(folder)
+    metas: list[Any] = [None, 1, "one", {"deep": [1.5]}, [None]]
+    texts = texts_of("train", 9, 400)
+    for number, name in enumerate(("c4-train.00000-of-00003.json.gz", "c4-train.00002-of-00003.json.gz")):
+        own = texts[200 * number : 200 * (number + 1)]
+        records = [{"text": text, "meta": metas[row % 5], f"new{row % 7}": row} for row, text in enumerate(own)]
+        lines = "\n".join(map(json.dumps, records))
+        (folder / "en" / name).write_bytes(gzip.compress(lines.encode()))
+    corpus = prepare(settings(folder), tmp_path / "corpora", silent)
+    assert texts_in(corpus, "train") == [*texts[:200], *texts_of("train", 1, 400), *texts[200:]]
+
+
+def test_a_copy_without_some_files_is_noted(tmp_path: Path) -> None:
+    like_c4(tmp_path / "c4")
+    assert "the copy has" not in HubSource(settings(tmp_path / "c4")).described()
+    (tmp_path / "c4" / "en" / "c4-train.00001-of-00003.json.gz").unlink()
+    assert "the copy has 2 of the 3 files of train" in HubSource(settings(tmp_path / "c4")).described()
+
+
+def test_the_progress_of_files_of_unknown_size_has_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(building, "BATCH_PIECES", 50)
+    like_c4(tmp_path / "c4")
+    messages: list[str] = []
+    prepare(settings(tmp_path / "c4", held_out_tokens=9_000_000), tmp_path / "corpora", messages.append)
+    lines = [message for message in messages if message.startswith("train: ")]
+    shares = [int(found[1]) for line in lines if (found := re.search(r"(\d+)%, [\d.]+ (s|min) left", line))]
+    assert set(shares) >= {67, 100}
+    assert shares == sorted(shares)
+    assert [message for message in messages if message.startswith("validation: ")]
+    notes = [message for message in messages if "less than data.held_out_tokens=9,000,000" in message]
+    assert [note.split()[1] for note in notes] == ["validation", "test"]
 
 
 def test_a_stream_goes_on_at_the_same_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,5 +343,6 @@ def test_an_address_without_a_file_gives_one_message(tmp_path: Path, hub: Hub) -
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("relora: ")]
     assert len(lines) == 1
-    assert "data.dataset=json cannot be read" in lines[0]
+    assert "data.dataset=json cannot be opened" in lines[0]
+    assert "nothing.json" in lines[0]
     assert "Traceback" not in done.stderr

@@ -141,9 +141,6 @@ def test_limits_cut_the_splits_and_move_no_document(tmp_path: Path, limits: dict
             assert tokens[-1] == corpus.end_of_text_id
 
 
-PROGRESS = r"[\d,]+ tokens of [\d.]+ KiB, [\d.]+ MiB/s, [\d,]+ tokens/s, \d+%, [\d.]+ (s|min) left"
-
-
 def test_the_progress_says_how_fast_it_is_and_how_long_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +152,7 @@ def test_the_progress_says_how_fast_it_is_and_how_long_it_takes(
     assert len(progress) >= 9
     for message in progress[:-1]:
         assert re.search(
-            r"[\d,]+ tokens of [\d.]+ KiB, [\d.]+ MiB/s, [\d,]+ tokens/s, \d+%, [\d.]+ (s|min) left", message
+            r"train: [\d,]+ tokens of [\d.]+ KiB, [\d.]+ MiB/s, [\d,]+ tokens/s, \d+%, [\d.]+ (s|min) left", message
         )
     shares = [int(found[1]) for message in progress if (found := re.search(r"(\d+)%", message))]
     assert shares == sorted(shares)
@@ -165,9 +162,7 @@ def test_the_progress_says_how_fast_it_is_and_how_long_it_takes(
 def test_the_need_of_disk_is_said_before_a_large_corpus_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relora.data import corpus
-
-    monkeypatch.setattr(corpus, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(building, "LARGE_BYTES", 1000)
     messages: list[str] = []
     prepare(settings(write_records(tmp_path / "a.jsonl", 400)), tmp_path / "corpora", messages.append)
     assert re.search(r"needs about [\d.]+ KiB of the [\d.]+ \w+ that are free", messages[1])

@@ -144,6 +144,17 @@ def test_a_json_array_larger_than_a_chunk_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.json") == texts
 
 
+@pytest.mark.parametrize("before", ["", " \n" * CHUNK_BYTES])
+def test_json_has_an_array_or_a_record_on_each_line(tmp_path: Path, before: str) -> None:
+    """The files of C4 have lines, and the ending of arrays."""
+    lines = "\n\n".join(json.dumps(record) for record in RECORDS)
+    for name, content in (("lines.json", lines), ("array.json", json.dumps(RECORDS))):
+        (tmp_path / name).write_text(before + content)
+        assert read(tmp_path / name) == TEXTS
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((before + content).encode()))
+        assert read(tmp_path / f"{name}.gz") == TEXTS
+
+
 @pytest.mark.parametrize(("name", "where"), [("a.jsonl", "line 2"), ("a.json", "record 2")])
 def test_a_record_that_is_too_long_is_named(
     tmp_path: Path, name: str, where: str, monkeypatch: pytest.MonkeyPatch
@@ -234,9 +245,10 @@ def test_records_without_text_are_skipped_and_counted(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\n{"text": "cut', ["line 2", "no JSON, or the line is cut"]),
         ("a.jsonl", '{"text": "x"}\n["a"]\n', ["line 2", "a list and no record"]),
         ("a.json", '[{"text": "x"}, {"text": "cut', ["record 2", "no JSON, or the file is cut"]),
-        ("a.json", '{"text": "x"}', ["no JSON array", ".jsonl"]),
+        ("a.json", '{\n"text": "x"}', ["line 1", "no JSON", "array of records"]),
         ("a.csv", "id,body\n1,x\n", ["no column 'text'", "it has id, body", "set data.text_field"]),
-        ("a.csv", 'id,text\n1,"open\n', ["a.csv, line", "the table cannot be read"]),
+        ("a.csv", 'id,text\n1,"open\n', ["a.csv, line", "the table cannot be read", "written twice"]),
+        ("a.csv", "", ["a.csv is empty", "names of its columns"]),
     ],
 )
 def test_a_wrong_record_is_named_with_its_place(tmp_path: Path, name: str, content: str, parts: list[str]) -> None:
