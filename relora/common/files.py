@@ -11,11 +11,14 @@ import math
 import os
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 from relora.common.errors import DamagedFile, first_line
 
@@ -270,3 +273,24 @@ def system_error(error: BaseException) -> OSError | None:
 def reason(error: BaseException) -> str:
     """Say on one line why a file cannot be read or written. The message around it names the file."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def is_locked(lock_file: Path) -> bool:
+    """Return whether a process holds a lock. A lock file that does not exist is not created."""
+    if not lock_file.exists():
+        return False
+    try:
+        with FileLock(lock_file, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def size_bytes(path: Path) -> int:
+    """Return the bytes of a file or of all files in a folder. Links count as links. 0 if missing or not readable."""
+    size = 0
+    for file in [Path(base, name) for base, _, names in os.walk(path) for name in names] or [path]:
+        with suppress(OSError):
+            found = file.lstat()
+            size += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
+    return size

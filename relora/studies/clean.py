@@ -8,14 +8,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from relora.common.errors import RunError
+from relora.common.files import size_bytes
 from relora.common.tables import aligned, in_units
-from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, size_bytes, state_of_idle, survey
+from relora.studies.corpora import delete_corpora
+from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, state_of_idle, survey
 
 # ------------------------------------------------------------------------------------------------------- deletion
 
 
 def delete(disk: Disk) -> None:
     """Delete the files that `disk` lists as deletable, if they still are. Errors are added to `disk.failures`."""
+    delete_corpora(disk.corpora, disk.failures)
     for cost in disk.runs:
         if cost.deletable:
             _delete_of_run(cost, disk.failures)
@@ -99,13 +102,22 @@ def as_json(disk: Disk) -> dict[str, Any]:
             }
             for cost in disk.warm_starts
         },
+        "corpora": {
+            cost.folder.name: {
+                "corpus_bytes": cost.corpus_bytes,
+                "deletable_bytes": cost.deletable_bytes,
+                "deleted_bytes": cost.deleted_bytes,
+                "why": cost.why,
+            }
+            for cost in disk.corpora
+        },
         "totals": disk.totals,
         "failures": disk.failures,
     }
 
 
 def text(disk: Disk, *, deleted: bool) -> str:
-    """Return tables of runs and warm starts, and the sums.
+    """Return tables of runs, warm starts and corpora, and the sums.
 
     Args:
         disk: The list.
@@ -127,13 +139,17 @@ def text(disk: Disk, *, deleted: bool) -> str:
                 cost.why,
             ]
         )
-    tables = [aligned(rows) for rows in (runs, warm_starts) if len(rows) > 1]
+    corpora = [["corpus", "size", column, "why"]]
+    for cost in disk.corpora:
+        sizes = (cost.corpus_bytes, cost.deleted_bytes if deleted else cost.deletable_bytes)
+        corpora.append([cost.folder.name, *map(in_units, sizes), cost.why])
+    tables = [aligned(rows) for rows in (runs, warm_starts, corpora) if len(rows) > 1]
     if not tables:
         return f"there is no run in {disk.runs_dir}"
     size = {name: in_units(value) for name, value in disk.totals.items()}
     total = (
         f"{size['checkpoints_bytes']} of checkpoints, {size['model_bytes']} of models, "
-        f"{size['warm_starts_bytes']} of warm starts; "
+        f"{size['warm_starts_bytes']} of warm starts, {size['corpora_bytes']} of corpora; "
     )
     total += (
         f"{size['deleted_bytes']} deleted" if deleted else f"{size['deletable_bytes']} of it deletable with --delete"

@@ -1,20 +1,16 @@
-"""The disk space of checkpoints, models and warm starts, and which files no run needs any more."""
+"""The disk space of checkpoints, models, warm starts and corpora, and which files no run needs any more."""
 
-import os
 import re
-import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from relora.common.errors import ConfigError, DamagedFile, RunError, first_line
-from relora.common.files import check_weights
+from relora.common.files import check_weights, is_locked, size_bytes
 from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
+from relora.studies.corpora import CorpusCost, corpora_of
 from relora.studies.manifest import manifest_of, unknown_study
 
 CHECKPOINT = re.compile(r"step-\d+\.pt")
@@ -68,17 +64,20 @@ class Disk:
     studies: list[str]
     runs: list[RunCost]
     warm_starts: list[WarmStartCost]
+    corpora: list[CorpusCost] = field(default_factory=list)
+    """Empty if only the runs of some studies are listed: a corpus belongs to no study."""
     failures: list[str] = field(default_factory=list)
     """Deletions that failed."""
 
     @property
     def totals(self) -> dict[str, int]:
-        """The sums over all runs and warm starts."""
-        everything = [*self.runs, *self.warm_starts]
+        """The sums over all runs, warm starts and corpora."""
+        everything = [*self.runs, *self.warm_starts, *self.corpora]
         return {
             "checkpoints_bytes": sum(cost.checkpoints_bytes for cost in self.runs),
             "model_bytes": sum(cost.model_bytes for cost in self.runs),
             "warm_starts_bytes": sum(cost.warm_start_bytes for cost in self.warm_starts),
+            "corpora_bytes": sum(cost.corpus_bytes for cost in self.corpora),
             "deletable_bytes": sum(cost.deletable_bytes for cost in everything),
             "deleted_bytes": sum(cost.deleted_bytes for cost in everything),
         }
@@ -115,6 +114,7 @@ def survey(runs_dir: Path, studies: Sequence[str] = ()) -> Disk:
         studies=list(studies),
         runs=[_run_cost(found) for found in runs if chosen is None or found.name in chosen],
         warm_starts=_warm_starts(runs_dir, runs, manifests, chosen),
+        corpora=[] if studies else corpora_of(runs_dir),
     )
 
 
@@ -245,7 +245,7 @@ def _warm_start_cost(folder: Path, users: Sequence[_Run], unknown: Sequence[str]
             cost.why = f"left alone: {path.name} is a link to {path.readlink()}, and nothing is deleted through links"
             return cost
     try:
-        locked = cost.lock_file.exists() and _is_locked(cost.lock_file)
+        locked = is_locked(cost.lock_file)
     except OSError as error:
         cost.why = f"left alone: its lock cannot be read ({error})"
         return cost
@@ -265,23 +265,5 @@ def _warm_start_cost(folder: Path, users: Sequence[_Run], unknown: Sequence[str]
     return cost
 
 
-def _is_locked(file: Path) -> bool:
-    try:
-        with FileLock(file, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def _some(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def size_bytes(path: Path) -> int:
-    """Return the bytes of a file or of all files in a folder. Links count as links. 0 if missing or not readable."""
-    size = 0
-    for file in [Path(base, name) for base, _, names in os.walk(path) for name in names] or [path]:
-        with suppress(OSError):
-            found = file.lstat()
-            size += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
-    return size

@@ -1,10 +1,15 @@
 """The files of a folder that are read, and those that are left out, with the reason."""
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from relora.common.errors import ConfigError
+from relora.config.mixture import data_config
 from relora.config.sources import check_path, kind_of, survey
 
 
@@ -110,3 +115,37 @@ def test_a_path_without_text_is_refused_with_the_kinds(tmp_path: Path) -> None:
             check_path(path)
     with pytest.raises(ConfigError, match="does not exist"):
         check_path(tmp_path / "missing")
+
+
+# ----------------------------------------------------------------------------------------------------- permission
+
+
+@contextmanager
+def as_another_user() -> Iterator[None]:
+    """Root may read everything, so root becomes another user inside the block."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", [".", "inner"])
+def test_a_folder_without_permission_is_named(closed: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        write(folder, "texts/inner/a.txt")
+        config = data_config({"name": "text", "path": str(folder / "texts")})
+        forbidden = folder / "texts" / closed
+        forbidden.chmod(0)
+        try:
+            with as_another_user(), pytest.raises(ConfigError, match="Permission denied") as raised:
+                config.check_files()
+        finally:
+            forbidden.chmod(0o700)
+    assert f"data.path={folder / 'texts'}" in str(raised.value)
+    assert str(forbidden) in str(raised.value)

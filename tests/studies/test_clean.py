@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -619,3 +620,35 @@ def test_listing_runs_needs_no_torch(runs_dir: Path) -> None:
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert run.path.name in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------- corpora
+
+
+def test_a_preparation_that_stopped_long_ago_is_deletable_and_a_prepared_corpus_is_not(runs_dir: Path, capsys) -> None:
+    corpora = runs_dir / "corpora"
+    long_ago = time.time() - 25 * 3600
+    for name in ("text-00000000", "text-11111111.partial", "text-22222222.partial", "text-33333333.partial"):
+        (corpora / name).mkdir(parents=True)
+        (corpora / name / "train.bin").write_bytes(b"x" * 500)
+        (corpora / name / "meta.json").write_text("{}")
+    for name in ("text-00000000", "text-11111111.partial", "text-33333333.partial"):
+        for path in (*(corpora / name).iterdir(), corpora / name):
+            os.utime(path, (long_ago, long_ago))
+    (corpora / "text-33333333.lock").touch()
+    before = contents(runs_dir)
+    with held(corpora / "text-33333333.lock"):
+        listed = clean(capsys, runs_dir)
+        assert contents(runs_dir) == before
+        whys = {name: entry["why"] for name, entry in listed["corpora"].items()}
+        assert list(whys) == [path.name for path in sorted(corpora.iterdir()) if path.is_dir()]
+        assert whys["text-00000000"].startswith("kept: prepared")
+        assert "goes on with it" in whys["text-22222222.partial"]
+        assert whys["text-33333333.partial"] == "kept: it is being prepared now"
+        deleted = clean(capsys, runs_dir, "--delete")
+    assert gone(before, runs_dir) == {f"corpora/text-11111111.partial/{name}" for name in ("train.bin", "meta.json")}
+    assert deleted["corpora"]["text-11111111.partial"]["deleted_bytes"] == 502
+    assert deleted["totals"]["corpora_bytes"] == 4 * 502
+    assert listed["totals"]["deletable_bytes"] == deleted["totals"]["deleted_bytes"] == 502
+    assert cli.main(["clean", f"runs_dir={runs_dir}"]) == 0
+    assert "of corpora" in capsys.readouterr().out
