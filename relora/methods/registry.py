@@ -3,6 +3,7 @@
 from relora.common.plugins import Registry
 from relora.methods.base import Method
 from relora.methods.control import Control
+from relora.methods.fira import Fira
 from relora.methods.full import Full
 from relora.methods.galore import GaLore
 from relora.methods.lora import LoRA
@@ -12,5 +13,14 @@ BASELINE = "full"
 """The method with which all other methods are compared."""
 
 METHODS: Registry[Method] = Registry(
-    "method", Method, {BASELINE: Full, "lora": LoRA, "relora": ReLoRA, "control": Control, "galore": GaLore}
+    "method",
+    Method,
+    {
+        BASELINE: Full,
+        "lora": LoRA,
+        "relora": ReLoRA,
+        "control": Control,
+        "galore": GaLore,
+        "fira": Fira,
+    },
 )

@@ -75,8 +75,7 @@ class GaLoreAdamW(SubspaceAdamW):
         if basis is None:
             return None
         state["projector"] = basis
-        left = _is_left(gradient_OxI.shape, group["square_side"], basis)
-        return basis.T @ gradient_OxI if left else gradient_OxI @ basis.T
+        return basis.T @ gradient_OxI if self.is_left(parameter, group) else gradient_OxI @ basis.T
 
     def lift(
         self, parameter: Tensor, gradient_OxI: Tensor, projected: Tensor, direction: Tensor, group: dict[str, Any]
@@ -87,7 +86,11 @@ class GaLoreAdamW(SubspaceAdamW):
     def project_back(self, parameter: Tensor, low_rank: Tensor, group: dict[str, Any]) -> Tensor:
         """Return P X or X P, O x I, for X in the subspace."""
         basis = self.state[parameter]["projector"]
-        return basis @ low_rank if _is_left(parameter.shape, group["square_side"], basis) else low_rank @ basis
+        return basis @ low_rank if self.is_left(parameter, group) else low_rank @ basis
+
+    def is_left(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the projector of a matrix is O x r and not r x I."""
+        return _is_left(parameter.shape, group["square_side"], self.state[parameter]["projector"])
 
 
 def _is_left(shape_OxI: torch.Size, square_side: str, basis: Tensor | None) -> bool:
