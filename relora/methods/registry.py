@@ -1,6 +1,8 @@
 """The registry of methods: those of relora, and those of installed packages (docs/your-own-method.md)."""
 
 from relora.common.plugins import Registry
+from relora.methods.apollo import Apollo
+from relora.methods.apollo_mini import ApolloMini
 from relora.methods.base import Method
 from relora.methods.control import Control
 from relora.methods.fira import Fira
@@ -22,5 +24,7 @@ METHODS: Registry[Method] = Registry(
         "control": Control,
         "galore": GaLore,
         "fira": Fira,
+        "apollo": Apollo,
+        "apollo_mini": ApolloMini,
     },
 )

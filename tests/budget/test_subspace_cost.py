@@ -18,6 +18,8 @@ ARMS = {
     "galore of some": ["method=galore", "method.rank=8", "method.target_modules=[q_proj,down_proj]"],
     "fira": ["method=fira", "method.rank=4"],
     "fira without limit": ["method=fira", "method.rank=4", "method.growth_limit=null"],
+    "apollo": ["method=apollo", "method.rank=4"],
+    "apollo_mini of some": ["method=apollo_mini", "method.target_modules=[q_proj,down_proj]"],
 }
 
 

@@ -7,8 +7,8 @@ from relora.config.compose import Composer
 from relora.config.tuned import Presets
 
 COMPOSER = Composer()
-ARMS = ["galore", "fira"]
-LIMITED = ["fira"]
+ARMS = ["galore", "fira", "apollo", "apollo_mini"]
+LIMITED = ["fira", "apollo", "apollo_mini"]
 
 
 @pytest.mark.parametrize("method", ARMS)

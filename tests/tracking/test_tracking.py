@@ -348,6 +348,7 @@ def test_params_are_the_flat_config(runs_dir: Path) -> None:
         ("control", 32, 0, 0),
         ("galore", 32, 0, 0),
         ("fira", 32, 0, 0),
+        ("apollo_mini", 1, 0, 0),
         ("relora", 32, 100, 0.99),
     ],
 )

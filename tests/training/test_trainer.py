@@ -497,6 +497,8 @@ def test_every_setting_continues_to_the_bit(tmp_path: Path, overrides: list[str]
         ["method=galore", "method.rank=4", "method.update_interval_steps=4", "method.square_side=left"],
         ["method=fira", "method.rank=4", "method.update_interval_steps=4", "method.warm_start_steps=3"],
         ["method=fira", "method.rank=4", "method.target_modules=[q_proj,up_proj]", "trainer.precision=bf16"],
+        ["method=apollo", "method.rank=4", "method.update_interval_steps=4", "method.warm_start_steps=3"],
+        ["method=apollo_mini", "method.update_interval_steps=4", "trainer.precision=bf16"],
     ],
     ids=" ".join,
 )
