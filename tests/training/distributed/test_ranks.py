@@ -261,7 +261,7 @@ def test_another_number_of_ranks_learns_the_same_in_bf16(in_bf16: dict[int, RunD
 
 
 def test_ranks_draw_the_same_projections(text: Path, tmp_path: Path) -> None:
-    """APOLLO draws a projection in every step. Different ones give unequal weights, which ends the run with an error."""
+    """APOLLO draws a projection in every step. Different ones give unequal weights, and a run ends with an error."""
     tiny = [item for item in TINY if not item.startswith("method")]
     arm = ["method=apollo", "method.rank=4", "method.update_interval_steps=5", "data=text", f"data.path={text}"]
     run = trained(2, [*tiny, *arm, "tracker=jsonl", f"runs_dir={tmp_path}"])
