@@ -63,6 +63,7 @@ LATER_FIELDS: dict[str, Any] = {
     "data.test_path": None,
     "data.packing": "packed",
     "data.attend_across_documents": True,
+    "method.square_side": "right",
 }
 """Fields that are newer than scheme 2, each with the value that means what relora did before the field existed.
 

@@ -23,10 +23,10 @@ from relora.core.merged import row_chunks
 M = TypeVar("M", bound=nn.Module)
 
 
-def keyed_generator(key: str) -> torch.Generator:
-    """Return a CPU generator that depends only on `key`, so that no generator state must be saved or shared."""
+def keyed_generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator that depends only on `key`, so that no generator state must be saved or shared."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest) >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
 
 @dataclass(kw_only=True)

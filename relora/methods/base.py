@@ -157,6 +157,10 @@ class Method:
     def after_update(self, model: "nn.Module", run: "RunConfig", step: int) -> None:
         """Read or change the weights after the optimizer step `step`."""
 
+    def messages(self, model: "nn.Module", optimizer: "torch.optim.Optimizer") -> Sequence[str]:
+        """Return messages for the user about the optimizer step that was just made. The trainer logs them."""
+        return ()
+
     def restart(self, model: "nn.Module", optimizer: "torch.optim.Optimizer", run: "RunConfig", number: int) -> Restart:
         """Do restart `number` (counted from 1). Called every `reset_interval_steps` steps."""
         raise NotImplementedError(f"method={self.name} has the field reset_interval_steps, but no restart(); define it")

@@ -217,6 +217,8 @@ class Trainer:
 
         if self.has_begun:
             self.method.after_update(self.model, self.config, step)
+            for message in self.method.messages(self.model, self.optimizer):
+                self.tracker.log_line(f"step {step}: {message}")
         self.under_way.add(step, loss, norm, self.optimizer.param_groups[0]["lr"])
 
     def _begin(self) -> None:

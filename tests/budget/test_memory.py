@@ -108,6 +108,8 @@ def kept_bytes(trainer: Trainer) -> int:
         ("full", ["model.vocab_size=20000", "trainer.sequences_per_step=2", *IN_BACKWARD]),
         ("galore", ["method.rank=16", *IN_BACKWARD]),
         ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2", *IN_BACKWARD]),
+        ("fira", ["method.rank=16", *IN_BACKWARD]),
+        ("apollo", ["method.rank=16", *IN_BACKWARD]),
         ("lora", ["method.rank=16", "method.merged_weight=never", "method.trainable_scaling=true"]),
         ("lora", ["method.rank=16", "method.dropout=0.1", "method.trainable_scaling=true"]),
         ("lora", ["method.rank=16", "method.merged_weight=rebuilt", "trainer.sequences_per_micro_step=1"]),
@@ -116,6 +118,9 @@ def kept_bytes(trainer: Trainer) -> int:
         ("control", ["method.rank=16"]),
         ("galore", ["method.rank=16"]),
         ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2"]),
+        ("fira", ["method.rank=16"]),
+        ("apollo", ["method.rank=16"]),
+        ("apollo_mini", []),
     ],
 )
 def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(

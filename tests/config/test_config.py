@@ -100,7 +100,7 @@ WRONG = [
     (["data.tokenizer=/no/such"], "data.tokenizer=/no/such has no tokenizer.json"),
     (["tracker.uri=mlruns"], "tracker.uri=mlruns is not a store ... sqlite:///FILE, http://HOST:PORT"),
     (["data=text", "data.path=${foo}"], "data.path: Interpolation key 'foo' not found"),
-    (["method=null"], "method=null is not a choice ... leave method out ... method= one of control, full"),
+    (["method=null"], "method=null is not a choice ... leave method out ... method= one of apollo, apollo_mini"),
     (["model=null"], "model=null is not a choice ... leave model out ... model= one of llama_130m"),
     (
         ["experiments=null"],

@@ -95,7 +95,8 @@ GALORE_TABLE = {
 PAPER = [name for name in SETTINGS if name.startswith("paper/")]
 PRESETS = REPOSITORY / "conf" / "presets"
 PRESET_FILES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
-SAME_AS_THE_DEFAULT = {"laptop/small/lora", "laptop/small/control", "laptop/small/galore"}
+SAME_AS_THE_DEFAULT = {f"laptop/small/{method}" for method in ("lora", "control", "galore", "fira", "apollo")}
+SAME_AS_THE_DEFAULT |= {f"{name}/apollo_mini" for name in SETTINGS if not name.startswith("paper/galore")}
 """Presets that are equal to the default of the method."""
 
 
@@ -255,7 +256,8 @@ def test_relora_has_its_papers_recipe(
 @pytest.mark.parametrize(("name", "rank"), GALORE_RANKS.items())
 def test_low_rank_methods_have_the_rank_of_the_galore_table(name: str, rank: int) -> None:
     runs = {method: composed(name, method) for method in METHODS}
-    assert {run.rank for method, run in runs.items() if method != "full"} == {rank}
+    assert {run.rank for method, run in runs.items() if method not in ("full", "apollo_mini")} == {rank}
+    assert runs["apollo_mini"].rank == 1
     assert {run.optimizer.max_grad_norm for run in runs.values()} == {None}
     assert runs["galore"].optimizer.learning_rate == 1e-2
     assert runs["relora"].method.warm_start_steps == 0

@@ -43,6 +43,8 @@ WITH_CHOICES = {
     "cluster": ["cluster=slurm"],
     "method.update_interval_steps": ["method=galore"],
     "method.scale": ["method=galore"],
+    "method.square_side": ["method=galore"],
+    "method.growth_limit": ["method=fira"],
     "optimizer.momentum": ["optimizer=muon"],
     "optimizer.newton_schulz_steps": ["optimizer=muon"],
 }

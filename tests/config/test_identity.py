@@ -83,13 +83,16 @@ def test_with_a_given_tokenizer_the_vocabulary_size_does_not_change_the_hash(tmp
 def test_literal_hashes() -> None:
     """If a hash changes, every user gets another run folder. Then raise identity.SCHEME and find earlier folders."""
     assert identity.SCHEME == 2
-    methods = ("relora", "full", "lora", "control", "galore")
+    methods = ("relora", "full", "lora", "control", "galore", "fira", "apollo", "apollo_mini")
     assert {method: hash_of(f"method={method}") for method in methods} == {
         "relora": "5d752197",
         "full": "ee493fca",
         "lora": "c1377fe5",
         "control": "b2f5a554",
         "galore": "792a0f6b",
+        "fira": "6fc7cc9b",
+        "apollo": "230d6ecb",
+        "apollo_mini": "eb973c61",
     }
     assert hash_of("optimizer=muon") == "06cab290"
 

@@ -19,6 +19,7 @@ def test_the_values_of_later_fields_never_change() -> None:
     assert {
         "data.packing": "packed",
         "data.attend_across_documents": True,
+        "method.square_side": "right",
         **dict.fromkeys(["data.limit_tokens", "data.held_out_tokens", "data.validation_path", "data.test_path"]),
     } == identity.LATER_FIELDS
 
@@ -30,6 +31,15 @@ def test_a_later_field_has_no_part_in_the_hash_while_it_has_its_earlier_value(me
     assert identity.hashes(spelled) == identity.hashes(plain)
     assert not set(identity.LATER_FIELDS) & set(plain.identity)
     assert identity.spelled_out(plain).items() >= identity.LATER_FIELDS.items()
+
+
+def test_the_side_of_square_matrices_is_hashed_when_it_differs_and_has_an_effect() -> None:
+    galore, left = ["method=galore"], "method.square_side=left"
+    plain, other = COMPOSER.compose(galore), COMPOSER.compose([*galore, left])
+    assert COMPOSER.compose([*galore, "method.square_side=right"]).config_hash == plain.config_hash
+    assert other.config_hash != plain.config_hash
+    no_squares = [*galore, "method.target_modules=[up_proj]"]
+    assert COMPOSER.compose([*no_squares, left]).config_hash == COMPOSER.compose(no_squares).config_hash
 
 
 def test_the_value_and_not_the_default_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relora.optimizers.galore import GaLoreAdamW, projector
+from relora.optimizers.galore import GaLoreAdamW, NoSubspaceError, projector
 
 
-def published(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float) -> Tensor:
-    """Algorithm 2 of arXiv 2403.03507 written out, in float64: project, Adam, project back."""
+def published(
+    weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float, side: str = "right"
+) -> Tensor:
+    """Algorithm 2 of arXiv 2403.03507 written out, in float64: project, Adam, project back.
+
+    The algorithm has m <= n and projects from the left, so a square matrix has side="left" there.
+    """
     weight, m, v, basis = weight.clone(), None, None, None
-    left = weight.shape[0] < weight.shape[1]
+    left = weight.shape[0] < weight.shape[1] or (weight.shape[0] == weight.shape[1] and side == "left")
     for t, gradient in enumerate(gradients):
         if t % every == 0:
             u, _, vh = torch.linalg.svd(gradient)
@@ -27,19 +32,24 @@ def published(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int,
     return weight
 
 
-@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
-def test_updates_equal_the_published_formula(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(("shape", "rank"), [((6, 10), 3), ((10, 6), 3), ((7, 7), 3), ((7, 7), 7)])
+def test_updates_equal_the_published_formula(shape: tuple[int, int], rank: int, side: str) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator, dtype=torch.float64)
-    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(11)]
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(31)]
     weight = nn.Parameter(start.clone())
-    optimizer = GaLoreAdamW([weight], lr=0.02, rank=3, update_interval_steps=4, scale=0.25)
+    optimizer = GaLoreAdamW([weight], lr=0.02, rank=rank, update_interval_steps=4, scale=0.25, square_side=side)
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
-    expected = published(start, gradients, rank=3, every=4, scale=0.25, lr=0.02)
+    expected = published(start, gradients, rank=rank, every=4, scale=0.25, lr=0.02, side=side)
     assert torch.allclose(weight, expected, atol=1e-6, rtol=0)
     assert not torch.allclose(weight, start, atol=1e-3)
+    other = published(
+        start, gradients, rank=rank, every=4, scale=0.25, lr=0.02, side="left" if side == "right" else "right"
+    )
+    assert torch.allclose(weight, other, atol=1e-3) == (shape[0] != shape[1])
 
 
 def authors(weight: Tensor, gradients: list[Tensor], *, rank: int, every: int, scale: float, lr: float) -> Tensor:
@@ -92,6 +102,93 @@ def test_a_square_matrix_is_projected_from_the_right_or_from_the_side_of_its_sta
     assert left.state[old]["projector"].shape == left.state[old]["exp_avg"].T.shape == (6, 2)
     assert not torch.equal(left.state[old]["projector"], left_basis)
     assert not torch.allclose(new, old, atol=1e-3)
+
+
+def test_a_state_from_before_the_side_was_a_setting_loads_with_the_side_of_that_time() -> None:
+    weight = nn.Parameter(torch.ones(6, 6))
+    old, new = (GaLoreAdamW([weight], lr=0.1, rank=2) for _ in range(2))
+    weight.grad = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
+    old.step()
+    saved = old.state_dict()
+    del saved["param_groups"][0]["square_side"]
+    new.load_state_dict(saved)
+    new.step()
+    assert new.param_groups[0]["square_side"] == "right"
+
+
+# -------------------------------------------------------------------------------- gradients without a subspace
+
+
+def not_converging(*_: object, **__: object) -> None:
+    raise torch.linalg.LinAlgError("linalg.svd: the input matrix is ill-conditioned (error code: 5)")  # type: ignore[reportPrivateImportUsage]
+
+
+def test_a_zero_gradient_keeps_the_projector_and_its_reason_is_told_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(4, 6))
+    optimizer = GaLoreAdamW([weight], lr=0.1, rank=2, update_interval_steps=2)
+    seen = []
+    for gradient in (torch.randn(4, 6, generator=generator), *(torch.zeros(4, 6) for _ in range(4))):
+        weight.grad = gradient
+        optimizer.step()
+        seen.append(optimizer.state[weight]["projector"].clone())
+    assert all(torch.equal(basis, seen[0]) for basis in seen)
+    assert optimizer.pop_skipped() == [(weight, "its gradient is zero")]
+    assert optimizer.pop_skipped() == []
+    weight.grad = torch.randn(4, 6, generator=generator)
+    optimizer.step()  # step 5: no new projector is due
+    assert torch.equal(optimizer.state[weight]["projector"], seen[0])
+    optimizer.step()
+    assert not torch.equal(optimizer.state[weight]["projector"], seen[0])
+
+
+def test_a_decomposition_that_does_not_converge_keeps_the_projector(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nn.Parameter(torch.zeros(4, 6))
+    optimizer = GaLoreAdamW([weight], lr=0.1, rank=2, update_interval_steps=1)
+    weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    basis, before = optimizer.state[weight]["projector"].clone(), weight.detach().clone()
+    monkeypatch.setattr(torch.linalg, "svd", not_converging)
+    optimizer.step()
+    assert torch.equal(optimizer.state[weight]["projector"], basis)
+    assert not torch.equal(weight, before)
+    ((_, reason),) = optimizer.pop_skipped()
+    assert reason == "the singular value decomposition of its gradient did not converge"
+
+
+def test_a_matrix_without_a_projector_waits_for_a_gradient_that_gives_one() -> None:
+    weight, other = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
+    optimizer = GaLoreAdamW([weight, other], lr=0.1, rank=2, weight_decay=0.5)
+    for _ in range(2):
+        weight.grad, other.grad = torch.zeros(4, 6), torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(4, 6)), "no weight decay either"
+    assert optimizer.state[weight].keys() == {"step"}
+    assert not torch.equal(other, torch.ones(4, 6))
+    weight.grad = other.grad
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 1
+    assert optimizer.state[weight]["projector"].shape == (4, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_gradient_or_a_norm_that_is_not_finite_gives_a_reason(value: float) -> None:
+    with pytest.raises(NoSubspaceError, match="not finite"):
+        projector(torch.full((4, 6), value), 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)])
+def test_a_singular_gradient_gives_an_orthonormal_basis(shape: tuple[int, int]) -> None:
+    """Its decomposition exists: the basis holds the whole gradient, and the other directions are arbitrary."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(shape[0], 1, generator=generator) @ torch.randn(1, shape[1], generator=generator)
+    basis = projector(low, 3)
+    if shape[0] >= shape[1]:
+        assert torch.allclose(low @ basis.T @ basis, low, atol=1e-5)
+        assert torch.allclose(basis @ basis.T, torch.eye(3), atol=1e-5)
+    else:
+        assert torch.allclose(basis @ basis.T @ low, low, atol=1e-5)
+        assert torch.allclose(basis.T @ basis, torch.eye(3), atol=1e-5)
 
 
 def test_a_group_without_rank_is_torchs_adamw() -> None:

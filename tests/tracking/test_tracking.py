@@ -342,7 +342,15 @@ def test_params_are_the_flat_config(runs_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "rank", "interval", "ratio"),
-    [("full", 0, 0, 0), ("lora", 32, 0, 0), ("control", 32, 0, 0), ("galore", 32, 0, 0), ("relora", 32, 100, 0.99)],
+    [
+        ("full", 0, 0, 0),
+        ("lora", 32, 0, 0),
+        ("control", 32, 0, 0),
+        ("galore", 32, 0, 0),
+        ("fira", 32, 0, 0),
+        ("apollo_mini", 1, 0, 0),
+        ("relora", 32, 100, 0.99),
+    ],
 )
 def test_every_method_has_every_axis_of_the_parallel_coordinates(
     runs_dir: Path, method: str, rank: int, interval: int, ratio: float

@@ -494,6 +494,11 @@ def test_every_setting_continues_to_the_bit(tmp_path: Path, overrides: list[str]
         ["method=control", "method.rank=2"],
         ["method=galore", "method.rank=4", "method.update_interval_steps=4", "method.target_modules=[q_proj,up_proj]"],
         ["method=galore", "method.rank=4", "method.warm_start_steps=3", "optimizer.weight_decay=0.1"],
+        ["method=galore", "method.rank=4", "method.update_interval_steps=4", "method.square_side=left"],
+        ["method=fira", "method.rank=4", "method.update_interval_steps=4", "method.warm_start_steps=3"],
+        ["method=fira", "method.rank=4", "method.target_modules=[q_proj,up_proj]", "trainer.precision=bf16"],
+        ["method=apollo", "method.rank=4", "method.update_interval_steps=4", "method.warm_start_steps=3"],
+        ["method=apollo_mini", "method.update_interval_steps=4", "trainer.precision=bf16"],
     ],
     ids=" ".join,
 )
@@ -533,6 +538,22 @@ def test_galore_projects_the_targeted_matrices_and_nothing_else(tmp_path: Path) 
     assert state_bytes == trainer.reporter.method_cost.optimizer_bytes
     steps = 14 * trainer.reporter.method_cost.flops_per_update(64)
     assert trainer.tracker.rows[14]["progress/flops"] == steps  # type: ignore[attr-defined]
+
+
+def test_a_gradient_without_a_subspace_is_one_line_for_the_user(tmp_path: Path) -> None:
+    """A value projection of zero gives no gradient to the projections of query, key and output."""
+    trainer = trainer_of(compose([*WITHOUT_METHOD, "method=galore", "method.rank=4"]), tmp_path)
+    layers = [trainer.model.get_submodule(f"model.layers.{layer}.self_attn.v_proj") for layer in range(2)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.zero_()  # type: ignore[operator, union-attr]
+    trainer.train()
+    said = [line for line in trainer.tracker.said if "projector" in line]  # type: ignore[attr-defined]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "step 0: galore: no new projector for model.layers.0.self_attn.q_proj and 5 more, because "
+    )
+    assert "its gradient is zero; a matrix keeps its last projector" in said[0]
 
 
 def test_replaying_steps_after_the_last_checkpoint_keeps_their_first_rows(tmp_path: Path) -> None:

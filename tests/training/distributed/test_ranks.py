@@ -260,6 +260,15 @@ def test_another_number_of_ranks_learns_the_same_in_bf16(in_bf16: dict[int, RunD
     assert weight_gap(single, several) < BF16_WEIGHT_TOLERANCE
 
 
+def test_ranks_draw_the_same_projections(text: Path, tmp_path: Path) -> None:
+    """APOLLO draws a projection in every step. Different ones give unequal weights, and a run ends with an error."""
+    tiny = [item for item in TINY if not item.startswith("method")]
+    arm = ["method=apollo", "method.rank=4", "method.update_interval_steps=5", "data=text", f"data.path={text}"]
+    run = trained(2, [*tiny, *arm, "tracker=jsonl", f"runs_dir={tmp_path}"])
+    losses = series(run, "train/loss")
+    assert losses[14] < losses[1]
+
+
 def test_evaluation_gives_the_same_bits_for_any_number_of_ranks(undisturbed: dict[int, RunDir]) -> None:
     assert len({series(run, "eval/loss")[0] for run in undisturbed.values()}) == 1
 
