@@ -12,6 +12,7 @@ OTHERS = [
     ["method=lora", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
     ["method=full", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
     ["method=galore", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
+    ["method=lowrank", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
 ]
 
 

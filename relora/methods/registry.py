@@ -6,11 +6,21 @@ from relora.methods.control import Control
 from relora.methods.full import Full
 from relora.methods.galore import GaLore
 from relora.methods.lora import LoRA
+from relora.methods.lowrank import LowRank
 from relora.methods.relora import ReLoRA
 
 BASELINE = "full"
 """The method with which all other methods are compared."""
 
 METHODS: Registry[Method] = Registry(
-    "method", Method, {BASELINE: Full, "lora": LoRA, "relora": ReLoRA, "control": Control, "galore": GaLore}
+    "method",
+    Method,
+    {
+        BASELINE: Full,
+        "lora": LoRA,
+        "relora": ReLoRA,
+        "control": Control,
+        "galore": GaLore,
+        "lowrank": LowRank,
+    },
 )

@@ -43,6 +43,7 @@ WITH_CHOICES = {
     "cluster": ["cluster=slurm"],
     "method.update_interval_steps": ["method=galore"],
     "method.scale": ["method=galore"],
+    "method.restart_interval_steps": ["method=lowrank"],
     "optimizer.momentum": ["optimizer=muon"],
     "optimizer.newton_schulz_steps": ["optimizer=muon"],
 }

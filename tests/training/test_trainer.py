@@ -494,6 +494,10 @@ def test_every_setting_continues_to_the_bit(tmp_path: Path, overrides: list[str]
         ["method=control", "method.rank=2"],
         ["method=galore", "method.rank=4", "method.update_interval_steps=4", "method.target_modules=[q_proj,up_proj]"],
         ["method=galore", "method.rank=4", "method.warm_start_steps=3", "optimizer.weight_decay=0.1"],
+        ["method=lowrank", "method.rank=4"],
+        ["method=lowrank", "method.rank=4", "method.warm_start_steps=3", "method.restart_interval_steps=5"],
+        ["method=lowrank", "method.rank=4", "trainer.precision=bf16", "method.restart_interval_steps=8"],
+        ["method=lowrank", "method.rank=4", "trainer.precision=bf16_autocast", "optimizer=muon"],
     ],
     ids=" ".join,
 )

@@ -1,0 +1,166 @@
+"""Arms whose layers take the place of the targeted matrices: trainings against float64 formulas, begin and restarts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from plain_training import Values, in_float64, train_plainly
+from torch import Tensor, nn
+from torch.func import functional_call
+from trainers import VOCAB, WITHOUT_METHOD, Recorder, trainer_of
+
+from relora.config.compose import compose
+from relora.config.run import RunConfig
+from relora.core.factorised import FactorisedLinear
+from relora.training.model import build
+from relora.training.trainer import Trainer, TrainingError
+
+pytestmark = pytest.mark.slow
+
+RATES = ["optimizer.learning_rate=5e-3", "optimizer.embedding_learning_rate=2e-3"]
+RESTARTS = ["method.restart_interval_steps=10", "schedule.restart_warmup_steps=3"]
+FACTOR_ENDINGS = (".A", ".B", ".V")
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return compose([*WITHOUT_METHOD, *RATES, "trainer.total_steps=30", *overrides])
+
+
+def rate_of(name: str) -> float:
+    """Embeddings, head and norms have a rate of their own."""
+    return 5e-3 if name.endswith(FACTOR_ENDINGS) else 2e-3
+
+
+def said(trainer: Trainer) -> list[str]:
+    assert isinstance(trainer.tracker, Recorder)
+    return trainer.tracker.said
+
+
+def fresh_weights(config: RunConfig) -> tuple[nn.Module, Values]:
+    """A model in float64 and its initial weights, before any method."""
+    model = build(config.model, config.trained_shape(VOCAB), end_of_text_id=0, seed=0).double()
+    return model, {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def mean_loss(model: nn.Module, weights: Values, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over all tokens of -log p(target)."""
+    logits = functional_call(model, weights, kwargs={"input_ids": inputs}).logits
+    return -torch.log_softmax(logits, -1).gather(-1, targets[..., None]).mean()
+
+
+def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U S^1/2 and S^1/2 V^T of the largest singular values."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
+
+
+def refactorised(values: Values) -> Values:
+    """arXiv 2505.22922: the singular value decomposition of each product, shared out equally."""
+    new = dict(values)
+    for name in values:
+        if name.endswith(".B"):
+            other = name.removesuffix("B") + "A"
+            new[name], new[other] = truncated(values[name] @ values[other], values[name].shape[1])
+    return new
+
+
+# ------------------------------------------------------------------------------------------------------- lowrank
+
+
+@pytest.mark.parametrize("restarts", [(), (10, 20)])
+def test_lowrank_equals_a_plain_implementation_in_float64(restarts: tuple[int, ...], tmp_path: Path) -> None:
+    config = config_of("method=lowrank", "method.rank=6", *(RESTARTS if restarts else []))
+    trainer = in_float64(trainer_of(config, tmp_path))
+    trainer.train()
+
+    model, weights = fresh_weights(config)
+    linears = list(config.model.shape(VOCAB).linears())
+    for name in linears:
+        weights[f"{name}.B"], weights[f"{name}.A"] = truncated(weights.pop(f"{name}.weight"), 6)
+
+    def loss_of(values: Values, inputs: Tensor, targets: Tensor) -> Tensor:
+        composed = {name: value for name, value in values.items() if not name.endswith(FACTOR_ENDINGS)}
+        composed |= {f"{name}.weight": values[f"{name}.B"] @ values[f"{name}.A"] for name in linears}
+        return mean_loss(model, composed, inputs, targets)
+
+    plain = train_plainly(trainer, weights, loss_of, rate_of, restart=refactorised, restarts=restarts)
+    trained = dict(trainer.model.named_parameters())
+    assert len(trained) == len(plain)
+    for name, value in plain.items():
+        if name.endswith(".B"):
+            layer = trainer.model.get_submodule(name.removesuffix(".B"))
+            assert isinstance(layer, FactorisedLinear)
+            # The signs of singular vectors are free: the products and the balance are not.
+            product = value @ plain[name.removesuffix("B") + "A"]
+            assert torch.allclose(layer.factor_B @ layer.factor_A, product, atol=2e-5, rtol=1e-4), name
+            assert torch.allclose(layer.factor_B.abs(), value.abs(), atol=2e-5, rtol=1e-4), name
+        elif not name.endswith(".A"):
+            assert torch.allclose(trained[name], value, atol=2e-5, rtol=1e-4), name
+
+
+def test_a_restart_of_lowrank_keeps_the_function_and_forgets_every_moment(tmp_path: Path) -> None:
+    config = config_of("method=lowrank", "method.rank=6", *RESTARTS)
+    trainer = trainer_of(config, tmp_path)
+    seen: list[tuple[float, float, int, int]] = []
+    restart = trainer.restart
+
+    def watched(step: int) -> None:
+        before = len(trainer.optimizer.state), trainer.validate(step).loss
+        restart(step)
+        seen.append((before[1], trainer.validate(step).loss, before[0], len(trainer.optimizer.state)))
+        for layer in (each for each in trainer.model.modules() if isinstance(each, FactorisedLinear)):
+            b, a = layer.factor_B.detach(), layer.factor_A.detach()
+            assert torch.allclose(b.T @ b, a @ a.T, atol=1e-5)
+
+    trainer.restart = watched  # type: ignore[method-assign]
+    trainer.train()
+    assert len(seen) == 2
+    count = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+    for before, after, states, left in seen:
+        assert after == pytest.approx(before, abs=1e-5)
+        assert (states, left) == (count, 0)
+    ages = {float(state["step"]) for state in trainer.optimizer.state.values()}
+    assert ages == {10.0}, "embeddings and norms start anew too"
+    rows = trainer.tracker.rows  # type: ignore[attr-defined]
+    assert [step for step, row in rows.items() if "restart/number" in row] == [10, 20]
+    # The first update after a restart has the rate 0, then a third and two thirds of the cosine after the re-warm-up.
+    rates = [rows[step]["train/lr"] for step in (11, 12, 13, 14)]
+    assert rates == pytest.approx([0, rates[3] / 3, 2 * rates[3] / 3, rates[3]])
+    assert rows[10]["restart/rounding_change"] < 1e-6
+    assert rows[10]["restart/reset_tensors"] == count
+    assert sum("refactorised the products" in line for line in said(trainer)) == 2
+
+
+@pytest.mark.parametrize("warm", [0, 4])
+def test_lowrank_begins_as_the_best_approximation_and_says_what_it_keeps(warm: int, tmp_path: Path) -> None:
+    config = config_of("method=lowrank", "method.rank=6", f"method.warm_start_steps={warm}")
+    trainer = trainer_of(config, tmp_path)
+    before: Values = {}
+    begin = trainer.begin_method
+
+    def watched(step: int) -> None:
+        before.update({name: value.detach().double() for name, value in trainer.model.named_parameters()})
+        begin(step)
+        for name, layer in trainer.model.named_modules():
+            if isinstance(layer, FactorisedLinear):
+                b, a = truncated(before[f"{name}.weight"], 6)
+                assert torch.allclose((layer.factor_B @ layer.factor_A).double(), b @ a, atol=1e-6)
+
+    trainer.begin_method = watched  # type: ignore[method-assign]
+    trainer.train()
+    linears = config.model.shape(VOCAB).linears()
+    squares = [(torch.linalg.svdvals(before[f"{name}.weight"]) ** 2).tolist() for name in linears]
+    share = (sum(sum(each[:6]) for each in squares) / sum(sum(each) for each in squares)) ** 0.5
+    (line,) = [each for each in said(trainer) if "lowrank begins" in each]
+    assert line.startswith(f"step {warm}: " + ("the warm start ends, " if warm else ""))
+    assert f"the factors keep {share:.1%} of |W|" in line
+
+
+def test_factors_that_overflow_end_the_run_with_a_remedy(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of("method=lowrank", "method.rank=6", *RESTARTS), tmp_path)
+    trainer.begin_method(0)
+    layer = next(each for each in trainer.model.modules() if isinstance(each, FactorisedLinear))
+    with torch.no_grad():
+        layer.factor_A[0, 0] = torch.inf
+    with pytest.raises(TrainingError, match=r"at restart 1 the factors of .* are not finite; lower optimizer"):
+        trainer.restart(10)
