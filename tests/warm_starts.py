@@ -13,6 +13,7 @@ OTHERS = [
     ["method=full", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
     ["method=galore", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
     ["method=lowrank", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
+    ["method=sltrain", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
 ]
 
 

@@ -25,8 +25,8 @@ ADAM_MOMENTS = 2
 ADAM_STEP_BYTES = 4
 """AdamW keeps two moments of the parameter's shape and one fp32 step count per parameter tensor."""
 
-FACTORS, MATRICES, SCALES, REST = "factors", "matrices", "scales", "rest"
-"""Roles of parameters: low-rank factors, decoder matrices, trained scales; embeddings, head, norms and biases."""
+FACTORS, MATRICES, SCALES, VALUES, REST = "factors", "matrices", "scales", "values", "rest"
+"""Roles of parameters: factors, decoder matrices, trained scales, sparse values; embeddings, head, norms, biases."""
 
 
 @dataclass(frozen=True)

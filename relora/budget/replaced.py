@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from relora.budget.cost import FACTORS, Trained
+from relora.budget.cost import FACTORS, VALUES, Trained
+
+INT32_POSITIONS = 2**31
+"""The most entries of a matrix whose positions an int32 can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,30 @@ def factorised(in_features: int, out_features: int, rank: int, *, is_activated: 
         kept_numel=2 * rank if is_activated else rank,
         checkpointed_numel=rank if is_activated else 0,
         copied_numel=numel,
+    )
+
+
+def support_numel(in_features: int, out_features: int, density: float) -> int:
+    """Return the number of sparse values of a matrix: the share `density` of its entries, at least one."""
+    return max(1, round(density * in_features * out_features))
+
+
+def sparse_plus_low_rank(in_features: int, out_features: int, rank: int, *, density: float) -> Replaced:
+    """Return the cost of ((alpha/r) B A + S) x (relora.core.sparse).
+
+    W = (alpha/r) B A + S is formed in the forward and in the backward pass of each micro-step (2rio each), and its
+    gradient is multiplied with both factors (4rio). Each token takes 6io, as at full rank. The positions of S are kept.
+    """
+    numel, count = in_features * out_features, support_numel(in_features, out_features, density)
+    return Replaced(
+        in_features=in_features,
+        out_features=out_features,
+        trained=(*factors_of(in_features, out_features, rank), Trained(VALUES, count)),
+        flops_per_token=6 * numel,
+        flops_per_micro_step=8 * rank * numel,
+        restart_flops=refactorisation_flops(in_features, out_features, rank),
+        fixed_bytes=count * (4 if numel <= INT32_POSITIONS else 8),
+        formed_numel=numel,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from relora.budget.cost import FACTORS, MATRICES, REST, SCALES, Cost, LlamaShape, cost, module_matches
+from relora.budget.cost import FACTORS, MATRICES, REST, SCALES, VALUES, Cost, LlamaShape, cost, module_matches
 from relora.common.checks import MOST_STEPS, at_least, at_most, positive
 from relora.common.errors import ConfigError, shown
 
@@ -192,6 +192,8 @@ def role_of(name: str, parameter: "nn.Parameter") -> str:
         return FACTORS
     if name.endswith(".scaling"):
         return SCALES
+    if name.endswith(".sparse_values"):
+        return VALUES
     return MATRICES if name.startswith("model.layers.") and parameter.ndim == 2 else REST
 
 
@@ -216,6 +218,7 @@ def parameter_groups(
       `optimizer.embedding_learning_rate`, if that is set.
     - Trained scales, without weight decay, if there are any.
     - The factors B, with weight decay, if `b_rate_ratio` is not 1. They are then not in the first group.
+    - Sparse values, with weight decay, if there are any.
 
     Args:
         model: The model in training.
@@ -223,7 +226,7 @@ def parameter_groups(
         learning_rate: The base learning rate of all groups without another one.
         b_rate_ratio: The learning rate of B divided by `learning_rate`.
     """
-    held: dict[str, list[Any]] = {MATRICES: [], REST: [], SCALES: [], FACTORS: []}
+    held: dict[str, list[Any]] = {MATRICES: [], REST: [], SCALES: [], FACTORS: [], VALUES: []}
     for name, role, parameter in trained_parameters(model):
         is_b = b_rate_ratio != 1 and name.endswith(".lora_B")
         held[MATRICES if role == FACTORS and not is_b else role].append(parameter)
@@ -234,7 +237,7 @@ def parameter_groups(
             "params": parameters,
             "role": role,
             "base_learning_rate": rates.get(role, learning_rate),
-            "weight_decay": settings.weight_decay if role in (MATRICES, FACTORS) else 0.0,
+            "weight_decay": settings.weight_decay if role in (MATRICES, FACTORS, VALUES) else 0.0,
         }
         for role, parameters in held.items()
         if parameters or role in (MATRICES, REST)

@@ -101,6 +101,6 @@ class LowRank(Targeted):
         multiply_out(model)
 
 
-def kept(share: float) -> str:
-    """Return the clause that says how much of the matrices' norm the factors keep."""
-    return f"the factors keep {share:.1%} of |W| (Frobenius norm) of the matrices that they replace"
+def kept(share: float, of: str = "factors") -> str:
+    """Return the clause that says how much of the matrices' norm the new layers keep."""
+    return f"the {of} keep {share:.1%} of |W| (Frobenius norm) of the matrices that they replace"

@@ -8,6 +8,7 @@ from relora.methods.galore import GaLore
 from relora.methods.lora import LoRA
 from relora.methods.lowrank import LowRank
 from relora.methods.relora import ReLoRA
+from relora.methods.sltrain import SLTrain
 
 BASELINE = "full"
 """The method with which all other methods are compared."""
@@ -22,5 +23,6 @@ METHODS: Registry[Method] = Registry(
         "control": Control,
         "galore": GaLore,
         "lowrank": LowRank,
+        "sltrain": SLTrain,
     },
 )

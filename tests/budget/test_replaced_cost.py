@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from relora.budget.cost import LlamaShape
+from relora.budget.cost import Cost, LlamaShape
 from relora.budget.replaced import factorised, refactorisation_flops, refactorisation_product_flops
 from relora.config.compose import compose
 from relora.config.plan import run_plan, warning
@@ -21,6 +21,9 @@ ARMS = {
     "lowrank": ["method=lowrank", "method.rank=6"],
     "lowrank of some matrices": ["method=lowrank", "method.rank=5", "method.target_modules=[q_proj,down_proj]"],
     "lowrank with muon": ["method=lowrank", "method.rank=6", "optimizer=muon"],
+    "sltrain": ["method=sltrain", "method.rank=6"],
+    "sltrain of some matrices": ["method=sltrain", "method.rank=5", "method.target_modules=[q_proj,down_proj]"],
+    "sltrain with muon": ["method=sltrain", "method.rank=6", "optimizer=muon", "method.density=0.2"],
 }
 
 
@@ -82,11 +85,14 @@ def test_parameters_and_bytes_are_those_of_a_real_model_after_a_real_step(arm: s
     assert expected.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("arm", ["lowrank", "lowrank of some matrices"])
+@pytest.mark.parametrize("arm", ["lowrank", "lowrank of some matrices", "sltrain"])
 def test_the_matrix_products_of_a_restart_are_those_that_torch_counts(arm: str) -> None:
     config = config_of(*ARMS[arm], "method.restart_interval_steps=4")
     model, own = begun(config), config.method
     assert isinstance(own, LowRank)
+    for name, parameter in model.named_parameters():
+        if name.endswith("factor_B"):  # SLTrain's begins at zero, and a product of zero is left as it is
+            nn.init.normal_(parameter)
     with FlopCounterMode(display=False) as counter:
         refactorise(model)
     sizes = [(each.in_features, each.out_features) for each in config.cost(VOCAB).replaced]
@@ -128,10 +134,14 @@ def shape_of(size: str, vocab_size: int) -> LlamaShape:
     )
 
 
-def weights_and_adam_bytes(size: str, vocab_size: int) -> int:
-    config = config_of("method=lowrank", "method.rank=1", "trainer.precision=bf16")
+def cost_of(method: str, size: str, vocab_size: int) -> Cost:
+    config = config_of(f"method={method}", "method.rank=1", "trainer.precision=bf16")
     config.method.rank = SIZES[size][3]  # type: ignore[attr-defined]
-    made = config.method.cost(shape_of(size, vocab_size), config)
+    return config.method.cost(shape_of(size, vocab_size), config)
+
+
+def weights_and_adam_bytes(size: str, vocab_size: int) -> int:
+    made = cost_of("lowrank", size, vocab_size)
     return made.weight_bytes + made.optimizer_bytes
 
 
@@ -154,6 +164,30 @@ def test_the_memory_of_low_rank_is_near_the_published_column(size: str) -> None:
     assert ours_gb / 1.0738 < LOW_RANK_PRINTED[size] < ours_gb + 0.005
     expected = {"60m": 0.26, "130m": 0.56, "350m": 1.11, "1b": 3.66}
     assert round(ours_gb, 2) == round(weights_and_adam_bytes(size, 32_000) / 1e9, 2) == expected[size]
+
+
+SLTRAIN_PRINTED = {"60m": 0.26, "130m": 0.60, "350m": 1.24, "1b": 4.16}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_memory_of_sltrain_is_the_published_column(size: str) -> None:
+    """Weights, positions and Adam's moments, against Table 2 of SLTrain (arXiv 2406.02214), figures at second hand.
+
+    The printed digits follow from GB of 10^9 bytes, a vocabulary of 32,000, 6 bytes for each parameter in bf16 and 8
+    bytes for each position (int64), with density 0.03 in all matrices of the decoder. relora keeps positions as int32,
+    so its own plan has 4 bytes for each. At 60M the sum is 0.267, which is printed as 0.26: the figure that we have is
+    unverified, or it was cut and not rounded.
+    """
+    made = cost_of("sltrain", size, 32_000)
+    positions = sum(each.fixed_bytes for each in made.replaced) // 4
+    gb = (made.weight_bytes + made.optimizer_bytes + 4 * positions) / 1e9
+    assert round(gb, 2) == (0.27 if size == "60m" else SLTRAIN_PRINTED[size])
+    assert int(100 * gb) / 100 == 0.26 or size != "60m"
+    hidden, intermediate, layers, rank = SIZES[size]
+    matrices = layers * (4 * hidden * hidden + 3 * hidden * intermediate)
+    factors = layers * rank * (8 * hidden + 3 * (hidden + intermediate))
+    others = 2 * 32_000 * hidden + (2 * layers + 1) * hidden
+    assert gb * 1e9 == pytest.approx(6 * (factors + others) + (6 + 8) * 0.03 * matrices, rel=1e-5)
 
 
 def test_factorised_layers_cost_as_written() -> None:

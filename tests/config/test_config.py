@@ -45,6 +45,8 @@ WRONG = [
         ["method=lowrank", "method.restart_interval_steps=99"],
         "the last restart ... 594 ... leaves 6 steps ... method.restart_interval_steps=99",
     ),
+    (["method=sltrain", "method.density=0"], "method.density=0.0 must be positive"),
+    (["method=sltrain", "method.density=1.5"], "method.density=1.5 must be at most 1: ... share"),
     (["method.reset_interval_steps=501"], "method.reset_interval_steps=501 ... the 500 steps ... lower it"),
     (
         ["trainer.total_steps=100"],

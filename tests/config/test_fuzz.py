@@ -44,6 +44,7 @@ WITH_CHOICES = {
     "method.update_interval_steps": ["method=galore"],
     "method.scale": ["method=galore"],
     "method.restart_interval_steps": ["method=lowrank"],
+    "method.density": ["method=sltrain"],
     "optimizer.momentum": ["optimizer=muon"],
     "optimizer.newton_schulz_steps": ["optimizer=muon"],
 }

@@ -39,6 +39,7 @@ def every_layer(name: str) -> str:
         ([NO_RESTARTS], ["method.reset_interval_steps=500", "schedule.restart_warmup_steps=0"]),
         (["method=lowrank"], ["method=lowrank", REVERSED, "schedule.restart_warmup_steps=7"]),
         (["method=lowrank"], ["method=lowrank", "method.restart_interval_steps=600"]),
+        (["method=sltrain"], ["method=sltrain", "method.alpha=8", "method.density=3e-2"]),
         ([f"{RESET}.mode=none"], [f"{RESET}.mode=none", f"{RESET}.reset_step=false", f"{RESET}.moments=independent"]),
         ([f"{RESET}.mode=zero"], [f"{RESET}.mode=zero", f"{RESET}.pruning_ratio=0.3"]),
         ([f"{RESET}.mode=zero"], [f"{RESET}.mode=random", f"{RESET}.pruning_ratio=1"]),
@@ -70,6 +71,7 @@ def test_configs_with_the_same_meaning_are_one_run(one: list[str], other: list[s
         ([f"{RESET}.pruning_ratio=0"], [f"{RESET}.mode=none"]),
         (["method=galore", "method.update_interval_steps=300"], ["method=galore", "method.update_interval_steps=400"]),
         (["method=lowrank"], ["method=lowrank", "method.restart_interval_steps=200"]),
+        (["method=sltrain"], ["method=sltrain", "method.density=0.05"]),
     ],
 )
 def test_configs_with_different_meanings_are_two_runs(one: list[str], other: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Arms whose layers take the place of the targeted matrices: trainings against float64 formulas, begin and restarts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from trainers import VOCAB, WITHOUT_METHOD, Recorder, trainer_of
 from relora.config.compose import compose
 from relora.config.run import RunConfig
 from relora.core.factorised import FactorisedLinear
+from relora.core.sparse import SparseLowRankLinear
 from relora.training.model import build
 from relora.training.trainer import Trainer, TrainingError
 
@@ -164,3 +166,82 @@ def test_factors_that_overflow_end_the_run_with_a_remedy(tmp_path: Path) -> None
         layer.factor_A[0, 0] = torch.inf
     with pytest.raises(TrainingError, match=r"at restart 1 the factors of .* are not finite; lower optimizer"):
         trainer.restart(10)
+
+
+# ------------------------------------------------------------------------------------------------------- sltrain
+
+
+@pytest.mark.parametrize("restarts", [(), (10, 20)])
+def test_sltrain_equals_a_plain_implementation_in_float64(restarts: tuple[int, ...], tmp_path: Path) -> None:
+    """The plain form copies the draws of A, of the support and of the values, and computes all else itself."""
+    arm = ["method=sltrain", "method.rank=6", "method.density=0.1", "method.alpha=3"]
+    config = config_of(*arm, *(RESTARTS if restarts else []))
+    trainer = in_float64(trainer_of(config, tmp_path))
+    model, weights = fresh_weights(config)
+    positions: dict[str, list[int]] = {}
+    begin = trainer.begin_method
+
+    def noted(step: int) -> None:
+        begin(step)
+        for name, layer in trainer.model.named_modules():
+            if isinstance(layer, SparseLowRankLinear):
+                positions[name] = layer.support.tolist()
+                drawn = (layer.factor_B, layer.factor_A, layer.sparse_values)
+                for ending, value in zip((".B", ".A", ".V"), drawn, strict=True):
+                    weights[name + ending] = value.detach().clone()
+
+    trainer.begin_method = noted  # type: ignore[method-assign]
+    trainer.train()
+
+    linears = list(config.model.shape(VOCAB).linears())
+    assert list(positions) == linears
+    for name in linears:
+        del weights[f"{name}.weight"]
+
+    def weight_of(name: str, values: Values) -> Tensor:
+        product = 3 / 6 * values[f"{name}.B"] @ values[f"{name}.A"]
+        sparse = torch.zeros(product.numel(), dtype=torch.float64)
+        return product + sparse.index_put((torch.tensor(positions[name]),), values[f"{name}.V"]).view_as(product)
+
+    def loss_of(values: Values, inputs: Tensor, targets: Tensor) -> Tensor:
+        composed = {name: value for name, value in values.items() if not name.endswith(FACTOR_ENDINGS)}
+        return mean_loss(
+            model, composed | {f"{name}.weight": weight_of(name, values) for name in linears}, inputs, targets
+        )
+
+    plain = train_plainly(trainer, weights, loss_of, rate_of, restart=refactorised, restarts=restarts)
+    trained = dict(trainer.model.named_parameters())
+    assert len(trained) == len(plain)
+    for name in linears:
+        layer = trainer.model.get_submodule(name)
+        assert isinstance(layer, SparseLowRankLinear)
+        assert torch.allclose(layer.sparse_values, plain[f"{name}.V"], atol=2e-5, rtol=1e-4), name
+        assert torch.allclose(layer.product(), weight_of(name, plain), atol=2e-5, rtol=1e-4), name
+    for name in set(trained) & set(plain):
+        assert torch.allclose(trained[name], plain[name], atol=2e-5, rtol=1e-4), name
+
+
+def test_sltrain_says_what_it_keeps_of_a_warm_start_only(tmp_path: Path) -> None:
+    lines = []
+    for warm in (0, 4):
+        config = config_of("method=sltrain", "method.rank=6", f"method.warm_start_steps={warm}")
+        trainer = trainer_of(config, tmp_path / str(warm))
+        trainer.train()
+        lines.append([line for line in said(trainer) if "sltrain begins" in line])
+    assert lines[0] == []
+    assert re.match(
+        r"step 4: the warm start ends, sltrain begins: the factors and sparse values keep \d\d\.\d% of", lines[1][0]
+    )
+
+
+def test_sparse_values_have_the_rate_and_the_decay_of_the_factors(tmp_path: Path) -> None:
+    trainer = trainer_of(config_of("method=sltrain", "method.rank=6", "optimizer.weight_decay=0.5"), tmp_path)
+    trainer.begin_method(0)
+    settings = {
+        parameter: (group["base_learning_rate"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in trainer.model.named_parameters():
+        in_layer = name.endswith(("factor_A", "factor_B", "sparse_values"))
+        assert settings[parameter] == ((5e-3, 0.5) if in_layer else (2e-3, 0.0)), name

@@ -28,6 +28,7 @@ ARMS = {
     "lora": ("method.rank=4",),
     "galore": ("method.rank=4",),
     "lowrank": ("method.rank=4", "method.restart_interval_steps=4", "schedule.restart_warmup_steps=2"),
+    "sltrain": ("method.rank=4",),
     "relora": (*RESTARTS, "method.warm_start_steps=3"),
 }
 

@@ -498,6 +498,10 @@ def test_every_setting_continues_to_the_bit(tmp_path: Path, overrides: list[str]
         ["method=lowrank", "method.rank=4", "method.warm_start_steps=3", "method.restart_interval_steps=5"],
         ["method=lowrank", "method.rank=4", "trainer.precision=bf16", "method.restart_interval_steps=8"],
         ["method=lowrank", "method.rank=4", "trainer.precision=bf16_autocast", "optimizer=muon"],
+        ["method=sltrain", "method.rank=4"],
+        ["method=sltrain", "method.rank=4", "method.warm_start_steps=3", "method.restart_interval_steps=5"],
+        ["method=sltrain", "method.rank=4", "trainer.precision=bf16", "method.restart_interval_steps=8"],
+        ["method=sltrain", "method.rank=4", "trainer.precision=bf16_autocast", "optimizer=muon"],
     ],
     ids=" ".join,
 )
