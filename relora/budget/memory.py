@@ -106,8 +106,9 @@ def peak_bytes(
     in_layer += computed * max((each.formed_numel for each in own.replaced), default=0)
     at_the_end = own.gradient_bytes + in_layer
     if activation_checkpointing:
-        between = shape.layers * tokens * stored * hidden
-        between += tokens * computed * sum(each.checkpointed_numel for each in own.replaced)
+        kept_again = tokens * computed * sum(each.checkpointed_numel for each in own.replaced)
+        between = shape.layers * tokens * stored * hidden + kept_again
+        layer -= kept_again // shape.layers  # a layer that is computed again uses its kept activations
         at_the_loss = between + final_norm + trained_copies + loss
         in_layer += layer + tokens * WIDE_BYTES * hidden + (trained_copies + frozen_copies) // shape.layers
         at_the_beginning = between + of_head + in_layer

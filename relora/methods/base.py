@@ -48,6 +48,16 @@ class Method:
     }
     """Setting, by dotted name -> its name in the labels of a comparison. Other settings have their last word."""
 
+    model_type: ClassVar[str | None] = None
+    """The model_type in config.json of an exported model that is no plain Llama."""
+
+    modelling_module: ClassVar[str | None] = None
+    """The module that defines this model for transformers, if `model_type` is set.
+
+    The export copies its file, which therefore imports torch and transformers only. AUTO_CLASSES names the classes: see
+    relora.training.modeling_cola. `finish` leaves a model whose weights have the names of the class there.
+    """
+
     restart_interval_field: ClassVar[str] = "reset_interval_steps"
     """The name of the field with the steps between two restarts. A method without this field never restarts."""
 
@@ -184,6 +194,10 @@ class Method:
 
     def finish(self, model: "nn.Module", run: "RunConfig") -> None:
         """Turn the model into a plain model for the export. Called once, after the last step."""
+
+    def exported_config(self, run: "RunConfig") -> dict[str, Any]:
+        """Return more entries of config.json, for `modelling_module`."""
+        return {}
 
 
 def role_of(name: str, parameter: "nn.Parameter") -> str:

@@ -2,6 +2,7 @@
 
 from relora.common.plugins import Registry
 from relora.methods.base import Method
+from relora.methods.cola import CoLA
 from relora.methods.control import Control
 from relora.methods.full import Full
 from relora.methods.galore import GaLore
@@ -24,5 +25,6 @@ METHODS: Registry[Method] = Registry(
         "galore": GaLore,
         "lowrank": LowRank,
         "sltrain": SLTrain,
+        "cola": CoLA,
     },
 )

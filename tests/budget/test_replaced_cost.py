@@ -21,6 +21,8 @@ ARMS = {
     "lowrank": ["method=lowrank", "method.rank=6"],
     "lowrank of some matrices": ["method=lowrank", "method.rank=5", "method.target_modules=[q_proj,down_proj]"],
     "lowrank with muon": ["method=lowrank", "method.rank=6", "optimizer=muon"],
+    "cola": ["method=cola", "method.rank=6"],
+    "cola of some matrices": ["method=cola", "method.rank=5", "method.target_modules=[q_proj,down_proj]"],
     "sltrain": ["method=sltrain", "method.rank=6"],
     "sltrain of some matrices": ["method=sltrain", "method.rank=5", "method.target_modules=[q_proj,down_proj]"],
     "sltrain with muon": ["method=sltrain", "method.rank=6", "optimizer=muon", "method.density=0.2"],

@@ -118,7 +118,7 @@ def test_a_run_is_the_same_to_the_bit(overrides: list[str], precision: str, tmp_
     assert norms[0] == norms[1]
 
 
-@pytest.mark.parametrize("method", ["full", "galore", "lowrank", "sltrain"])
+@pytest.mark.parametrize("method", ["full", "galore", "lowrank", "sltrain", "cola"])
 def test_a_run_of_another_method_is_the_same_to_the_bit(method: str, tmp_path: Path) -> None:
     tiny = [item for item in TINY if not item.startswith("method")]
     own = [] if method == "full" else ["method.rank=4"]

@@ -24,11 +24,16 @@ def layer_of(rows: int, columns: int, rank: int, density: float = 0.3, *, bias: 
     model = nn.Sequential(nn.Linear(columns, rows, bias=bias).double())
     settings = {"rank": rank, "scaling": 0.25, "density": density, "target_modules": ["0"], "seed": 3}
     sparsify(model, **settings, keeps_weights=False)  # type: ignore[arg-type]
-    (layer,) = model
-    assert isinstance(layer, SparseLowRankLinear)
+    layer = only(model)
     with torch.no_grad():
         for number, parameter in enumerate(layer.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=number))
+    return layer
+
+
+def only(model: nn.Sequential) -> SparseLowRankLinear:
+    layer = model[0]
+    assert isinstance(layer, SparseLowRankLinear)
     return layer
 
 
@@ -76,7 +81,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 def test_the_support_has_the_density_without_repetition(rows: int, columns: int, density: float, seed: int) -> None:
     model = nn.Sequential(nn.Linear(columns, rows, bias=False))
     sparsify(model, rank=1, scaling=1.0, density=density, target_modules=["0"], seed=seed, keeps_weights=False)
-    support = model[0].support
+    support = only(model).support
     assert len(support) == len(set(support.tolist())) == max(1, round(density * rows * columns))
     assert support.dtype == torch.int32
     assert support.tolist() == sorted(support.tolist())
@@ -87,7 +92,7 @@ def test_the_support_depends_on_seed_and_name_and_is_uniform() -> None:
     def supports(seed: int) -> list[list[int]]:
         model = nn.Sequential(*(nn.Linear(40, 30, bias=False) for _ in range(2)))
         sparsify(model, rank=1, scaling=1.0, density=0.1, target_modules=["0", "1"], seed=seed, keeps_weights=False)
-        return [layer.support.tolist() for layer in model]
+        return [layer.support.tolist() for layer in model if isinstance(layer, SparseLowRankLinear)]
 
     assert supports(0) == supports(0)
     assert supports(0)[0] != supports(0)[1] != supports(1)[1]
@@ -103,7 +108,7 @@ def test_the_support_depends_on_seed_and_name_and_is_uniform() -> None:
 def test_it_begins_as_in_the_paper() -> None:
     model = nn.Sequential(nn.Linear(64, 96, bias=False))
     share = sparsify(model, rank=16, scaling=0.25, density=0.5, target_modules=["0"], seed=0, keeps_weights=False)
-    layer = model[0]
+    layer = only(model)
     assert share is None
     assert not layer.factor_B.any()
     # Kaiming with a = sqrt 5 is uniform with the limit 1/sqrt(in), and so are the values.
@@ -115,9 +120,9 @@ def test_it_begins_as_in_the_paper() -> None:
 
 def test_after_a_warm_start_it_begins_as_an_approximation_of_the_weight() -> None:
     model = nn.Sequential(nn.Linear(9, 7, bias=False).double())
-    weight = model[0].weight.detach().clone()
+    weight = next(model.parameters()).detach().clone()
     share = sparsify(model, rank=3, scaling=0.25, density=0.4, target_modules=["0"], seed=0, keeps_weights=True)
-    layer = model[0]
+    layer = only(model)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     best = (u[:, :3] * s[:3]) @ vh[:3]
     assert torch.allclose(0.25 * layer.factor_B @ layer.factor_A, best)
@@ -146,7 +151,7 @@ def test_multiplied_out_it_is_a_plain_layer() -> None:
     before = model(x)
     multiply_out(model)
     assert type(model[0]) is nn.Linear
-    assert torch.allclose(model[0].weight, weight)
+    assert torch.allclose(model.get_parameter("0.weight"), weight)
     assert torch.allclose(model(x), before, rtol=1e-10)
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
 

@@ -1,6 +1,7 @@
 """Arms whose layers take the place of the targeted matrices: trainings against float64 formulas, begin and restarts."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from plain_training import Values, in_float64, train_plainly
 from torch import Tensor, nn
 from torch.func import functional_call
-from trainers import VOCAB, WITHOUT_METHOD, Recorder, trainer_of
+from trainers import VOCAB, WITHOUT_METHOD, Recorder, assert_equal_states, trainer_of
 
 from relora.config.compose import compose
 from relora.config.run import RunConfig
@@ -245,3 +246,86 @@ def test_sparse_values_have_the_rate_and_the_decay_of_the_factors(tmp_path: Path
     for name, parameter in trainer.model.named_parameters():
         in_layer = name.endswith(("factor_A", "factor_B", "sparse_values"))
         assert settings[parameter] == ((5e-3, 0.5) if in_layer else (2e-3, 0.0)), name
+
+
+# ---------------------------------------------------------------------------------------------------------- cola
+
+
+class PlainCoLA(nn.Module):
+    """B f(A x) with f(z) = z / (1 + exp(-z)), written out."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x @ self.A.T
+        return (z / (1 + torch.exp(-z))) @ self.B.T
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("warm", [0, 4])
+def test_cola_equals_a_plain_implementation_in_float64(warm: int, checkpointing: str, tmp_path: Path) -> None:
+    """The plain form begins with the first factors of the trainer's model, and computes all else itself."""
+    config = config_of(
+        *("method=cola", "method.rank=6", f"method.warm_start_steps={warm}"),
+        f"trainer.activation_checkpointing={checkpointing}",
+    )
+    trainer = in_float64(trainer_of(config, tmp_path))
+    model, _ = fresh_weights(config)
+    weights: Values = {}
+    begin = trainer.begin_method
+
+    def noted(step: int) -> None:
+        before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+        begin(step)
+        assert step == warm
+        for name, value in trainer.model.named_parameters():
+            weights[name.replace("factor_", "")] = value.detach().clone()
+        for name in config.model.shape(VOCAB).linears():
+            if warm:
+                b, a = truncated(before[f"{name}.weight"], 6)
+                assert torch.allclose(weights[f"{name}.B"] @ weights[f"{name}.A"] / 2, b @ a, atol=1e-7)
+            parent, _, attribute = name.rpartition(".")
+            plain = PlainCoLA(weights[f"{name}.A"].clone(), weights[f"{name}.B"].clone())
+            setattr(model.get_submodule(parent), attribute, plain)
+
+    trainer.begin_method = noted  # type: ignore[method-assign]
+    trainer.train()
+    loss_of = partial(mean_loss, model)
+    plain = train_plainly(trainer, weights, loss_of, rate_of, from_step=warm)
+    trained = dict(trainer.model.named_parameters())
+    assert len(trained) == len(plain)
+    for name, value in trained.items():
+        assert torch.allclose(value, plain[name.replace("factor_", "")], atol=2e-5, rtol=1e-4), name
+    (said_once,) = [line for line in said(trainer) if "cola begins" in line] or [""]
+    assert ("of the matrices that they replace, to first order" in said_once) == (warm > 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast", "bf16"])
+def test_cola_m_is_cola_to_the_bit(precision: str, tmp_path: Path) -> None:
+    ends = []
+    for number, setting in enumerate(("false", "true")):
+        arm = ["method=cola", "method.rank=6", f"trainer.precision={precision}", "trainer.total_steps=8"]
+        config = config_of(*arm, f"trainer.activation_checkpointing={setting}")
+        trainer = trainer_of(config, tmp_path / str(number))
+        trainer.train()
+        ends.append(trainer)
+    assert ends[0].config.config_hash == ends[1].config.config_hash
+    assert_equal_states(*ends)
+
+
+@pytest.mark.filterwarnings("ignore")  # warnings of torch while it traces
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("method", ["lowrank", "sltrain", "cola"])
+def test_a_compiled_run_trains_equally(
+    method: str, checkpointing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relora.training.model.COMPILER", "aot_eager")
+    torch.compiler.reset()
+    losses = []
+    for setting in ("false", "true"):
+        arm = [f"method={method}", "method.rank=6", "trainer.total_steps=5"]
+        config = config_of(*arm, f"trainer.activation_checkpointing={checkpointing}", f"trainer.compile={setting}")
+        losses.append(trainer_of(config, tmp_path / setting).train().loss)
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)

@@ -667,7 +667,7 @@ def test_cfg_job_prints_the_config_without_torch(tmp_path: Path) -> None:
 def test_help_shows_the_groups(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "run.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert "method: control, full, galore, lora, lowrank, relora, sltrain" in done.stdout
+    assert "method: cola, control, full, galore, lora, lowrank, relora, sltrain" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

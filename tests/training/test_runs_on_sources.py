@@ -29,6 +29,7 @@ ARMS = {
     "galore": ("method.rank=4",),
     "lowrank": ("method.rank=4", "method.restart_interval_steps=4", "schedule.restart_warmup_steps=2"),
     "sltrain": ("method.rank=4",),
+    "cola": ("method.rank=4",),
     "relora": (*RESTARTS, "method.warm_start_steps=3"),
 }
 
