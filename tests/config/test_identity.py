@@ -88,13 +88,16 @@ def test_with_a_given_tokenizer_the_vocabulary_size_does_not_change_the_hash(tmp
 def test_literal_hashes() -> None:
     """If a hash changes, every user gets another run folder. Then raise identity.SCHEME and find earlier folders."""
     assert identity.SCHEME == 2
-    methods = ("relora", "full", "lora", "control", "galore")
+    methods = ("relora", "full", "lora", "control", "galore", "lowrank", "sltrain", "cola")
     assert {method: hash_of(f"method={method}") for method in methods} == {
         "relora": "5d752197",
         "full": "ee493fca",
         "lora": "c1377fe5",
         "control": "b2f5a554",
         "galore": "792a0f6b",
+        "lowrank": "31e0fbb2",
+        "sltrain": "917d4e4b",
+        "cola": "2b735545",
     }
     assert hash_of("optimizer=muon") == "06cab290"
 

@@ -1,6 +1,7 @@
 """CoLA's layer against float64 formulas of arXiv 2502.10940, and what activation checkpointing keeps of it."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +131,19 @@ def test_a_second_backward_pass_gives_the_same_gradients() -> None:
     y.backward()
     for one, parameter in zip(once, model.parameters(), strict=True):
         assert torch.equal(2 * one, parameter.grad)  # type: ignore[arg-type]
+
+
+def test_a_backward_pass_in_another_thread_gives_the_same_gradients() -> None:
+    """On a GPU, torch computes backward passes, and what they compute again, in a thread of its own."""
+    model = Net().double()
+    activate(model, rank=3, target_modules=["first", "second"], seed=0, keeps_weights=True)
+    here, _ = run(copy.deepcopy(model), recompute=True)
+    with ThreadPoolExecutor(1) as pool:
+        x = normal(5, 6, seed=7).requires_grad_()
+        y = checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum()
+        pool.submit(y.backward).result()
+    for one, other in zip(here, (x, *model.parameters()), strict=True):
+        assert torch.equal(one, other.grad)  # type: ignore[arg-type]
 
 
 def test_under_autocast_products_are_in_bf16_and_gradients_in_fp32() -> None:
