@@ -143,7 +143,8 @@ def test_a_backward_pass_in_another_thread_gives_the_same_gradients() -> None:
         y = checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum()
         pool.submit(y.backward).result()
     for one, other in zip(here, (x, *model.parameters()), strict=True):
-        assert torch.equal(one, other.grad)  # type: ignore[arg-type]
+        # The other thread may have another number of threads for its matrix products.
+        assert torch.allclose(one, other.grad, rtol=1e-12)  # type: ignore[arg-type]
 
 
 def test_under_autocast_products_are_in_bf16_and_gradients_in_fp32() -> None:
