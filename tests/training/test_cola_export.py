@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,10 +113,9 @@ def test_the_class_of_the_export_computes_as_the_trained_model() -> None:
 
 
 def test_new_weights_of_the_class_are_random_and_not_empty() -> None:
-    config = modeling_cola.CoLALlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=50,
-        cola_rank=16, cola_target_modules=["q_proj"],
-    )  # fmt: skip
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    own: dict[str, Any] = {**sizes, "vocab_size": 50, "cola_rank": 16, "cola_target_modules": ["q_proj"]}
+    config = modeling_cola.CoLALlamaConfig(**own)
     model = modeling_cola.CoLALlamaForCausalLM(config)
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert isinstance(layer, modeling_cola.CoLALinear)

@@ -92,7 +92,7 @@ def test_an_exported_model_with_other_weights_than_the_trained_model_fails_the_r
     tiny: list[str], monkeypatch, capsys, has_checksum: bool, reason: str
 ) -> None:
 
-    def corrupt(model, tokenizer_file: Path, folder: Path, *others: dict[str, Any]) -> None:
+    def corrupt(model, tokenizer_file: Path, folder: Path, *others: Any) -> None:
         save_pretrained(model, tokenizer_file, folder, *others)
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] *= 1.0000002  # its last bit
