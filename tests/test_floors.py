@@ -40,7 +40,10 @@ HOMES = {
     "datasets": {"data.hub"},
     "huggingface_hub": {"data.hub"},
     "tokenizers": {"data.tokenizer"},
-    "transformers": {"data.tokenizer", "training.model", "training.pretrained"},
+    "transformers": {
+        *("data.tokenizer", "training.architecture", "training.model", "training.modeling_cola"),
+        "training.pretrained",
+    },
     "rich": {"tracking.console"},
     "matplotlib": {"studies.pictures"},
     "optuna": {"launching.tune"},

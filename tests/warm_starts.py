@@ -14,6 +14,9 @@ OTHERS = [
     ["method=galore", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
     ["method=fira", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
     ["method=apollo", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
+    ["method=lowrank", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
+    ["method=sltrain", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
+    ["method=cola", "method.rank=4", "method.warm_start_steps=3", "method.warm_start_learning_rate=2e-3"],
 ]
 
 

@@ -7,10 +7,13 @@ equal those of the real model, optimizer and FLOP counter.
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from relora.budget.replaced import Replaced
 
 STORAGE_BYTES = {"fp32": 4, "bf16_autocast": 4, "bf16": 2}
 """Bytes of one stored weight, gradient or optimizer-state element, by `trainer.precision`."""
@@ -22,8 +25,8 @@ ADAM_MOMENTS = 2
 ADAM_STEP_BYTES = 4
 """AdamW keeps two moments of the parameter's shape and one fp32 step count per parameter tensor."""
 
-FACTORS, MATRICES, SCALES, REST = "factors", "matrices", "scales", "rest"
-"""Roles of parameters: low-rank factors, decoder matrices, trained scales; embeddings, head, norms and biases."""
+FACTORS, MATRICES, SCALES, VALUES, REST = "factors", "matrices", "scales", "values", "rest"
+"""Roles of parameters: factors, decoder matrices, trained scales, sparse values; embeddings, head, norms, biases."""
 
 
 @dataclass(frozen=True)
@@ -254,9 +257,12 @@ class Cost:
     mergeable: bool
     """Whether a pass may use W + sBA. With dropout it may not."""
     unwrapped_flops_per_token: int
-    """FLOPs of one token, forward and backward, without the wrapped matrices and the optimizer."""
+    """FLOPs of one token, forward and backward, without the wrapped matrices and the optimizer.
+
+    Those of replaced layers that do not depend on the number of tokens are missing too.
+    """
     merge_flops: int
-    """FLOPs of one merge of all wrapped matrices."""
+    """FLOPs of one restart: a merge of all wrapped matrices, or what a replaced layer does."""
     optimizer_flops: int
     """FLOPs of the matrix products in one step of the optimizer. 0 for AdamW, which has none."""
     weight_bytes: int
@@ -271,6 +277,8 @@ class Cost:
     """Bytes of the optimizer's state."""
     optimizer_step_bytes: int
     """Peak bytes of temporary memory in the optimizer's step. 0 for fused AdamW."""
+    replaced: tuple["Replaced", ...] = ()
+    """The cost of each layer that takes the place of a matrix, in the order of the model."""
 
     def ways(self, merged_weight: str, *, tokens_per_micro_step: int, micro_steps: int) -> tuple[str, ...]:
         """Return the way to compute each wrapped matrix. `cheapest_way` has the arguments."""
@@ -310,7 +318,8 @@ class Cost:
             for shape in self.wrapped
         )
         wrapped_flops = 2 * sum(min(each.values()) for each in ways)
-        return self.unwrapped_flops_per_token * tokens + wrapped_flops + self.optimizer_flops
+        formed_flops = micro_steps * sum(each.flops_per_micro_step for each in self.replaced)
+        return self.unwrapped_flops_per_token * tokens + wrapped_flops + formed_flops + self.optimizer_flops
 
 
 def cost(
@@ -322,9 +331,10 @@ def cost(
     target_modules: str | Sequence[str] = (),
     trainable_scaling: bool = False,
     mergeable: bool = True,
+    replaced: "Mapping[str, Replaced] | None" = None,
     optimizer: OptimizerCost | None = None,
 ) -> Cost:
-    """Return the cost of training a model at full rank, or with low-rank factors.
+    """Return the cost of training a model at full rank, with low-rank factors, or with other layers for its matrices.
 
     Per token, a trained linear layer of i x o takes 2io FLOPs forward and 4io backward. `way_multiply_adds` counts a
     wrapped one. Attention takes 4 * sequence * hidden per layer forward (scores and mixture) and twice that backward.
@@ -335,19 +345,21 @@ def cost(
         target_modules: The matrices that get factors (`module_matches`).
         trainable_scaling: Whether each wrapped matrix has a trained scale.
         mergeable: Whether a pass may use W + sBA.
+        replaced: The matrices, by name, that other layers replace. They have no `rank` and no `target_modules`.
         optimizer: The cost of the optimizer. None means AdamW.
     """
-    linears = shape.linears()
+    linears, others = shape.linears(), replaced or {}
     wrapped = {name for name in linears if rank is not None and module_matches(name, target_modules)}
     weights = {name: i * o for name, (i, o) in linears.items()}
     trained = [Trained(REST, numel) for numel in shape.full_rank_parameters().values()]
-    trained += [Trained(MATRICES, o, i) for name, (i, o) in linears.items() if name not in wrapped]
+    trained += [Trained(MATRICES, o, i) for name, (i, o) in linears.items() if name not in wrapped | others.keys()]
     factors: list[Trained] = []
     for name in wrapped:
         i, o = linears[name]
         assert rank is not None
         factors += [Trained(FACTORS, rank, i), Trained(FACTORS, o, rank)]
         factors += [Trained(SCALES, 1)] if trainable_scaling else []
+    factors += [tensor for each in others.values() for tensor in each.trained]
     trained += factors
 
     parameters, trainable = shape.parameters, sum(each.numel for each in trained)
@@ -355,7 +367,11 @@ def cost(
 
     head_flops = 2 * shape.vocab_size * shape.hidden_size
     attention_flops = 4 * sequence_length_tokens * shape.hidden_size * shape.layers
-    unwrapped = 2 * sum(n for name, n in weights.items() if name not in wrapped)
+    unwrapped = 2 * sum(n for name, n in weights.items() if name not in wrapped | others.keys())
+    replaced_flops = sum(each.flops_per_token for each in others.values())
+    # The matrices that are not in memory, and tensors that are and have no gradient.
+    absent = sum(weights[name] for name in others)
+    fixed_bytes = sum(each.fixed_bytes for each in others.values())
 
     element_bytes = STORAGE_BYTES[precision]
     return Cost(
@@ -364,9 +380,11 @@ def cost(
         wrapped=tuple(linears[name] for name in linears if name in wrapped),
         rank=rank or 0,
         mergeable=mergeable,
-        unwrapped_flops_per_token=3 * (unwrapped + head_flops + attention_flops),
-        merge_flops=0 if rank is None else sum(2 * rank * weights[name] for name in wrapped),
-        weight_bytes=(parameters + sum(each.numel for each in factors)) * element_bytes,
+        unwrapped_flops_per_token=3 * (unwrapped + head_flops + attention_flops) + replaced_flops,
+        merge_flops=sum(each.restart_flops for each in others.values())
+        if rank is None
+        else sum(2 * rank * weights[name] for name in wrapped),
+        weight_bytes=(parameters - absent + sum(each.numel for each in factors)) * element_bytes + fixed_bytes,
         trainable_scaling=trainable_scaling,
         computed_bytes=COMPUTE_BYTES[precision],
         gradient_bytes=trainable * element_bytes,
@@ -374,6 +392,7 @@ def cost(
         optimizer_flops=own.step_flops(trained),
         optimizer_step_bytes=own.step_bytes(trained, element_bytes),
         optimizer_bytes=own.state_bytes(trained, element_bytes),
+        replaced=tuple(others[name] for name in linears if name in others),
     )
 
 

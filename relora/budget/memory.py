@@ -34,7 +34,8 @@ def layer_bytes_per_token(
     mlp = 4 * computed * intermediate
     dropped, scaled = 0 if own.mergeable else computed + 1, computed if own.trainable_scaling else 0
     low_rank = sum(own.rank * computed + i * dropped + o * scaled for i, o in plain_wrapped)
-    return norms + attention + mlp + low_rank
+    replaced = computed * sum(each.kept_numel for each in own.replaced) // shape.layers
+    return norms + attention + mlp + low_rank + replaced
 
 
 def peak_bytes(
@@ -86,8 +87,9 @@ def peak_bytes(
     # Autocast copies the weights. Copies of frozen weights stay as long as the activations of their layer.
     trained_copies = frozen_copies = 0
     if stored != computed:
-        wrapped_numel = sum(i * o for i, o in own.wrapped)
-        trained_copies = computed * (sum(i * o for i, o in shape.linears().values()) - wrapped_numel)
+        absent_numel = sum(i * o for i, o in own.wrapped)
+        absent_numel += sum(each.in_features * each.out_features - each.copied_numel for each in own.replaced)
+        trained_copies = computed * (sum(i * o for i, o in shape.linears().values()) - absent_numel)
         frozen_copies = computed * sum(i * o + own.rank * (i + o) for i, o in plain)
     final_norm = tokens * (WIDE_BYTES + 2 * stored) * hidden
 
@@ -101,9 +103,12 @@ def peak_bytes(
     in_layer = tokens * computed * (2 * hidden + shape.intermediate_size)
     if merged_weight == "rebuilt":
         in_layer += computed * max((i * o for i, o in merged), default=0)
+    in_layer += computed * max((each.formed_numel for each in own.replaced), default=0)
     at_the_end = own.gradient_bytes + in_layer
     if activation_checkpointing:
-        between = shape.layers * tokens * stored * hidden
+        kept_again = tokens * computed * sum(each.checkpointed_numel for each in own.replaced)
+        between = shape.layers * tokens * stored * hidden + kept_again
+        layer -= kept_again // shape.layers  # a layer that is computed again uses its kept activations
         at_the_loss = between + final_norm + trained_copies + loss
         in_layer += layer + tokens * WIDE_BYTES * hidden + (trained_copies + frozen_copies) // shape.layers
         at_the_beginning = between + of_head + in_layer

@@ -104,25 +104,24 @@ class RunConfig:
                 f"schedule.warmup_steps={warmup} does not fit into the {phase} steps "
                 f"{'after the warm start' if warm else 'of the run'}; lower it or raise trainer.total_steps"
             )
-        interval = self.reset_interval_steps
+        interval, name_of_interval = self.reset_interval_steps, f"method.{self.method.restart_interval_field}"
         if interval is None:
             return
         if interval > phase:
             raise ConfigError(
-                f"method.reset_interval_steps={interval} is longer than the {phase} steps "
+                f"{name_of_interval}={interval} is longer than the {phase} steps "
                 f"{'after the warm start' if warm else 'of the run'}; lower it, or set it to null for no restarts"
             )
         for name, value in (("warmup_steps", warmup), ("restart_warmup_steps", rewarm)):
             if value > interval:
                 raise ConfigError(
-                    f"schedule.{name}={value} does not fit into method.reset_interval_steps={interval}; "
-                    f"lower schedule.{name}"
+                    f"schedule.{name}={value} does not fit into {name_of_interval}={interval}; lower schedule.{name}"
                 )
         last = (phase - 1) // interval * interval
         if last and phase - last < rewarm:
             raise ConfigError(
                 f"the last restart, at step {warm + last}, leaves {phase - last} steps, fewer than "
-                f"schedule.restart_warmup_steps={rewarm}; change method.reset_interval_steps={interval} or "
+                f"schedule.restart_warmup_steps={rewarm}; change {name_of_interval}={interval} or "
                 f"trainer.total_steps={total}"
             )
 
@@ -214,7 +213,7 @@ class RunConfig:
     @property
     def reset_interval_steps(self) -> int | None:
         """Optimizer steps between restarts; None if the method never restarts."""
-        return getattr(self.method, "reset_interval_steps", None)
+        return self.method.interval_steps
 
     @property
     def clock(self) -> RestartClock:

@@ -148,6 +148,6 @@ def _values(config: RunConfig) -> str:
     names = ["learning rates"]
     if config.method.warm_start_steps and "method.warm_start_steps" not in given:
         names.append("warm start")
-    if config.reset_interval_steps is not None and "method.reset_interval_steps" not in given:
+    if config.reset_interval_steps is not None and f"method.{config.method.restart_interval_field}" not in given:
         names.append("restarts")
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -214,7 +214,8 @@ def wrapped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return layers
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the module `name` of `model`."""
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
 
@@ -240,27 +241,43 @@ def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
     """
     if any(True for _ in low_rank_layers(model)):
         raise ValueError("the model is wrapped already; call unwrap(model) first")
+    targets = targeted_linears(model, config.target_modules, rank=config.rank)
+    for name, linear in targets.items():
+        layer = LowRankLinear(linear, config)
+        layer.initialise(seed=seed, restart=0, name=name)
+        layer.train(linear.training)
+        replace_module(model, name, layer)
+    return model
+
+
+def targeted_linears(model: nn.Module, target_modules: str | Sequence[str], *, rank: int) -> dict[str, nn.Linear]:
+    """Return the linear layers of `model` that factors of `rank` can be given to, by name, in the order of the model.
+
+    Raises:
+        ValueError: Nothing matches, a listed ending matches no linear layer, the rank exceeds min(in, out) of a target,
+            a target is a subclass of nn.Linear, or a target shares its weight with another module.
+    """
     linears = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if name and isinstance(module, nn.Linear)
     }
-    targets = {name: module for name, module in linears.items() if module_matches(name, config.target_modules)}
+    targets = {name: module for name, module in linears.items() if module_matches(name, target_modules)}
     unmatched = [
         ending
-        for ending in ([] if isinstance(config.target_modules, str) else config.target_modules)
+        for ending in ([] if isinstance(target_modules, str) else target_modules)
         if not any(module_matches(name, [ending]) for name in linears)
     ]
     if unmatched or not targets:
-        raise ValueError(_no_linear(model, sorted(linears), unmatched or config.target_modules))
+        raise ValueError(_no_linear(model, sorted(linears), unmatched or target_modules))
     owners: dict[int, list[str]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module_name)
     for name, linear in targets.items():
         limit = min(linear.in_features, linear.out_features)
-        if config.rank > limit:
-            raise ValueError(f"rank={config.rank} exceeds min(in, out)={limit} of {name}; lower the rank")
+        if rank > limit:
+            raise ValueError(f"rank={rank} exceeds min(in, out)={limit} of {name}; lower the rank")
         if type(linear) is not nn.Linear:
             raise ValueError(
                 f"{name} is a {type(linear).__name__}, and its owner may read its weight directly, without the "
@@ -271,12 +288,7 @@ def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
                 f"the weight of {name} is shared by {owners[id(linear.weight)]}; "
                 "untie it or leave it out of target_modules"
             )
-    for name, linear in targets.items():
-        layer = LowRankLinear(linear, config)
-        layer.initialise(seed=seed, restart=0, name=name)
-        layer.train(linear.training)
-        _replace(model, name, layer)
-    return model
+    return targets
 
 
 def _no_linear(model: nn.Module, linears: Sequence[str], targets: str | Sequence[str]) -> str:
@@ -334,11 +346,17 @@ def unwrap(model: M) -> M:
     """
     for name, layer in wrapped_layers(model).items():
         layer.merge()
-        linear = nn.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", dtype=layer.weight.dtype
-        )
-        linear.weight = layer.weight.requires_grad_(True)
-        linear.bias = layer.bias
+        linear = plain_linear(layer.weight, layer.bias)
         linear.train(layer.training)
-        _replace(model, name, linear)
+        replace_module(model, name, linear)
     return model
+
+
+def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """Return a trainable linear layer with these weights. A `weight` (out x in) that is a parameter is not copied."""
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = (weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)).requires_grad_(True)
+    if bias is not None:
+        linear.bias = bias
+    return linear

@@ -5,11 +5,12 @@ train the whole model at full rank. The file imports torch inside the hooks that
 and checked without torch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from relora.budget.cost import FACTORS, MATRICES, REST, SCALES, Cost, LlamaShape, cost
+from relora.budget.cost import FACTORS, MATRICES, REST, SCALES, VALUES, Cost, LlamaShape, cost, module_matches
 from relora.common.checks import MOST_STEPS, at_least, at_most, positive
 from relora.common.errors import ConfigError, shown
 
@@ -34,8 +35,8 @@ class Restart:
 class Method:
     """The settings that every method has, and the defaults of all hooks.
 
-    A method with a rank has the field `rank`. A method that restarts has the field `reset_interval_steps` (None: no
-    restarts). Hooks get the config of the whole run as `run`.
+    A method with a rank has the field `rank`. A method that restarts has a field for the interval, which
+    `restart_interval_field` names (None: no restarts). Hooks get the config of the whole run as `run`.
     """
 
     is_full_rank: ClassVar[bool] = False
@@ -46,6 +47,19 @@ class Method:
         "method.warm_start_learning_rate": "warm_start_lr",
     }
     """Setting, by dotted name -> its name in the labels of a comparison. Other settings have their last word."""
+
+    model_type: ClassVar[str | None] = None
+    """The model_type in config.json of an exported model that is no plain Llama."""
+
+    modelling_module: ClassVar[str | None] = None
+    """The module that defines this model for transformers, if `model_type` is set.
+
+    The export copies its file, which therefore imports torch and transformers only. AUTO_CLASSES names the classes: see
+    relora.training.modeling_cola. `finish` leaves a model whose weights have the names of the class there.
+    """
+
+    restart_interval_field: ClassVar[str] = "reset_interval_steps"
+    """The name of the field with the steps between two restarts. A method without this field never restarts."""
 
     name: str
     warm_start_steps: int = 0
@@ -103,6 +117,16 @@ class Method:
         return None
 
     @property
+    def restarts(self) -> bool:
+        """Whether the method can restart: whether it has the field for the interval."""
+        return hasattr(self, self.restart_interval_field)
+
+    @property
+    def interval_steps(self) -> int | None:
+        """The steps between two restarts. None without restarts."""
+        return getattr(self, self.restart_interval_field, None)
+
+    @property
     def may_be_baseline(self) -> bool:
         """Whether a run of this method may be the full-rank baseline of other runs."""
         return self.is_full_rank and not self.warm_start_steps
@@ -124,8 +148,13 @@ class Method:
 
     # ------------------------------------------------------------------------------------ used by the trainer
 
-    def begin(self, model: "nn.Module", run: "RunConfig") -> None:
-        """Change the model when the warm start ends. Without a warm start, this is the start of the run."""
+    def begin(self, model: "nn.Module", run: "RunConfig") -> str | None:
+        """Change the model when the warm start ends. Without a warm start, this is the start of the run.
+
+        Returns:
+            One clause for the user about the change, without a full stop, or None.
+        """
+        return None
 
     def build_optimizer(self, model: "nn.Module", run: "RunConfig") -> "torch.optim.Optimizer":
         """Build the optimizer of the method's own phase, after the warm start.
@@ -162,19 +191,27 @@ class Method:
         return ()
 
     def restart(self, model: "nn.Module", optimizer: "torch.optim.Optimizer", run: "RunConfig", number: int) -> Restart:
-        """Do restart `number` (counted from 1). Called every `reset_interval_steps` steps."""
-        raise NotImplementedError(f"method={self.name} has the field reset_interval_steps, but no restart(); define it")
+        """Do restart `number` (counted from 1). Called every `interval_steps` steps."""
+        raise NotImplementedError(
+            f"method={self.name} has the field {self.restart_interval_field}, but no restart(); define it"
+        )
 
     def finish(self, model: "nn.Module", run: "RunConfig") -> None:
         """Turn the model into a plain model for the export. Called once, after the last step."""
 
+    def exported_config(self, run: "RunConfig") -> dict[str, Any]:
+        """Return more entries of config.json, for `modelling_module`."""
+        return {}
+
 
 def role_of(name: str, parameter: "nn.Parameter") -> str:
     """Return the role of the parameter `name` of a model (relora.budget.cost)."""
-    if name.endswith((".lora_A", ".lora_B")):
+    if name.endswith((".lora_A", ".lora_B", ".factor_A", ".factor_B")):
         return FACTORS
     if name.endswith(".scaling"):
         return SCALES
+    if name.endswith(".sparse_values"):
+        return VALUES
     return MATRICES if name.startswith("model.layers.") and parameter.ndim == 2 else REST
 
 
@@ -199,6 +236,7 @@ def parameter_groups(
       `optimizer.embedding_learning_rate`, if that is set.
     - Trained scales, without weight decay, if there are any.
     - The factors B, with weight decay, if `b_rate_ratio` is not 1. They are then not in the first group.
+    - Sparse values, with weight decay, if there are any.
 
     Args:
         model: The model in training.
@@ -206,7 +244,7 @@ def parameter_groups(
         learning_rate: The base learning rate of all groups without another one.
         b_rate_ratio: The learning rate of B divided by `learning_rate`.
     """
-    held: dict[str, list[Any]] = {MATRICES: [], REST: [], SCALES: [], FACTORS: []}
+    held: dict[str, list[Any]] = {MATRICES: [], REST: [], SCALES: [], FACTORS: [], VALUES: []}
     for name, role, parameter in trained_parameters(model):
         is_b = b_rate_ratio != 1 and name.endswith(".lora_B")
         held[MATRICES if role == FACTORS and not is_b else role].append(parameter)
@@ -217,7 +255,7 @@ def parameter_groups(
             "params": parameters,
             "role": role,
             "base_learning_rate": rates.get(role, learning_rate),
-            "weight_decay": settings.weight_decay if role in (MATRICES, FACTORS) else 0.0,
+            "weight_decay": settings.weight_decay if role in (MATRICES, FACTORS, VALUES) else 0.0,
         }
         for role, parameters in held.items()
         if parameters or role in (MATRICES, REST)
@@ -283,6 +321,21 @@ class Targeted(Method):
             found = [name for name in names if not chosen.isdisjoint(_endings(name))]
             targeted += [ending] if found == names else found
         return {**fields, "method.target_modules": targeted}
+
+
+def break_even_rank(method: Targeted, shape: LlamaShape, run: "RunConfig", *, of_rank: Callable[[int], Method]) -> int:
+    """Return the highest rank at which a step of `method` takes fewer FLOPs than at full rank, or 0 if there is none.
+
+    `of_rank` returns the method with another rank. For methods whose FLOPs do not depend on the micro-steps.
+    """
+
+    def flops(own: Cost) -> int:
+        return replace(own, optimizer_flops=0).flops_per_update(run.tokens_per_step)
+
+    at_full_rank = flops(Method.cost(method, shape, run))
+    targeted = (sizes for name, sizes in shape.linears().items() if module_matches(name, method.target_modules))
+    highest = min(min(sizes) for sizes in targeted)
+    return bisect_left(range(1, highest + 1), at_full_rank, key=lambda rank: flops(of_rank(rank).cost(shape, run)))
 
 
 def _endings(name: str) -> list[str]:

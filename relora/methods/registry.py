@@ -4,12 +4,15 @@ from relora.common.plugins import Registry
 from relora.methods.apollo import Apollo
 from relora.methods.apollo_mini import ApolloMini
 from relora.methods.base import Method
+from relora.methods.cola import CoLA
 from relora.methods.control import Control
 from relora.methods.fira import Fira
 from relora.methods.full import Full
 from relora.methods.galore import GaLore
 from relora.methods.lora import LoRA
+from relora.methods.lowrank import LowRank
 from relora.methods.relora import ReLoRA
+from relora.methods.sltrain import SLTrain
 
 BASELINE = "full"
 """The method with which all other methods are compared."""
@@ -26,5 +29,8 @@ METHODS: Registry[Method] = Registry(
         "fira": Fira,
         "apollo": Apollo,
         "apollo_mini": ApolloMini,
+        "lowrank": LowRank,
+        "sltrain": SLTrain,
+        "cola": CoLA,
     },
 )

@@ -249,7 +249,7 @@ def _short(name: str, config: RunConfig) -> str:
 
 
 def _brief(name: str, value: Any) -> str:
-    if name == "method.reset_interval_steps" and not value:
+    if name in ("method.reset_interval_steps", "method.restart_interval_steps") and not value:
         return "never"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -158,7 +158,7 @@ def heat_map(study: Study) -> HeatMap | None:
 
 def restarts(config: RunConfig) -> bool:
     """Return whether the method of a run has a rank and a reset interval."""
-    return config.rank is not None and hasattr(config.method, "reset_interval_steps")
+    return config.rank is not None and config.method.restarts
 
 
 def _with_rank(values: dict[tuple[int | None, int | None], float]) -> dict[tuple[int, int | None], float]:

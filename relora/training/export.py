@@ -13,6 +13,7 @@ from relora.common.errors import DamagedFile, RunError, TrainingError
 from relora.config.data import SEQUENCE_KEYS
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
+from relora.training.architecture import Architecture
 from relora.training.evaluate import Evaluation, evaluate
 from relora.training.figures import sequences_per_batch
 from relora.training.model import precision_context, summed_cross_entropy
@@ -87,7 +88,7 @@ def export(trainer: "Trainer", corpus: "Corpus", run: RunDir, tokenizer_config: 
     trainer.method.finish(model, config)
     as_sequences = {key: getattr(config.data, key) for key in SEQUENCE_KEYS}
     about = {"run": config.name, **as_sequences, **settings, **corpus.identity}
-    save_pretrained(model, corpus.tokenizer_file, run.model, about, tokenizer_config)
+    save_pretrained(model, corpus.tokenizer_file, run.model, about, tokenizer_config, Architecture.of(config))
     try:
         exported = load_pretrained(run.model, device)
         check_same_weights(model, exported)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from relora.budget.cost import LlamaShape
 from relora.common.errors import RunError
 from relora.config.groups import ModelConfig
+from relora.core.keeping import contexts
 from relora.core.loss import IGNORED, dtype_of_products, summed_linear_cross_entropy
 
 COMPILER = "inductor"
@@ -113,9 +114,11 @@ def attention_within_documents(positions_BxT: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _is_ours(model: nn.Module) -> TypeGuard[LlamaForCausalLM]:
-    """Whether `model` is of the kind that `build` makes, with a head that is not wrapped."""
+    """Whether `model` computes as one that `build` makes, with a head that is not wrapped."""
     return (
-        type(model) is LlamaForCausalLM
+        isinstance(model, LlamaForCausalLM)
+        and type(model).forward is LlamaForCausalLM.forward
+        and type(model.model) is LlamaModel
         and model.config._attn_implementation == "sdpa"
         and type(model.lm_head) is nn.Linear
     )
@@ -135,7 +138,8 @@ def final_hidden(
         inputs_BxT: Token ids.
         positions_BxT: The place of each token in its document. Attention stays within the document. With None,
             attention covers the whole sequence, and positions are 0 .. T-1.
-        recompute: Keep no activations within a layer, and compute them again in the backward pass.
+        recompute: Keep only the activations within a layer that it asks for (relora.core.keeping), and compute all
+            others again in the backward pass.
     """
     decoder = model.model
     hidden_BxTxD = decoder.embed_tokens(inputs_BxT)
@@ -147,7 +151,10 @@ def final_hidden(
     rotary = decoder.rotary_emb(hidden_BxTxD, position_ids=positions)
     for layer in decoder.layers:
         call = partial(layer, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
-        hidden_BxTxD = checkpoint(call, hidden_BxTxD, use_reentrant=False) if recompute else call(hidden_BxTxD)
+        if recompute:
+            hidden_BxTxD = checkpoint(call, hidden_BxTxD, use_reentrant=False, context_fn=contexts)
+        else:
+            hidden_BxTxD = call(hidden_BxTxD)
     return decoder.norm(hidden_BxTxD)
 
 
@@ -169,8 +176,7 @@ def summed_cross_entropy(
         inputs_BxT: Token ids.
         targets_BxT: The token id that follows each input. IGNORED (relora.core.loss) counts nothing.
         positions_BxT: As in `final_hidden`.
-        recompute: Keep no activations within a layer, and compute them again in the backward pass. Only for a model
-            that `build` made.
+        recompute: As in `final_hidden`. Only for a model that `build` made.
     """
     if _is_ours(model):
         hidden_BxTxD = final_hidden(model, inputs_BxT, positions_BxT=positions_BxT, recompute=recompute)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from relora.common.errors import RunError, first_line
 from relora.common.files import check_weight_sums, crc32_of, publishing
+from relora.training.architecture import Architecture, register_own_classes
 
 logging.disable_progress_bar()
 
@@ -40,8 +41,9 @@ def save_pretrained(
     folder: Path,
     run: dict[str, Any],
     tokenizer_config: dict[str, Any] | None,
+    architecture: Architecture | None = None,
 ) -> None:
-    """Write a plain Hugging Face folder with weights, config and tokenizer, plus relora.json.
+    """Write a Hugging Face folder with weights, config and tokenizer, plus relora.json.
 
     It is written to a temporary folder beside it, which is renamed when it is complete and on the disk. So `folder` is
     never incomplete.
@@ -52,9 +54,12 @@ def save_pretrained(
         folder: The folder to create.
         run: Content of relora.json, to which the checksums of the weights are added.
         tokenizer_config: Content of tokenizer_config.json.
+        architecture: What the model is, if it is no plain Llama. Its modelling file becomes part of the folder.
     """
     with publishing(folder) as temporary:
         model.save_pretrained(temporary)  # type: ignore[operator]
+        if architecture is not None:
+            architecture.write(temporary)
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, temporary / TOKENIZER)
             (temporary / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
@@ -80,12 +85,13 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
 def load_pretrained(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load the model of a local Hugging Face folder, in its stored precision and in evaluation mode.
 
-    Code in the folder is never run.
+    Code in the folder is never run. For a model that is no plain Llama, the class is that of the method's own module.
 
     Raises:
         RunError: The model cannot be loaded, the weights changed after the export, or they do not match config.json.
     """
     check_weight_sums(folder)
+    register_own_classes(folder)
     with _loading(folder, "model"):
         settings: dict[str, Any] = {**LOCAL, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings)

@@ -160,11 +160,13 @@ class Trainer:
     def begin_method(self, step: int) -> None:
         """End the warm start: the method changes the model and brings its own optimizer."""
         self.report_updates()
-        self._begin()
+        done = self._begin()
         self._refresh()
         self.check_ranks(step)
-        if step:
-            self.tracker.log_line(f"step {step}: the warm start ends, {self.config.method.name} begins")
+        if step or done:
+            ends = "the warm start ends, " if step else ""
+            said = f": {done}" if done else ""
+            self.tracker.log_line(f"step {step}: {ends}{self.config.method.name} begins{said}")
 
     def restart(self, step: int) -> None:
         """Merge, re-initialise and reset. The schedule ramps the learning rate up again by itself."""
@@ -221,11 +223,12 @@ class Trainer:
                 self.tracker.log_line(f"step {step}: {message}")
         self.under_way.add(step, loss, norm, self.optimizer.param_groups[0]["lr"])
 
-    def _begin(self) -> None:
+    def _begin(self) -> str | None:
         """Let the method change the model, and replace the warm start's optimizer by the method's."""
-        self.method.begin(self.model, self.config)
+        done = self.method.begin(self.model, self.config)
         self.has_begun = True
         self._use_optimizer(self.method.build_optimizer(self.model, self.config))
+        return done
 
     def _use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self.in_backward is not None:

@@ -75,10 +75,11 @@ def trainer_of(config: RunConfig, folder: Path) -> Trainer:
 
 
 def kept_bytes(trainer: Trainer) -> int:
-    """Weights, merged weights, optimizer state, and what several ranks send."""
+    """Weights, merged weights, positions of sparse values, optimizer state, and what several ranks send."""
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     merged = [layer._merged for _, layer in low_rank_layers(trainer.model) if layer._merged is not None]
     sent = [] if trainer.micro._buffer is None else [trainer.micro._buffer]
+    sent += [buffer for name, buffer in trainer.model.named_buffers() if name.endswith(".support")]
     return sum(each.numel() * each.element_size() for each in [*trainer.model.parameters(), *state, *merged, *sent])
 
 
@@ -116,6 +117,16 @@ def kept_bytes(trainer: Trainer) -> int:
         ("lora", ["method.rank=16", "trainer.sequences_per_step=1", "data.sequence_length_tokens=96"]),
         ("full", ["model.vocab_size=140000", "trainer.sequences_per_step=1"]),
         ("control", ["method.rank=16"]),
+        ("lowrank", ["method.rank=16"]),
+        ("lowrank", ["method.rank=16", "trainer.activation_checkpointing=true", "trainer.sequences_per_micro_step=4"]),
+        ("lowrank", ["method.rank=64", *IN_BACKWARD]),
+        ("cola", ["method.rank=32"]),
+        ("cola", ["method.rank=32", "trainer.activation_checkpointing=true"]),
+        ("cola", ["method.rank=32", "trainer.activation_checkpointing=true", "trainer.sequences_per_micro_step=4"]),
+        ("cola", ["method.rank=64", *IN_BACKWARD]),
+        ("sltrain", ["method.rank=16"]),
+        ("sltrain", ["method.rank=16", "trainer.activation_checkpointing=true", "trainer.sequences_per_micro_step=4"]),
+        ("sltrain", ["method.rank=64", "trainer.sequences_per_step=1", *IN_BACKWARD]),
         ("galore", ["method.rank=16"]),
         ("galore", ["method.rank=16", "model.vocab_size=20000", "trainer.sequences_per_step=2"]),
         ("fira", ["method.rank=16"]),

@@ -33,6 +33,20 @@ WRONG = [
     (["method.alpha=0"], "method.alpha=0.0 must be positive"),
     (["method.reset_interval_steps=0"], "method.reset_interval_steps=0 ... at least 1 (null: no restarts)"),
     (["method.reset_interval_steps=-5"], "method.reset_interval_steps=-5 ... at least 1 (null: no restarts)"),
+    (
+        ["method=lowrank", "method.restart_interval_steps=0"],
+        "method.restart_interval_steps=0 ... at least 1 (null: no restarts)",
+    ),
+    (
+        ["method=lowrank", "method.restart_interval_steps=601"],
+        "method.restart_interval_steps=601 ... the 600 steps ... lower it",
+    ),
+    (
+        ["method=lowrank", "method.restart_interval_steps=99"],
+        "the last restart ... 594 ... leaves 6 steps ... method.restart_interval_steps=99",
+    ),
+    (["method=sltrain", "method.density=0"], "method.density=0.0 must be positive"),
+    (["method=sltrain", "method.density=1.5"], "method.density=1.5 must be at most 1: ... share"),
     (["method.reset_interval_steps=501"], "method.reset_interval_steps=501 ... the 500 steps ... lower it"),
     (
         ["trainer.total_steps=100"],

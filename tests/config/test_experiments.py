@@ -84,10 +84,10 @@ RELORA_TRAINABLE_MILLION = {
 
 # fmt: off
 GALORE_TABLE = {
-    "paper/galore_60m": ({"full": 34.06, "low_rank": 78.18, "lora": 34.99, "relora": 37.04, "galore": 34.88}, 256, 1),
-    "paper/galore_130m": ({"full": 25.08, "low_rank": 45.51, "lora": 33.92, "relora": 29.37, "galore": 25.36}, 256, 1),
-    "paper/galore_350m": ({"full": 18.80, "low_rank": 37.41, "lora": 25.58, "relora": 29.08, "galore": 18.95}, 128, 4),
-    "paper/galore_1b": ({"full": 15.56, "low_rank": 142.53, "lora": 19.21, "relora": 18.33, "galore": 15.64}, 16, 8),
+    "paper/galore_60m": ({"full": 34.06, "lowrank": 78.18, "lora": 34.99, "relora": 37.04, "galore": 34.88}, 256, 1),
+    "paper/galore_130m": ({"full": 25.08, "lowrank": 45.51, "lora": 33.92, "relora": 29.37, "galore": 25.36}, 256, 1),
+    "paper/galore_350m": ({"full": 18.80, "lowrank": 37.41, "lora": 25.58, "relora": 29.08, "galore": 18.95}, 128, 4),
+    "paper/galore_1b": ({"full": 15.56, "lowrank": 142.53, "lora": 19.21, "relora": 18.33, "galore": 15.64}, 16, 8),
 }
 """Table 2 of arXiv 2403.03507, and the micro-batch and GPUs of the authors' scripts."""
 # fmt: on
@@ -95,7 +95,9 @@ GALORE_TABLE = {
 PAPER = [name for name in SETTINGS if name.startswith("paper/")]
 PRESETS = REPOSITORY / "conf" / "presets"
 PRESET_FILES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
-SAME_AS_THE_DEFAULT = {f"laptop/small/{method}" for method in ("lora", "control", "galore", "fira", "apollo")}
+SAME_AS_THE_DEFAULT = {
+    f"laptop/small/{method}" for method in ("lora", "control", "galore", "fira", "apollo", "lowrank", "sltrain", "cola")
+}
 SAME_AS_THE_DEFAULT |= {f"{name}/apollo_mini" for name in SETTINGS if not name.startswith("paper/galore")}
 """Presets that are equal to the default of the method."""
 

@@ -45,6 +45,8 @@ WITH_CHOICES = {
     "method.scale": ["method=galore"],
     "method.square_side": ["method=galore"],
     "method.growth_limit": ["method=fira"],
+    "method.restart_interval_steps": ["method=lowrank"],
+    "method.density": ["method=sltrain"],
     "optimizer.momentum": ["optimizer=muon"],
     "optimizer.newton_schulz_steps": ["optimizer=muon"],
 }

@@ -37,6 +37,9 @@ def every_layer(name: str) -> str:
         ([NO_RESTARTS], [NO_RESTARTS, f"{RESET}.mode=zero", f"{RESET}.pruning_ratio=0.5", f"{RESET}.reset_step=false"]),
         ([NO_RESTARTS], [NO_RESTARTS, "schedule.restart_warmup_steps=7"]),
         ([NO_RESTARTS], ["method.reset_interval_steps=500", "schedule.restart_warmup_steps=0"]),
+        (["method=lowrank"], ["method=lowrank", REVERSED, "schedule.restart_warmup_steps=7"]),
+        (["method=lowrank"], ["method=lowrank", "method.restart_interval_steps=600"]),
+        (["method=sltrain"], ["method=sltrain", "method.alpha=8", "method.density=3e-2"]),
         ([f"{RESET}.mode=none"], [f"{RESET}.mode=none", f"{RESET}.reset_step=false", f"{RESET}.moments=independent"]),
         ([f"{RESET}.mode=zero"], [f"{RESET}.mode=zero", f"{RESET}.pruning_ratio=0.3"]),
         ([f"{RESET}.mode=zero"], [f"{RESET}.mode=random", f"{RESET}.pruning_ratio=1"]),
@@ -67,6 +70,8 @@ def test_configs_with_the_same_meaning_are_one_run(one: list[str], other: list[s
         ([f"{RESET}.mode=random"], []),
         ([f"{RESET}.pruning_ratio=0"], [f"{RESET}.mode=none"]),
         (["method=galore", "method.update_interval_steps=300"], ["method=galore", "method.update_interval_steps=400"]),
+        (["method=lowrank"], ["method=lowrank", "method.restart_interval_steps=200"]),
+        (["method=sltrain"], ["method=sltrain", "method.density=0.05"]),
     ],
 )
 def test_configs_with_different_meanings_are_two_runs(one: list[str], other: list[str]) -> None:
@@ -83,7 +88,8 @@ def test_with_a_given_tokenizer_the_vocabulary_size_does_not_change_the_hash(tmp
 def test_literal_hashes() -> None:
     """If a hash changes, every user gets another run folder. Then raise identity.SCHEME and find earlier folders."""
     assert identity.SCHEME == 2
-    methods = ("relora", "full", "lora", "control", "galore", "fira", "apollo", "apollo_mini")
+    methods = ("relora", "full", "lora", "control", "galore", "fira", "apollo", "apollo_mini", "lowrank", "sltrain")
+    methods += ("cola",)
     assert {method: hash_of(f"method={method}") for method in methods} == {
         "relora": "5d752197",
         "full": "ee493fca",
@@ -93,6 +99,9 @@ def test_literal_hashes() -> None:
         "fira": "6fc7cc9b",
         "apollo": "230d6ecb",
         "apollo_mini": "eb973c61",
+        "lowrank": "31e0fbb2",
+        "sltrain": "917d4e4b",
+        "cola": "2b735545",
     }
     assert hash_of("optimizer=muon") == "06cab290"
 

@@ -87,6 +87,19 @@ def test_a_preset_that_nobody_tuned_is_untuned_also_in_its_setting(experiment: s
     assert "not tuned" in reason
 
 
+@pytest.mark.parametrize("method", ["lowrank", "sltrain", "cola"])
+def test_a_method_that_nobody_tuned_is_untuned_in_the_default_run(method: str) -> None:
+    found = noted(f"method={method}")
+    assert found.basis == "untuned"
+    assert found.differs == [f"conf/method/{method}.yaml says that its values are not tuned"]
+
+
+def test_restarts_are_part_of_the_untuned_values_under_either_name() -> None:
+    by_hand = ("method=lowrank", "method.restart_interval_steps=200")
+    (message,) = remarks([Presets().noted(compose(by_hand), by_hand)])
+    assert "to the learning rates of lowrank" in message, "the user has set the interval"
+
+
 def test_a_baseline_with_an_untuned_preset_is_tried_at_several_rates() -> None:
     planned = planned_runs(expand(["experiments=laptop/crossing", "method.rank=4,8"]))
     rates = [item.config.optimizer.learning_rate for item in planned if item.role == "baseline"]

@@ -118,10 +118,11 @@ def test_a_run_is_the_same_to_the_bit(overrides: list[str], precision: str, tmp_
     assert norms[0] == norms[1]
 
 
-@pytest.mark.parametrize("method", ["full", "galore", "fira", "apollo"])
+@pytest.mark.parametrize("method", ["full", "galore", "fira", "apollo", "lowrank", "sltrain", "cola"])
 def test_a_run_of_another_method_is_the_same_to_the_bit(method: str, tmp_path: Path) -> None:
     tiny = [item for item in TINY if not item.startswith("method")]
     own = [] if method == "full" else ["method.rank=4"]
+    own += ["method.restart_interval_steps=4"] if method in ("lowrank", "sltrain") else []
     overrides = [*tiny, f"method={method}", *own, "optimizer.max_grad_norm=null"]
     plain = trainer_of(compose(overrides), tmp_path / "plain")
     ours = trainer_of(compose([*overrides, *IN_BACKWARD]), tmp_path / "ours")

@@ -241,6 +241,7 @@ def test_a_key_of_some_methods_of_a_sweep_applies_to_these_methods() -> None:
     of_a_file = expand(["sweeps=paper_table", "experiments=paper/galore_60m", "data=stdlib", "method.alpha=64"])
     assert {run.method.name: getattr(run.method, "alpha", None) for run in of_a_file.runs} == {
         "full": None,
+        "lowrank": None,
         "lora": 64,
         "relora": 64,
         "galore": None,

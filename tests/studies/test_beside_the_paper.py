@@ -70,7 +70,7 @@ def test_the_report_has_both_perplexities_and_the_papers_figure(lab: Lab, paper:
     folder = write_report(study, lab.runs_dir)
     page = (folder / "report.md").read_text()
     rows = {row["method"]: row for row in tables(page)[HEADING]}
-    assert list(rows) == ["full", "galore", *(f"{name} (not in this study)" for name in ("low_rank", "lora", "relora"))]
+    assert list(rows) == ["full", "galore", *(f"{name} (not in this study)" for name in ("lowrank", "lora", "relora"))]
     mean = (math.exp(3.1) + math.exp(3.2)) / 2
     assert rows["full"]["ours, true perplexity"].startswith(f"{mean:.2f} ± ")
     assert rows["full"]["ours, as their code prints it"] == f"34.50 ± {1 / math.sqrt(2):.2f}"

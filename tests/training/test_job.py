@@ -92,7 +92,7 @@ def test_an_exported_model_with_other_weights_than_the_trained_model_fails_the_r
     tiny: list[str], monkeypatch, capsys, has_checksum: bool, reason: str
 ) -> None:
 
-    def corrupt(model, tokenizer_file: Path, folder: Path, *others: dict[str, Any]) -> None:
+    def corrupt(model, tokenizer_file: Path, folder: Path, *others: Any) -> None:
         save_pretrained(model, tokenizer_file, folder, *others)
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] *= 1.0000002  # its last bit
@@ -667,7 +667,8 @@ def test_cfg_job_prints_the_config_without_torch(tmp_path: Path) -> None:
 def test_help_shows_the_groups(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "run.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert "method: apollo, apollo_mini, control, fira, full, galore, lora, relora" in done.stdout
+    listed = "apollo, apollo_mini, cola, control, fira, full, galore, lora, lowrank, relora, sltrain"
+    assert f"method: {listed}" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,7 +24,10 @@ SMALL = (
     "data.held_out_tokens=2k",
     "tracker=jsonl",
 )
-ARMS = ("method.rank=4", "method.reset_interval_steps=4", "schedule.restart_warmup_steps=2")
+ARMS = (
+    *("method.rank=4", "method.reset_interval_steps=4", "method.restart_interval_steps=4"),
+    "schedule.restart_warmup_steps=2",
+)
 """Full rank has no rank, and only ReLoRA has an interval: a sweep gives each key to the methods that have it."""
 
 
@@ -53,7 +56,7 @@ def test_the_table_of_a_paper_is_trained_on_a_dataset_with_the_layout_of_c4(tmp_
         assert run.trainer.precision == "bf16"
         positions = run.total_steps * run.tokens_per_step
         assert found[run.method.name].summary["tokens"] < positions, "padding is not counted"
-    assert set(found) == {"full", "lora", "relora", "galore"}
+    assert set(found) == {"full", "lowrank", "lora", "relora", "galore"}
     assert len({json.dumps(status.corpus) for status in found.values()}) == 1
     (folder,) = (tmp_path / "runs" / "corpora").glob("hub-*/meta.json")
     splits = json.loads(folder.read_text())["splits"]
