@@ -13,7 +13,7 @@ BELOW = {
     "common": set[str](),
     "budget": set[str](),
     "core": {"budget"},
-    "optimizers": {"common", "budget"},
+    "optimizers": {"common", "budget", "core"},
     "methods": {"common", "budget", "core", "optimizers"},
     "config": {"common", "budget", "core", "optimizers", "methods"},
     "data": {"common", "config"},

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from relora.core.factorised import Factors, best_factors, share_of
 from relora.core.keeping import kept
-from relora.core.lowrank import keyed_generator, replace_module, targeted_linears
+from relora.core.keyed import keyed_generator
+from relora.core.lowrank import replace_module, targeted_linears
 
 
 class DownProjection(torch.autograd.Function):

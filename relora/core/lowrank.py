@@ -4,7 +4,6 @@ Lialin et al. 2023 (arXiv 2307.05695), section 3: y = x W^T + b + (alpha/rank) B
 merges the product B A into W and draws a new A. The sum of many low-rank updates can therefore have a high rank.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,15 +17,10 @@ from torch.nn import functional as F
 from relora.budget.cost import module_matches
 from relora.core.choices import REINITS, SCALING
 from relora.core.exact_ways import ExactWays
+from relora.core.keyed import keyed_generator
 from relora.core.merged import row_chunks
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def keyed_generator(key: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that depends only on `key`, so that no generator state must be saved or shared."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from relora.core.choices import PRUNING_RATIO, RESET_MODES, RESET_MOMENTS
-from relora.core.lowrank import keyed_generator, wrapped_layers
+from relora.core.keyed import keyed_generator
+from relora.core.lowrank import wrapped_layers
 
 COUNTS = {"step": 0, "mu_product": 1}
 """State entries of torch's optimizers that count steps and are not moments: name to start value.

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from relora.budget.replaced import INT32_POSITIONS, support_numel
 from relora.core.factorised import FactorisedLinear, best_factors, share_of, wide
-from relora.core.lowrank import keyed_generator, replace_module, targeted_linears
+from relora.core.keyed import keyed_generator
+from relora.core.lowrank import replace_module, targeted_linears
 
 
 def formed(a: Tensor, b: Tensor, values: Tensor, support: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

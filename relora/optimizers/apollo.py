@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora.core.lowrank import keyed_generator
+from relora.core.keyed import keyed_generator
 from relora.optimizers.growth import GrowthLimitedAdamW, scaling_factors
 from relora.optimizers.subspace import is_from_left, wide
 

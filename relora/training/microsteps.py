@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from relora.budget.memory import WIDE_BYTES
 from relora.common.errors import RunError, TrainingError
 from relora.config.run import RunConfig, fitting
-from relora.core.lowrank import keyed_generator
+from relora.core.keyed import keyed_generator
 from relora.data.sequences import Sequences
 from relora.training.device_memory import fits
 from relora.training.distributed import World, gradient_buffer, raise_unless
