@@ -237,12 +237,13 @@ def _holds_records(file: Path) -> bool:
     """Return whether a .json file begins like an array, or like lines with one record each, and not like settings."""
     with file.open("rb") as opened:
         start = opened.read(LONGEST_FIRST_LINE_BYTES)
-    start = start.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0")
-    first, end, more = start.partition(b"\n")
-    if start.startswith(b"[") or not end:
-        return start.startswith(b"[")
+    is_cut = len(start) == LONGEST_FIRST_LINE_BYTES
+    text = start.decode(json.detect_encoding(start), "replace").lstrip("\ufeff \t\r\n")
+    first, end, more = text.partition("\n")
+    if text.startswith("[") or not end:
+        return text.startswith(("[", '{"') if is_cut else "[")
     try:
-        return isinstance(json.loads(first), dict) and more.lstrip().startswith(b"{")
+        return isinstance(json.loads(first), dict) and more.lstrip().startswith("{")
     except (ValueError, RecursionError):
         return False
 

@@ -86,15 +86,30 @@ class Build:
         self.limits = {"train": self.config.limit("limit_tokens")}
         self.limits |= dict.fromkeys(SPLITS[1:], self.config.limit("held_out_tokens"))
 
+    def begin(self, name: str) -> None:
+        """Find the state of an earlier process, and log what is prepared. Nothing is lost if this fails.
+
+        Args:
+            name: The name of the corpus, for the message.
+
+        Raises:
+            CorpusError: The source cannot be found.
+        """
+        self._state = self._earlier_state()
+        self.source.pin(self._state.get("source"))  # first: the description names the revision
+        self.log_line(f"preparing the corpus {name}: {self.source.described()}")
+        if self._state:
+            tokens = sum(split["tokens"] for split in self._state["files"]["splits"].values())
+            self.log_line(f"going on with a preparation that was stopped after {tokens:,} tokens")
+
     def run(self) -> None:
-        """Write all files that belong to the corpus. meta.json is the last of them.
+        """Write all files that belong to the corpus, after `begin`. meta.json is the last of them.
 
         Raises:
             CorpusError: The text or the tokenizer cannot be read, or the text is too little.
             OSError: The files cannot be written.
         """
-        state = self._earlier_state()
-        self.source.pin(state.get("source"))
+        state = self._state
         self.work.mkdir(parents=True, exist_ok=True)
         known = self._given_vocabulary()
         self._log_disk(self.config.vocab_size if known is None else known.vocab_size)
@@ -148,10 +163,7 @@ class Build:
             state = read_json(self.work / STATE)
         except DamagedFile:
             state = {}
-        if state:
-            tokens = sum(split["tokens"] for split in state["files"]["splits"].values())
-            self.log_line(f"going on with a preparation that was stopped after {tokens:,} tokens")
-        elif self.work.exists():
+        if not state and self.work.exists() and not (self.work / "meta.json").exists():
             shutil.rmtree(self.work)
         return state
 
@@ -202,7 +214,7 @@ class Build:
             self.log_line(f"the size of the source is unknown; {in_units(free_bytes)} of the disk are free")
         elif needed_bytes > min(LARGE_BYTES, free_bytes):
             self.log_line(
-                f"the corpus needs about {in_units(needed_bytes)} of the {in_units(free_bytes)} that are free"
+                f"the corpus needs at most about {in_units(needed_bytes)} of the {in_units(free_bytes)} that are free"
             )
 
     # ------------------------------------------------------------------------------------------------ encode and write
@@ -318,9 +330,9 @@ def crc32_of_values(meta: dict[str, Any]) -> str:
 
 
 def needed_disk_bytes(source: Source, vocab_size: int) -> int | None:
-    """Return about how many bytes a corpus takes; None if its size is unknown.
+    """Return about how many bytes a corpus takes at most; None if its size is unknown.
 
-    A token takes 2 or 4 bytes. Text has about 4 bytes for a token. A compressed file has about a half of its text.
+    A token takes 2 or 4 bytes. Text has about 4 bytes for a token, and a compressed file 2.
     """
     token_bytes, limit = 2 if vocab_size <= 1 << 16 else 4, source.config.limit("limit_tokens")
     by_limit = None if limit is None else token_bytes * (limit + 2 * (source.config.limit("held_out_tokens") or 0))
@@ -337,19 +349,18 @@ class _Progress:
         self._splits = [build.files.splits[name] for name in (part, *held_out_shares(build.source, part))]
         self._began = self._logged = time.monotonic()
         self._first = self._bytes_and_tokens()
-        share = self._share_written()
-        self._begun = None if share is None else (self._began, share)
-        """The first time at which the share was known, and the share."""
+        self._begun = {"written": (self._began, self._share_written())}
+        """Measure -> the first time at which its share was known, and the share."""
 
     def _bytes_and_tokens(self) -> tuple[int, int]:
         return sum(split.bytes for split in self._splits), sum(split.tokens for split in self._splits)
 
     def log(self) -> None:
         """Log a line if the last one is some seconds old."""
-        shares = (self._share_written(), self.build.source.share_read())
-        now, share = time.monotonic(), max((each for each in shares if each is not None), default=None)
-        if share is not None and self._begun is None:
-            self._begun = now, share
+        now = time.monotonic()
+        shares = {"written": self._share_written(), "read": min(1.0, self.build.source.share_read() or 0.0)}
+        for name, share in shares.items():
+            self._begun.setdefault(name, (now, share))
         if now - self._logged < LOG_SECONDS:
             return
         self._logged = now
@@ -360,21 +371,22 @@ class _Progress:
             f"{self.part}: {done_tokens:,} tokens of {in_units(done_bytes)}, {mib_per_second:.1f} MiB/s, "
             f"{tokens_per_second:,.0f} tokens/s"
         )
-        if share is not None and self._begun is not None:
+        measure = max(shares, key=shares.__getitem__)
+        share, (then, share_then) = shares[measure], self._begun[measure]
+        if share > 0:
             text += f", {share:.0%}"
-            then, share_then = self._begun
-            if share > share_then:
-                text += f", {_duration((now - then) * (1 - share) / (share - share_then))} left"
+        if share > share_then:
+            text += f", {_duration((now - then) * (1 - share) / (share - share_then))} left"
         self.build.log_line(text)
 
-    def _share_written(self) -> float | None:
-        """The share of the part that is written, by what will end it first; None if unknown."""
+    def _share_written(self) -> float:
+        """The share of the part that is written, by what will end it first; 0 if unknown."""
         limit = self.build.limits[self.part]
         by_tokens = self.build.files.splits[self.part].tokens / limit if limit else None
         characters = sum(split.characters for split in self._splits)
         by_characters = characters / self.total_characters if self.total_characters else None
         known = [each for each in (by_tokens, by_characters) if each is not None]
-        return min(1.0, max(known)) if known else None
+        return min(1.0, max(known, default=0.0))
 
 
 def _duration(seconds: float) -> str:

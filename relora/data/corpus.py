@@ -347,9 +347,9 @@ def _build_mixture(config: MixtureConfig, folder: Path, log_line: Callable[[str]
 def _build(source: Source, folder: Path, log_line: Callable[[str], None], workers: int | None) -> None:
     """Build a corpus in a folder beside its own, and rename that. After a kill, the next call goes on with it."""
     started = time.perf_counter()
-    log_line(f"preparing the corpus {folder.name}: {source.described()}")
     work = folder.with_name(f"{folder.name}.partial")
     build = Build(source, work, log_line, workers=workers)
+    build.begin(folder.name)
     try:
         if not (work / "meta.json").exists():
             build.run()

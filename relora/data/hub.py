@@ -69,6 +69,8 @@ class HubSource(Source):
         self._builder: Any = None
         """The `datasets` builder, which knows the files of each split; None before the first look-up."""
         self._share_read: Callable[[], float | None] = lambda: None
+        self._knows_rows = False
+        """Whether the card of the dataset says how many rows the split has."""
         self._revision = config.revision
         self._place = config.dataset
         """What `datasets` opens: a name on the hub, a folder, or the kind of `data.files`."""
@@ -107,10 +109,10 @@ class HubSource(Source):
         field = TextField(f"the {self._splits[part]} split of {self.hub.dataset}", self.config.text_field, tally)
         field.records, field.without = tally.records, tally.null  # of the documents before the cursor
         since_cursor, split = 0, self._splits[part]
-        self._share_read = lambda: None
+        self._share_read, self._knows_rows = lambda: None, False
         info = (self._builder.info.splits or {}).get(split)
         if info is not None and info.num_examples:
-            self._share_read = lambda: tally.records / info.num_examples
+            self._share_read, self._knows_rows = lambda: tally.records / info.num_examples, True
         for state, record in self._records(split, tally, cursor):
             counts = asdict(tally) if since_cursor == 0 else {}
             text = field.text(f"record {field.records + 1}", record)
@@ -129,8 +131,8 @@ class HubSource(Source):
 
     def pin(self, state: Any) -> None:
         """Read the revision that an earlier process has read."""
-        if state is not None:
-            self._revision = state
+        if state is not None and state != self._revision:
+            self._revision, self._names, self._builder, self._place = state, None, None, self.hub.dataset
 
     def provenance(self) -> dict[str, Any]:
         """Name the dataset, its revision, and its splits."""
@@ -148,13 +150,12 @@ class HubSource(Source):
                 if state is not None:
                     stream.load_state_dict(state)
                 rows = iter(stream)
-                while True:
-                    state = stream.state_dict()
-                    row = next(rows, None)
-                    if row is None:
-                        return
+                state = stream.state_dict()
+                while (row := next(rows, None)) is not None:
+                    before, state = state, stream.state_dict()
                     failures, waits = 0, WAITS_SECONDS
-                    yield state, row
+                    yield before, row
+                return
             except (CorpusError, GeneratorExit):
                 raise
             except Exception as error:  # datasets and the HTTP libraries below it raise errors of many classes
@@ -180,11 +181,13 @@ class HubSource(Source):
 
     def _opened(self, split: str, tally: Tally) -> Any:
         """Open the stream of a split. relora reads JSON itself, because only the text field has to have one type."""
+        from datasets.packaged_modules.json.json import Json
+
         files = self._files(split)
-        if not is_json(files) or getattr(self._builder.config, "field", None) is not None:
+        if not (isinstance(self._builder, Json) and is_json(files) and self._builder.config.field is None):
             return self._builder.as_streaming_dataset(split=split)
         stream = JsonStream(files, tally)
-        if self._share_read() is None:
+        if not self._knows_rows:
             self._share_read = lambda: stream.share_read
         return stream
 

@@ -4,6 +4,7 @@ Only the text field of a record matters. `datasets` gives each field one type fo
 record has another type.
 """
 
+import itertools
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 
 from relora.common.files import reason
 from relora.config.sources import kind_of
-from relora.data.decoding import Tally
+from relora.data.decoding import CorpusError, Tally, Unfinished
 from relora.data.readers import json_records
 
 KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -79,13 +80,29 @@ class JsonStream:
         self._tally = tally
         self._file = self._record = 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the place of the next record."""
-        return {"file": self._file, "record": self._record}
+        name = str(self._files[self._file]) if self._file < len(self._files) else ""
+        return {"file": self._file, "name": name, "record": self._record}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a place."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a place.
+
+        Raises:
+            CorpusError: The state is that of an earlier version of relora.
+            Unfinished: The files are others than before.
+        """
+        if "record" not in state:
+            raise CorpusError(
+                "this preparation was begun by an earlier version of relora, and cannot go on; the same command begins "
+                "anew"
+            )
         self._file, self._record = state["file"], state["record"]
+        if self.state_dict()["name"] != state["name"]:
+            raise Unfinished(
+                f"the preparation stopped in {state['name']}, and the dataset has other files now; bring them back, or "
+                "remove the .partial folder of the corpus to begin anew"
+            )
 
     @property
     def share_read(self) -> float:
@@ -104,14 +121,25 @@ class JsonStream:
         """
         while self._file < len(self._files):
             # A file that is opened again is read from its beginning, so its counts begin there too.
-            own, file = Tally(), self._files[self._file]
+            own, number = Tally(), self._file
+            file = self._files[number]
             try:
-                for number, (_, record) in enumerate(json_records(file, own)):
-                    if number >= self._record:
-                        self._record = number + 1
-                        yield record
+                records = itertools.islice(json_records(file, own), self._record, None)
+                ahead = next(records, None)
+                # One record is read ahead, so that the place after the last record is the next file.
+                while ahead is not None:
+                    (_, record), ahead = ahead, next(records, None)
+                    self._file, self._record = (number, self._record + 1) if ahead is not None else (number + 1, 0)
+                    yield record
+                if self._file == number:  # no record was left in it
+                    self._file, self._record = number + 1, 0
             except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 raise OSError(f"{file}: {reason(error)}") from error
-            for name, count in asdict(own).items():
-                setattr(self._tally, name, getattr(self._tally, name) + count)
-            self._file, self._record = self._file + 1, 0
+            except GeneratorExit:
+                self._count(own)
+                raise
+            self._count(own)
+
+    def _count(self, own: Tally) -> None:
+        for name, count in asdict(own).items():
+            setattr(self._tally, name, getattr(self._tally, name) + count)

@@ -286,7 +286,7 @@ def arrow_batches(path: Path, kind: str, column: str, key: str = "data.text_fiel
 
 
 _READERS: dict[str, Callable[[Path, str, Tally], Iterator[tuple[str, Any]]]] = {
-    "jsonl": lambda path, text_field, tally: _json_lines(path, text_chunks(path, tally)),
+    "jsonl": lambda path, text_field, tally: json_records(path, tally),
     "json": lambda path, text_field, tally: json_records(path, tally),
     "csv": _table(","),
     "tsv": _table("\t"),

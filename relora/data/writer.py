@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from relora.common.errors import DamagedFile
 from relora.data.source import SPLITS, Vocabulary, digest_of, size_of
 from relora.data.splitting import Piece
 
@@ -50,6 +51,10 @@ class SplitFiles:
             sizes[folder / f"{name}.starts"] = split.pieces * 8
         self._handles = {path.name: path.open("ab") for path in sizes}
         for path, size_bytes in sizes.items():
+            if self._handles[path.name].tell() < size_bytes:
+                raise DamagedFile(
+                    path, "it is shorter than when the preparation stopped", "the same command begins anew"
+                )
             self._handles[path.name].truncate(size_bytes)
         self._ids: dict[str, list[NDArray]] = {name: [] for name in SPLITS}
         self._starts: dict[str, list[int]] = {name: [] for name in SPLITS}

@@ -12,8 +12,11 @@ from relora.common.files import is_locked, size_bytes
 STOPPED_SECONDS = 24 * 3600.0
 """A preparation that stopped less than this time ago may still go on."""
 BUSY = "kept: it is being prepared now"
+GONE_ON = "kept: its preparation has gone on since"
 PARTIAL = ".partial"
 """Ending of the folder in which a corpus is prepared (relora.data.corpus)."""
+STATE = "state.json"
+"""The file there from which a preparation goes on (relora.data.building)."""
 
 
 @dataclass(kw_only=True)
@@ -51,7 +54,7 @@ def corpora_of(runs_dir: Path) -> list[CorpusCost]:
 def _judge_partial(cost: CorpusCost) -> None:
     try:
         is_busy = is_locked(cost.lock_file)
-        idle_seconds = time.time() - max(path.stat().st_mtime for path in (cost.folder, *cost.folder.iterdir()))
+        idle_seconds = _idle_seconds(cost.folder)
     except OSError as error:
         cost.why = f"left alone: it cannot be read ({error})"
         return
@@ -65,14 +68,25 @@ def _judge_partial(cost: CorpusCost) -> None:
 
 
 def delete_corpora(costs: list[CorpusCost], failures: list[str]) -> None:
-    """Delete what is deletable, if no preparation has begun since. Errors are added to `failures`."""
+    """Delete what is deletable, if no preparation has gone on with it since. Errors are added to `failures`."""
     for cost in costs:
         for path in cost.deletable:
             try:
                 with FileLock(cost.lock_file, timeout=0):
-                    shutil.rmtree(path)
+                    if not path.exists() or _idle_seconds(path) < STOPPED_SECONDS:
+                        cost.why = GONE_ON
+                        continue
+                    before_bytes = size_bytes(path)
+                    (path / STATE).unlink(missing_ok=True)  # first: without it, no preparation goes on with the rest
+                    try:
+                        shutil.rmtree(path)
+                    finally:
+                        cost.deleted_bytes += before_bytes - size_bytes(path)
             except Timeout:
                 cost.why = BUSY
             except OSError as error:
                 failures.append(f"{path} could not be deleted: {error}")
-            cost.deleted_bytes += cost.corpus_bytes - size_bytes(path)
+
+
+def _idle_seconds(folder: Path) -> float:
+    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))

@@ -1,5 +1,6 @@
 """The files of a folder that are read, and those that are left out, with the reason."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 
 from relora.common.errors import ConfigError
 from relora.config.mixture import data_config
-from relora.config.sources import check_path, kind_of, survey
+from relora.config.sources import LONGEST_FIRST_LINE_BYTES, check_path, kind_of, survey
 
 
 def write(folder: Path, name: str, size_bytes: int = 100) -> Path:
@@ -85,8 +86,10 @@ def test_settings_in_json_are_no_records(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(' {"dataset": 1}')
     (tmp_path / "c.json").write_text('{\n  "dataset": 1\n}')
     (tmp_path / "lines.json").write_text('\ufeff{"text": "a"}\n\n{"text": "b"}\n')
+    (tmp_path / "utf16.json").write_text('{"text": "Gr\u00fc\u00dfe"}\n{"text": "b"}\n', encoding="utf-16")
+    (tmp_path / "long.json").write_text(json.dumps({"text": "x" * LONGEST_FIRST_LINE_BYTES}) + '\n{"text": "b"}\n')
     found = check_path(tmp_path)
-    assert [file.name for file in found.read] == ["a.json", "lines.json"]
+    assert [file.name for file in found.read] == ["a.json", "lines.json", "long.json", "utf16.json"]
     assert "b.json (no JSON records" in found.described()
 
 

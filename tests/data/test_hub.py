@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from relora.config.data import HubConfig
 from relora.config.mixture import data_config
 from relora.data import building, workers
 from relora.data.corpus import Corpus, load, prepare
-from relora.data.decoding import CorpusError
+from relora.data.decoding import CorpusError, Tally, Unfinished
 from relora.data.hub import HubSource
+from relora.data.json_stream import JsonStream
 from relora.data.source import SPLITS
 from relora.data.writer import SplitFiles
 
@@ -128,6 +130,47 @@ def test_only_the_text_field_of_json_has_to_have_one_type(tmp_path: Path) -> Non
         (folder / "en" / name).write_bytes(gzip.compress(lines.encode()))
     corpus = prepare(settings(folder), tmp_path / "corpora", silent)
     assert texts_in(corpus, "train") == [*texts[:200], *texts_of("train", 1, 400), *texts[200:]]
+
+
+def test_a_stream_of_json_goes_on_at_any_record_and_counts_each_once(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{number}.jsonl") for number in range(4)]
+    for number, name in enumerate(names):
+        lines = [json.dumps({"text": f"{number}/{row}"}).encode() + b"\n" for row in range(0 if number == 1 else 3)]
+        Path(name).write_bytes(b"".join(lines) + b'{"text": "\xff"}\n' * (number == 2))
+    whole = Tally()
+    stream = JsonStream(names, whole)
+    places, records = [stream.state_dict()], []
+    for record in stream:
+        records.append(record)
+        places.append(stream.state_dict())
+    assert len(records) == 10
+    assert whole.replaced_bytes == 1
+    assert [place["file"] for place in places] == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 4]
+    for done, place in enumerate(places):
+        tally = Tally()
+        stream = JsonStream(names, tally)
+        stream.load_state_dict(json.loads(json.dumps(place)))
+        assert list(stream) == records[done:]
+        assert tally.replaced_bytes == (place["file"] <= 2), "a file that is read again counts again, from its start"
+
+
+def test_a_stream_of_json_does_not_go_on_in_another_file(tmp_path: Path) -> None:
+    stream = JsonStream(["a.json", "b.json"], Tally())
+    with pytest.raises(Unfinished, match=r"stopped in b\.json.*\.partial"):
+        JsonStream(["a.json", "c.json"], Tally()).load_state_dict({"file": 1, "name": "b.json", "record": 5})
+    with pytest.raises(Unfinished, match="other files now"):
+        JsonStream(["a.json"], Tally()).load_state_dict({"file": 1, "name": "b.json", "record": 5})
+    with pytest.raises(CorpusError, match="earlier version of relora"):
+        stream.load_state_dict({"examples_iterable": {}})
+
+
+def test_the_kind_that_the_user_names_is_read(tmp_path: Path) -> None:
+    """A .jsonl file as lines of text."""
+    lines = [json.dumps({"text": text}) for text in texts_of("train", 0, 200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = settings("text", config=None, files=[str(tmp_path / "a.jsonl")])
+    corpus = prepare(config, tmp_path / "corpora", silent)
+    assert sorted(text for split in SPLITS for text in texts_in(corpus, split)) == sorted(lines)
 
 
 def test_a_copy_without_some_files_is_noted(tmp_path: Path) -> None:
@@ -245,6 +288,25 @@ def test_a_preparation_goes_on_with_the_same_revision(tmp_path: Path) -> None:
     source.pin(REVISION)
     assert source.pinned() == REVISION
     assert HubSource(settings("allenai/c4", revision="main")).pinned() == "main"
+
+
+def test_the_pinned_revision_is_read_also_after_the_newest_was_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def builder(revision: str, **_: object) -> SimpleNamespace:
+        opened.append(revision)
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": [f"{revision}.json"]}))
+
+    monkeypatch.setattr("relora.data.hub.go_offline_if_unreachable", lambda: False)
+    monkeypatch.setattr("datasets.load_dataset_builder", builder)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info", lambda self, name, revision: SimpleNamespace(sha=revision or "newest")
+    )
+    source = HubSource(settings("allenai/c4"))
+    assert "revision newest" in source.described()
+    source.pin("older")
+    assert "revision older" in source.described()
+    assert opened == ["newest", "older"]
 
 
 # ------------------------------------------------------------------------------------------ a hub of this machine

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from small import fill
 
+from relora.common.errors import DamagedFile
 from relora.config.data import DataConfig
 from relora.config.mixture import data_config
 from relora.data import building, workers
 from relora.data.corpus import Corpus, prepare
 from relora.data.decoding import CHUNK_BYTES, CorpusError, Unfinished
-from relora.data.source import SPLITS
+from relora.data.source import SPLITS, Vocabulary
 from relora.data.writer import SplitFiles
 
 WORDS = ["ball", "cat", "dog", "elephant", "fish", "green", "house", "ink", "jolly", "king", "long", "moon", "night"]
@@ -165,7 +166,13 @@ def test_the_need_of_disk_is_said_before_a_large_corpus_is_made(
     monkeypatch.setattr(building, "LARGE_BYTES", 1000)
     messages: list[str] = []
     prepare(settings(write_records(tmp_path / "a.jsonl", 400)), tmp_path / "corpora", messages.append)
-    assert re.search(r"needs about [\d.]+ KiB of the [\d.]+ \w+ that are free", messages[1])
+    assert re.search(r"needs at most about [\d.]+ KiB of the [\d.]+ \w+ that are free", messages[1])
+
+
+def test_a_preparation_that_lost_a_file_does_not_go_on_with_zeros(tmp_path: Path) -> None:
+    state = {"splits": {"train": {"tokens": 10, "pieces": 1}}, "log_bytes": 0}
+    with pytest.raises(DamagedFile, match=r"train.bin.*shorter than when the preparation stopped"):
+        SplitFiles(tmp_path, Vocabulary(vocab_size=300, end_of_text_id=0), state)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

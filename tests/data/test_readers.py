@@ -148,7 +148,8 @@ def test_a_json_array_larger_than_a_chunk_is_read(tmp_path: Path) -> None:
 def test_json_has_an_array_or_a_record_on_each_line(tmp_path: Path, before: str) -> None:
     """The files of C4 have lines, and the ending of arrays."""
     lines = "\n\n".join(json.dumps(record) for record in RECORDS)
-    for name, content in (("lines.json", lines), ("array.json", json.dumps(RECORDS))):
+    array = json.dumps(RECORDS)
+    for name, content in (("lines.json", lines), ("array.json", array), ("array.jsonl", array)):
         (tmp_path / name).write_text(before + content)
         assert read(tmp_path / name) == TEXTS
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((before + content).encode()))
