@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from relora.core.factorised import Factors, best_factors, share_of
+from relora.core.factorised import Factors, best_factors, decomposing, share_of
 from relora.core.keeping import kept
 from relora.core.keyed import keyed_generator
 from relora.core.lowrank import replace_module, targeted_linears
@@ -99,7 +99,8 @@ def activate(
     for name, linear in targeted_linears(model, target_modules, rank=rank).items():
         layer = CoLALinear(linear, rank)
         if keeps_weights:
-            norms.append(layer.approximate(linear.weight))
+            with decomposing(name):
+                norms.append(layer.approximate(linear.weight))
         else:
             layer.initialise(linear.weight, seed=seed, name=name)
         layer.train(linear.training)

@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -79,6 +80,15 @@ def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return q_b @ (u * root), (q_a @ (vh.T * root)).T
 
 
+@contextmanager
+def decomposing(name: str) -> Iterator[None]:
+    """Raise ValueError, with the name of the layer, if a decomposition inside the block does not converge."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[reportPrivateImportUsage] -- documented by torch
+        raise ValueError(f"the singular value decomposition for {name} failed: are its weights finite?") from error
+
+
 @torch.no_grad()
 def factorise(model: nn.Module, *, rank: int, target_modules: str | Sequence[str]) -> float:
     """Replace the targeted linear layers of `model` by factors of `rank`, in place.
@@ -87,12 +97,13 @@ def factorise(model: nn.Module, *, rank: int, target_modules: str | Sequence[str
         |B A| / |W|, the share of the Frobenius norm of all replaced weights that the factors keep.
 
     Raises:
-        ValueError: As `relora.core.lowrank.targeted_linears`.
+        ValueError: As `relora.core.lowrank.targeted_linears`, or a decomposition fails.
     """
     kept: list[Tensor] = []
     for name, linear in targeted_linears(model, target_modules, rank=rank).items():
         layer = FactorisedLinear(linear, rank)
-        b, a = best_factors(linear.weight, rank)
+        with decomposing(name):
+            b, a = best_factors(linear.weight, rank)
         layer.factor_B.copy_(b)
         layer.factor_A.copy_(a)
         # |B A|^2 is the sum of the squared singular values, and each row of A has the norm S^1/2.
@@ -137,7 +148,7 @@ def refactorise(model: nn.Module) -> float:
         The change of all products by rounding, |new - old| / |old|.
 
     Raises:
-        ValueError: A factor is not finite. The layers before it have changed.
+        ValueError: A factor is not finite, or a decomposition fails. The layers before it have changed.
     """
     changes: list[Tensor] = []
     for name, layer in _layers(model, Factors):
@@ -145,7 +156,8 @@ def refactorise(model: nn.Module) -> float:
         if not bool(old_b.isfinite().all() & old_a.isfinite().all()):
             raise ValueError(f"the factors of {name} are not finite")
         if old_b.any() and old_a.any():  # a product of zero has no factors with a gradient: these would stay zero
-            b, a = balanced(old_b, old_a)
+            with decomposing(name):
+                b, a = balanced(old_b, old_a)
             layer.factor_B.copy_(b)
             layer.factor_A.copy_(a)
         changes.append(_change(old_b, old_a, wide(layer.factor_B), wide(layer.factor_A)))

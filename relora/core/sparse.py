@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from relora.budget.replaced import INT32_POSITIONS, support_numel
-from relora.core.factorised import FactorisedLinear, best_factors, share_of, wide
+from relora.core.factorised import FactorisedLinear, best_factors, decomposing, share_of, wide
 from relora.core.keyed import keyed_generator
 from relora.core.lowrank import replace_module, targeted_linears
 
@@ -170,7 +170,8 @@ def sparsify(
         layer = SparseLowRankLinear(linear, rank=rank, scaling=scaling, density=density)
         layer.draw(seed=seed, name=name)
         if keeps_weights:
-            kept.append(layer.approximate(linear.weight))
+            with decomposing(name):
+                kept.append(layer.approximate(linear.weight))
         else:
             layer.initialise(seed=seed, name=name)
         layer.train(linear.training)

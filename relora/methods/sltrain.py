@@ -1,7 +1,7 @@
 """SLTrain (Han et al. 2024, arXiv 2406.02214): W = (alpha/r) B A + S, with a sparse S on a fixed random support."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from relora.budget.cost import LlamaShape
 from relora.budget.replaced import Replaced, sparse_plus_low_rank
@@ -20,7 +20,8 @@ class SLTrain(LowRank):
     """Trains factors and sparse values in the place of the targeted matrices, and all other weights at full rank.
 
     `density` is the share of the entries of a matrix that have a sparse value (delta in the paper). `alpha=None` means
-    0.25 * rank. Restarts are those of LowRank: they refactorise B A, and sparse values keep theirs.
+    0.25 * rank. Restarts are those of LowRank: they refactorise B A, sparse values stay, and all optimizer state starts
+    anew.
 
     A layer forms W in each forward pass and again in each backward pass. So a step takes more FLOPs than at full rank,
     and a micro-step should have many tokens.
@@ -28,8 +29,6 @@ class SLTrain(LowRank):
     After a warm start, the factors begin as the best approximation of each matrix, and the sparse values as what it
     lacks on the support. The paper has no warm start. Without one, all are drawn as in the paper.
     """
-
-    short_names: ClassVar[dict[str, str]] = LowRank.short_names
 
     alpha: float | None = None
     density: float = 0.03

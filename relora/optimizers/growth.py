@@ -1,4 +1,4 @@
-"""The norm-growth limiter of Fira (arXiv 2410.01623, section 4.2), which APOLLO uses too. Needs torch only."""
+"""The norm-growth limiter of Fira (arXiv 2410.01623, equation 12), which APOLLO uses too. Needs torch only."""
 
 from typing import Any
 

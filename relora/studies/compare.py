@@ -228,7 +228,7 @@ def labels_of(configs: Sequence[RunConfig]) -> dict[str, str]:
         if len(models) == len({name for name, _ in models}):
             varied = [name for name in varied if not name.startswith("model.") or name == "model.name"]
         for config, values in zip(own, fields, strict=True):
-            parts = [f"{_short(name, config)}={_brief(name, values.get(name))}" for name in varied]
+            parts = [f"{_short(name, config)}={_brief(name, values.get(name), config)}" for name in varied]
             labels[config.variant] = " ".join([method, *parts])
     return labels
 
@@ -248,8 +248,8 @@ def _short(name: str, config: RunConfig) -> str:
     return {**SHORT_NAMES, **config.method.short_names}.get(name, name.rpartition(".")[2])
 
 
-def _brief(name: str, value: Any) -> str:
-    if name in ("method.reset_interval_steps", "method.restart_interval_steps") and not value:
+def _brief(name: str, value: Any, config: RunConfig) -> str:
+    if name == f"method.{config.method.restart_interval_field}" and not value:
         return "never"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -225,10 +225,22 @@ class Trainer:
 
     def _begin(self) -> str | None:
         """Let the method change the model, and replace the warm start's optimizer by the method's."""
-        done = self.method.begin(self.model, self.config)
+        done: list[str | None] = []
+        try:
+            fitted = fits(lambda: done.append(self.method.begin(self.model, self.config)))
+        except ValueError as error:
+            raise TrainingError(
+                f"method={self.config.method.name} cannot begin: {error}; if the warm start diverged, lower "
+                "method.warm_start_learning_rate"
+            ) from error
+        if not fitted:
+            raise TrainingError(
+                f"out of memory on {self.device} while method={self.config.method.name} changed the model; use a "
+                "smaller model or trainer.precision=bf16"
+            )
         self.has_begun = True
         self._use_optimizer(self.method.build_optimizer(self.model, self.config))
-        return done
+        return done[0]
 
     def _use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self.in_backward is not None:

@@ -164,6 +164,14 @@ def test_factors_that_are_not_finite_are_named() -> None:
         refactorise(model)
 
 
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = net()
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"the singular value decomposition for \w+ failed: are its weights finite"):
+        factorise(model, rank=2, target_modules=TARGETS)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop])
 def test_after_forget_an_optimizer_steps_as_a_new_one(kind: type[torch.optim.Optimizer]) -> None:
     model = net()

@@ -172,6 +172,16 @@ def test_factors_that_overflow_end_the_run_with_a_remedy(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------------- sltrain
 
 
+@pytest.mark.parametrize("method", ["lowrank", "sltrain", "cola"])
+def test_a_warm_start_that_diverged_ends_with_a_remedy(method: str, tmp_path: Path) -> None:
+    config = config_of(f"method={method}", "method.rank=4", "method.warm_start_steps=3")
+    trainer = trainer_of(config, tmp_path)
+    with torch.no_grad():
+        trainer.model.get_parameter("model.layers.0.self_attn.q_proj.weight").fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"cannot begin: .*q_proj failed.*method\.warm_start_learning_rate"):
+        trainer.begin_method(3)
+
+
 @pytest.mark.parametrize("restarts", [(), (10, 20)])
 def test_sltrain_equals_a_plain_implementation_in_float64(restarts: tuple[int, ...], tmp_path: Path) -> None:
     """The plain form copies the draws of A, of the support and of the values, and computes all else itself."""
