@@ -63,7 +63,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
             raise ConfigError(f"{shown(texts[0])} is for Hydra's own sweeper; write key=a,b,c instead")
         if key in ("study", "runs_dir") and len(texts) > 1:
             raise ConfigError(f"{key}={shown(texts[0].partition('=')[2])},... cannot be swept: a study has one {key}")
-    file = composed([text for text in plain if not text.startswith("method.")], with_hydra=True)
+    file = composed(_of_every_method(plain), with_hydra=True)
     grids = [{}] if name is None else _grids(file, name)
     on_the_line = {key for key, _ in given}
     runs: dict[str, RunConfig] = {}
@@ -110,6 +110,11 @@ def expand(overrides: Sequence[str]) -> Sweep:
         baseline_rates=_baseline_rates(as_values(file.get("baseline_rates"))),
         remarks=list(dict.fromkeys(remarks)),
     )
+
+
+def _of_every_method(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides without keys of a method: the composed method may be another one than theirs."""
+    return [text for text in overrides if not text.startswith("method.")]
 
 
 class _KeysOfMethods:
@@ -238,7 +243,7 @@ def search(overrides: Sequence[str]) -> Search | None:
     name = _sweep_name(given)
     if name is None:
         return None
-    file = composed(plain)
+    file = composed(_of_every_method(plain))
     if "tune" not in file:
         return None
     wanted = as_values(file)["tune"]

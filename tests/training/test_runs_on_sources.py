@@ -24,11 +24,10 @@ SMALL = (
     "data.held_out_tokens=2k",
     "tracker=jsonl",
 )
-ARMS = (
-    *("method.rank=4", "method.reset_interval_steps=4", "method.restart_interval_steps=4"),
-    "schedule.restart_warmup_steps=2",
-)
-"""Full rank has no rank, and only ReLoRA has an interval: a sweep gives each key to the methods that have it."""
+RESTARTS = ("method.rank=4", "method.reset_interval_steps=4", "schedule.restart_warmup_steps=2")
+OF_RELORA = (*RESTARTS, "method.warm_start_steps=3")
+ARMS = (*RESTARTS, "method.restart_interval_steps=4")
+"""Full rank has no rank, and the interval has two names: a sweep gives each key to the methods that have it."""
 
 
 def finished(folder: Path) -> Status:
@@ -75,7 +74,7 @@ def test_the_table_of_a_paper_is_trained_on_a_dataset_with_the_layout_of_c4(tmp_
 def test_relora_as_its_paper_trains_it_runs_on_a_dataset_with_the_layout_of_c4(tmp_path: Path, method: str) -> None:
     like_c4(tmp_path / "c4")
     own = [f"data.dataset={tmp_path / 'c4'}", f"runs_dir={tmp_path / 'runs'}", "experiments=paper/relora_60m", *SMALL]
-    own += [f"method={method}", *([*ARMS, "method.warm_start_steps=3"] if method == "relora" else [])]
+    own += [f"method={method}", *(OF_RELORA if method == "relora" else [])]
     status = trained(own)
     assert compose(own).data.packing == "pad"
     printed, true = status.summary["test_perplexity_as_published"], status.summary["test_perplexity"]
