@@ -291,7 +291,7 @@ def test_the_ablation_of_the_paper_composes_in_its_setting() -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_the_sweep_of_a_papers_table_has_its_arms(name: str) -> None:
     sweep = expand(["sweeps=paper_table", f"experiments={name}"])
-    assert [run.method.name for run in sweep.runs] == ["full", "lora", "relora", "galore"]
+    assert [run.method.name for run in sweep.runs] == ["full", "lowrank", "lora", "relora", "galore"]
     assert sweep.study == "paper_table"
     for run in sweep.runs:
         assert run.published is not None
