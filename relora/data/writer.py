@@ -52,6 +52,7 @@ class SplitFiles:
         self._handles = {path.name: path.open("ab") for path in sizes}
         for path, size_bytes in sizes.items():
             if self._handles[path.name].tell() < size_bytes:
+                self.close()
                 raise DamagedFile(
                     path, "it is shorter than when the preparation stopped", "the same command begins anew"
                 )
