@@ -184,7 +184,9 @@ class HubSource(Source):
         from datasets.packaged_modules.json.json import Json
 
         files = self._files(split)
-        if not (isinstance(self._builder, Json) and is_json(files) and self._builder.config.field is None):
+        if not (
+            isinstance(self._builder, Json) and is_json(files) and getattr(self._builder.config, "field", None) is None
+        ):
             return self._builder.as_streaming_dataset(split=split)
         stream = JsonStream(files, tally)
         if not self._knows_rows:
