@@ -60,7 +60,8 @@ ABOUT_THE_DATA = (
     "contributing",
 )
 """Names of files beside records that describe the records, as the card of a dataset does."""
-LONGEST_FIRST_LINE_BYTES = 1 << 20
+FIRST_BYTES, LONGEST_FIRST_LINE_BYTES = 4096, 1 << 20
+"""What is read of a .json file that begins like an array, and of others, to know whether it holds records."""
 ABOUT = "describes the data"
 """The reason for leaving them out."""
 NAMES_SHOWN = 4
@@ -236,7 +237,9 @@ def _why_left_out(file: Path, kinds: Mapping[str, str], *, has_records: bool) ->
 def _holds_records(file: Path) -> bool:
     """Return whether a .json file begins like an array, or like lines with one record each, and not like settings."""
     with file.open("rb") as opened:
-        start = opened.read(LONGEST_FIRST_LINE_BYTES)
+        start = opened.read(FIRST_BYTES)
+        if not start.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0").startswith(b"["):  # the first line may be long
+            start += opened.read(LONGEST_FIRST_LINE_BYTES - FIRST_BYTES)
     is_cut = len(start) == LONGEST_FIRST_LINE_BYTES
     text = start.decode(json.detect_encoding(start), "replace").lstrip("\ufeff \t\r\n")
     first, end, more = text.partition("\n")

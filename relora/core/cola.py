@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from relora.core.factorised import Factors, best_factors, decomposing, share_of
+from relora.core.factorised import Factors, best_factors, decomposing, share_of, squared_norms
 from relora.core.keeping import kept
 from relora.core.keyed import keyed_generator
 from relora.core.lowrank import replace_module, targeted_linears
@@ -73,7 +73,7 @@ class CoLALinear(Factors):
         b, a = best_factors(weight, self.factor_A.shape[0])
         self.factor_B.copy_(b * 2**0.5)
         self.factor_A.copy_(a * 2**0.5)
-        return torch.stack([a.double().square().sum(1).square().sum(), weight.double().square().sum()])
+        return squared_norms(a, weight)
 
 
 def activate(
@@ -103,6 +103,5 @@ def activate(
                 norms.append(layer.approximate(linear.weight))
         else:
             layer.initialise(linear.weight, seed=seed, name=name)
-        layer.train(linear.training)
         replace_module(model, name, layer)
     return share_of(norms) if norms else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relora.core.lowrank import plain_linear, replace_module, targeted_linears
-from relora.core.merged import row_chunks
+from relora.core.merged import row_chunks, wide_dtype
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,7 +55,7 @@ class FactorisedLinear(Factors):
 
 def wide(tensor: Tensor) -> Tensor:
     """Return `tensor` in fp32, or in its own dtype if that is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide_dtype(tensor.dtype))
 
 
 def best_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -106,11 +106,17 @@ def factorise(model: nn.Module, *, rank: int, target_modules: str | Sequence[str
             b, a = best_factors(linear.weight, rank)
         layer.factor_B.copy_(b)
         layer.factor_A.copy_(a)
-        # |B A|^2 is the sum of the squared singular values, and each row of A has the norm S^1/2.
-        kept.append(torch.stack([a.double().square().sum(1).square().sum(), linear.weight.double().square().sum()]))
-        layer.train(linear.training)
+        kept.append(squared_norms(a, linear.weight))
         replace_module(model, name, layer)
     return share_of(kept)
+
+
+def squared_norms(a: Tensor, weight: Tensor) -> Tensor:
+    """Return |B A|^2 and |weight|^2 for the factors of `best_factors(weight)`.
+
+    |B A|^2 is the sum of the squared singular values, and each row of A has the norm S^1/2.
+    """
+    return torch.stack([a.double().square().sum(1).square().sum(), weight.double().square().sum()])
 
 
 def share_of(squares: Sequence[Tensor]) -> float:
@@ -122,9 +128,7 @@ def share_of(squares: Sequence[Tensor]) -> float:
 def multiply_out(model: M) -> M:
     """Replace all factorised layers by plain linear layers with the weight B A, in place. Return the same model."""
     for name, layer in _layers(model, FactorisedLinear):
-        linear = plain_linear(layer.product(), layer.bias)
-        linear.train(layer.training)
-        replace_module(model, name, linear)
+        replace_module(model, name, plain_linear(layer.product(), layer.bias))
     return model
 
 

@@ -18,7 +18,7 @@ from relora.budget.cost import module_matches
 from relora.core.choices import REINITS, SCALING
 from relora.core.exact_ways import ExactWays
 from relora.core.keyed import keyed_generator
-from relora.core.merged import row_chunks
+from relora.core.merged import row_chunks, wide_dtype
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -152,7 +152,7 @@ class LowRankLinear(ExactWays):
             wait for the device here.
         """
         self.outdate()
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = wide_dtype(self.weight.dtype)
         a, b = self.lora_A.to(wide), self.lora_B.to(wide) * self.scaling
         squares = torch.zeros(3, dtype=torch.float64, device=self.weight.device)
         for rows in row_chunks(self.weight):
@@ -209,7 +209,8 @@ def wrapped_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the module `name` of `model`."""
+    """Put `module` in the place of the module `name` of `model`, in the same mode: training or evaluation."""
+    module.train(model.get_submodule(name).training)
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
 
@@ -239,7 +240,6 @@ def wrap(model: M, config: ReLoRAConfig, *, seed: int = 0) -> M:
     for name, linear in targets.items():
         layer = LowRankLinear(linear, config)
         layer.initialise(seed=seed, restart=0, name=name)
-        layer.train(linear.training)
         replace_module(model, name, layer)
     return model
 
@@ -340,9 +340,7 @@ def unwrap(model: M) -> M:
     """
     for name, layer in wrapped_layers(model).items():
         layer.merge()
-        linear = plain_linear(layer.weight, layer.bias)
-        linear.train(layer.training)
-        replace_module(model, name, linear)
+        replace_module(model, name, plain_linear(layer.weight, layer.bias))
     return model
 
 

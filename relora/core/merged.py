@@ -27,6 +27,11 @@ def row_chunks(weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or `dtype` if that is wider: the precision of sums, norms and decompositions."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @torch.no_grad()
 def materialise(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | float, *, out: Tensor | None, dtype: torch.dtype

@@ -17,6 +17,7 @@ from relora.budget.replaced import INT32_POSITIONS, support_numel
 from relora.core.factorised import FactorisedLinear, best_factors, decomposing, share_of, wide
 from relora.core.keyed import keyed_generator
 from relora.core.lowrank import replace_module, targeted_linears
+from relora.core.merged import wide_dtype
 
 
 def formed(a: Tensor, b: Tensor, values: Tensor, support: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -91,7 +92,7 @@ class SparseLowRankLinear(FactorisedLinear):
     @torch.no_grad()
     def product(self) -> Tensor:
         """Return scaling * B A + S (out x in) in the stored dtype. The sum is computed in fp32 or wider."""
-        kind = wide(self.factor_A).dtype
+        kind = wide_dtype(self.factor_A.dtype)
         weight = formed(self.factor_A, self.factor_B, self.sparse_values, self.support, self.scaling, kind)
         return weight.to(self.factor_A.dtype)
 
@@ -174,6 +175,5 @@ def sparsify(
                 kept.append(layer.approximate(linear.weight))
         else:
             layer.initialise(seed=seed, name=name)
-        layer.train(linear.training)
         replace_module(model, name, layer)
     return share_of(kept) if kept else None

@@ -5,12 +5,11 @@ train the whole model at full rank. The file imports torch inside the hooks that
 and checked without torch.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from relora.budget.cost import FACTORS, MATRICES, REST, SCALES, VALUES, Cost, LlamaShape, cost, module_matches
+from relora.budget.cost import FACTORS, MATRICES, REST, SCALES, VALUES, Cost, LlamaShape, cost
 from relora.common.checks import MOST_STEPS, at_least, at_most, positive
 from relora.common.errors import ConfigError, shown
 
@@ -321,21 +320,6 @@ class Targeted(Method):
             found = [name for name in names if not chosen.isdisjoint(_endings(name))]
             targeted += [ending] if found == names else found
         return {**fields, "method.target_modules": targeted}
-
-
-def break_even_rank(method: Targeted, shape: LlamaShape, run: "RunConfig", *, of_rank: Callable[[int], Method]) -> int:
-    """Return the highest rank at which a step of `method` takes fewer FLOPs than at full rank, or 0 if there is none.
-
-    `of_rank` returns the method with another rank. For methods whose FLOPs do not depend on the micro-steps.
-    """
-
-    def flops(own: Cost) -> int:
-        return replace(own, optimizer_flops=0).flops_per_update(run.tokens_per_step)
-
-    at_full_rank = flops(Method.cost(method, shape, run))
-    targeted = (sizes for name, sizes in shape.linears().items() if module_matches(name, method.target_modules))
-    highest = min(min(sizes) for sizes in targeted)
-    return bisect_left(range(1, highest + 1), at_full_rank, key=lambda rank: flops(of_rank(rank).cost(shape, run)))
 
 
 def _endings(name: str) -> list[str]:

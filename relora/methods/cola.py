@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from relora.budget.cost import Cost, LlamaShape, cost, module_matches
-from relora.budget.replaced import factorised
-from relora.methods.base import Targeted, break_even_rank
+from relora.budget.cost import Cost, LlamaShape
+from relora.budget.replaced import Replaced, factorised
+from relora.methods.replacing import Replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, slots=True)
-class CoLA(Targeted):
+class CoLA(Replacing):
     """Trains B silu(A x) in the place of the targeted matrices, and all other weights at full rank.
 
     The paper's rank is a quarter of model.hidden_size, and all matrices of attention and MLP are targeted. The MLP of
@@ -30,24 +30,14 @@ class CoLA(Targeted):
     model_type: ClassVar[str | None] = "cola_llama"
     modelling_module: ClassVar[str | None] = "relora.training.modeling_cola"
 
+    def replaced(self, in_features: int, out_features: int) -> Replaced:
+        """Return the cost of the layer in the place of a matrix."""
+        return factorised(in_features, out_features, self.rank, is_activated=True)
+
     def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:
         """Return the cost of training a model with these layers. The exported model has them too."""
-        made = cost(
-            shape,
-            sequence_length_tokens=run.data.sequence_length_tokens,
-            precision=run.trainer.precision,
-            replaced={
-                name: factorised(*sizes, self.rank, is_activated=True)
-                for name, sizes in shape.linears().items()
-                if module_matches(name, self.target_modules)
-            },
-            optimizer=run.optimizer,
-        )
+        made = Replacing.cost(self, shape, run)
         return replace(made, parameters=made.trainable_parameters)
-
-    def break_even_rank(self, shape: LlamaShape, run: "RunConfig", *, micro_steps: int) -> int | None:
-        """Return the highest rank at which a step takes fewer FLOPs than at full rank."""
-        return break_even_rank(self, shape, run, of_rank=lambda rank: replace(self, rank=rank))
 
     def begin(self, model: "nn.Module", run: "RunConfig") -> str | None:
         """Replace the targeted matrices."""

@@ -1,13 +1,13 @@
 """Low-rank training with factors alone, W = B A, with or without the restarts of arXiv 2505.22922."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from relora.budget.cost import Cost, LlamaShape, cost, module_matches
 from relora.budget.replaced import Replaced, factorised
 from relora.common.checks import MOST_STEPS, at_least, at_most
 from relora.common.errors import TrainingError
-from relora.methods.base import Restart, Targeted, break_even_rank
+from relora.methods.base import Restart
+from relora.methods.replacing import Replacing
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ INTERVAL = "restart_interval_steps"
 
 
 @dataclass(kw_only=True, slots=True)
-class LowRank(Targeted):
+class LowRank(Replacing):
     """Trains factors in the place of the targeted matrices, and all other weights at full rank.
 
     The factors begin as the best approximation of the matrices that they replace: those of the warm start, or the
@@ -31,42 +31,25 @@ class LowRank(Targeted):
     and takes 10 updates, with a restart every 200 updates.
     """
 
-    short_names: ClassVar[dict[str, str]] = {**Targeted.short_names, f"method.{INTERVAL}": "interval"}
+    short_names: ClassVar[dict[str, str]] = {**Replacing.short_names, f"method.{INTERVAL}": "interval"}
     restart_interval_field: ClassVar[str] = INTERVAL
 
     restart_interval_steps: int | None = None
 
     def __post_init__(self) -> None:
-        Targeted.__post_init__(self)
+        Replacing.__post_init__(self)
         at_least(f"method.{INTERVAL}", self.restart_interval_steps, 1, " (null: no restarts)")
         at_most(f"method.{INTERVAL}", self.restart_interval_steps, MOST_STEPS, "no run has that many steps")
 
     def canonical(self, fields: dict[str, Any], run: "RunConfig") -> dict[str, Any]:
         """Write an interval that is never reached as None."""
-        found = Targeted.canonical(self, fields, run)
+        found = Replacing.canonical(self, fields, run)
         interval, steps = self.restart_interval_steps, run.total_steps - self.warm_start_steps
         return found if interval is not None and interval < steps else {**found, f"method.{INTERVAL}": None}
 
     def replaced(self, in_features: int, out_features: int) -> Replaced:
         """Return the cost of the layer in the place of a matrix."""
         return factorised(in_features, out_features, self.rank)
-
-    def cost(self, shape: LlamaShape, run: "RunConfig") -> Cost:
-        """Return the cost of training a model with these layers."""
-        linears = shape.linears().items()
-        return cost(
-            shape,
-            sequence_length_tokens=run.data.sequence_length_tokens,
-            precision=run.trainer.precision,
-            replaced={
-                name: self.replaced(*sizes) for name, sizes in linears if module_matches(name, self.target_modules)
-            },
-            optimizer=run.optimizer,
-        )
-
-    def break_even_rank(self, shape: LlamaShape, run: "RunConfig", *, micro_steps: int) -> int | None:
-        """Return the highest rank at which a step takes fewer FLOPs than at full rank."""
-        return break_even_rank(self, shape, run, of_rank=lambda rank: replace(self, rank=rank))
 
     def begin(self, model: "nn.Module", run: "RunConfig") -> str | None:
         """Replace the targeted matrices by factors."""

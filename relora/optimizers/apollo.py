@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from relora.core.keyed import keyed_generator
+from relora.core.merged import wide_dtype
 from relora.optimizers.growth import GrowthLimitedAdamW, scaling_factors
-from relora.optimizers.subspace import is_from_left, wide
+from relora.optimizers.subspace import is_from_left
 
 
 def random_projection(key: str, rank: int, size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -21,7 +22,7 @@ def random_projection(key: str, rank: int, size: int, *, device: torch.device, d
     It depends only on the key and the kind of device: it is not stored, but drawn again in every step.
     """
     generator = keyed_generator(key, device)
-    drawn = torch.randn(rank, size, generator=generator, device=device, dtype=wide(dtype))
+    drawn = torch.randn(rank, size, generator=generator, device=device, dtype=wide_dtype(dtype))
     return drawn.div_(math.sqrt(rank)).to(dtype)
 
 

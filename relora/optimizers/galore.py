@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora.optimizers.subspace import SubspaceAdamW, is_from_left, wide
+from relora.core.merged import wide_dtype
+from relora.optimizers.subspace import SubspaceAdamW, is_from_left
 
 
 class NoSubspaceError(ValueError):
@@ -31,7 +32,7 @@ def projector(gradient_OxI: Tensor, rank: int, previous: Tensor | None = None, *
     Raises:
         NoSubspaceError: The gradient is zero or not finite, or its decomposition fails.
     """
-    gradient = gradient_OxI.to(wide(gradient_OxI.dtype))
+    gradient = gradient_OxI.to(wide_dtype(gradient_OxI.dtype))
     norm = torch.linalg.vector_norm(gradient).item()
     if norm == 0:
         raise NoSubspaceError("its gradient is zero")

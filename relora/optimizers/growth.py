@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora.optimizers.subspace import SubspaceAdamW, wide
+from relora.core.merged import wide_dtype
+from relora.optimizers.subspace import SubspaceAdamW
 
 NORM = "update_norm"
 
@@ -30,7 +31,7 @@ class GrowthLimitedAdamW(SubspaceAdamW):
         """
         if group["growth_limit"] is None:
             return
-        state, dtype = self.state[parameter], wide(update.dtype)
+        state, dtype = self.state[parameter], wide_dtype(update.dtype)
         norm = torch.linalg.vector_norm(update, dtype=dtype)
         if NORM not in state:
             state[NORM] = torch.zeros_like(norm)
@@ -64,7 +65,7 @@ def scaling_factors(direction: Tensor, projected: Tensor, dim: int | None, eps: 
     Returns:
         The factors, computed in fp32 or wider, in the dtype of `projected`. They multiply an O x I matrix.
     """
-    dtype = wide(projected.dtype)
+    dtype = wide_dtype(projected.dtype)
     whole = torch.linalg.vector_norm(direction, dim=dim, keepdim=True, dtype=dtype)
     factors = whole / (torch.linalg.vector_norm(projected, dim=dim, keepdim=True, dtype=dtype) + eps)
     return factors.to(projected.dtype)

@@ -149,8 +149,3 @@ def is_from_left(shape_OxI: torch.Size, square_side: str) -> bool:
     """Whether a matrix is projected from the left: its rows are the shorter side, or it is square."""
     rows, columns = shape_OxI
     return rows < columns or (rows == columns and square_side == "left")
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return fp32, or `dtype` if that is wider: the precision of norms and decompositions."""
-    return torch.promote_types(dtype, torch.float32)

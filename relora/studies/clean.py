@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from relora.common.errors import RunError
 from relora.common.files import size_bytes
 from relora.common.tables import aligned, in_units
-from relora.studies.corpora import delete_corpora
+from relora.studies.corpora import BUSY, STATE, STOPPED_SECONDS, CorpusCost, idle_seconds
 from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, state_of_idle, survey
 
 # ------------------------------------------------------------------------------------------------------- deletion
@@ -18,7 +18,9 @@ from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, state_of_id
 
 def delete(disk: Disk) -> None:
     """Delete the files that `disk` lists as deletable, if they still are. Errors are added to `disk.failures`."""
-    delete_corpora(disk.corpora, disk.failures)
+    for cost in disk.corpora:
+        if cost.deletable:
+            _delete_of_corpus(cost, disk.failures)
     for cost in disk.runs:
         if cost.deletable:
             _delete_of_run(cost, disk.failures)
@@ -58,6 +60,22 @@ def _delete_of_warm_start(cost: WarmStartCost, paths: Sequence[Path], failures: 
         cost.why = "kept: a run trains it or forks from it now"
     except OSError as error:
         failures.append(f"the warm start {cost.folder} could not be deleted: {error}")
+
+
+def _delete_of_corpus(cost: CorpusCost, failures: list[str]) -> None:
+    """Delete a preparation that stopped, unless one has gone on with it since."""
+    try:
+        with FileLock(cost.lock_file, timeout=0):
+            if not cost.folder.exists() or idle_seconds(cost.folder) < STOPPED_SECONDS:
+                cost.why = "kept: its preparation has gone on since"
+                return
+            # The state goes first: without it, no preparation goes on with a rest.
+            for path in (cost.folder / STATE, cost.folder):
+                cost.deleted_bytes += _deleted_bytes(path, failures)
+    except Timeout:
+        cost.why = BUSY
+    except OSError as error:
+        failures.append(f"{cost.folder} could not be deleted: {error}")
 
 
 def _deleted_bytes(path: Path, failures: list[str]) -> int:

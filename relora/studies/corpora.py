@@ -1,18 +1,14 @@
 """The disk space of prepared corpora, and preparations that stopped and that nobody goes on with."""
 
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from relora.common.files import is_locked, size_bytes
 
 STOPPED_SECONDS = 24 * 3600.0
 """A preparation that stopped less than this time ago may still go on."""
 BUSY = "kept: it is being prepared now"
-GONE_ON = "kept: its preparation has gone on since"
 PARTIAL = ".partial"
 """Ending of the folder in which a corpus is prepared (relora.data.corpus)."""
 STATE = "state.json"
@@ -54,39 +50,19 @@ def corpora_of(runs_dir: Path) -> list[CorpusCost]:
 def _judge_partial(cost: CorpusCost) -> None:
     try:
         is_busy = is_locked(cost.lock_file)
-        idle_seconds = _idle_seconds(cost.folder)
+        seconds = idle_seconds(cost.folder)
     except OSError as error:
         cost.why = f"left alone: it cannot be read ({error})"
         return
     if is_busy:
         cost.why = BUSY
-    elif idle_seconds < STOPPED_SECONDS:
+    elif seconds < STOPPED_SECONDS:
         cost.why = "kept: its preparation stopped less than a day ago, and the same command goes on with it"
     else:
         cost.why = "its preparation stopped more than a day ago"
         cost.deletable, cost.deletable_bytes = [cost.folder], cost.corpus_bytes
 
 
-def delete_corpora(costs: list[CorpusCost], failures: list[str]) -> None:
-    """Delete what is deletable, if no preparation has gone on with it since. Errors are added to `failures`."""
-    for cost in costs:
-        for path in cost.deletable:
-            try:
-                with FileLock(cost.lock_file, timeout=0):
-                    if not path.exists() or _idle_seconds(path) < STOPPED_SECONDS:
-                        cost.why = GONE_ON
-                        continue
-                    before_bytes = size_bytes(path)
-                    (path / STATE).unlink(missing_ok=True)  # first: without it, no preparation goes on with the rest
-                    try:
-                        shutil.rmtree(path)
-                    finally:
-                        cost.deleted_bytes += before_bytes - size_bytes(path)
-            except Timeout:
-                cost.why = BUSY
-            except OSError as error:
-                failures.append(f"{path} could not be deleted: {error}")
-
-
-def _idle_seconds(folder: Path) -> float:
+def idle_seconds(folder: Path) -> float:
+    """Return the seconds since the last change of a folder or of a file in it."""
     return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))

@@ -1,11 +1,11 @@
 """APOLLO and APOLLO-Mini against Algorithm 1 of arXiv 2412.05270."""
 
 import hashlib
-import io
 import math
 
 import pytest
 import torch
+from subspaces import continued_to_the_bit, gradients_of, trained
 from torch import Tensor, nn
 
 from relora.optimizers.apollo import ApolloAdamW, random_projection
@@ -13,13 +13,6 @@ from relora.optimizers.apollo import ApolloAdamW, random_projection
 SHAPES = [(6, 10), (10, 6), (7, 7)]
 EPSILON = 1e-8
 CPU = torch.device("cpu")
-
-
-def gradients_of(shape: tuple[int, int], steps: int, *, spike: int | None = None) -> list[Tensor]:
-    """Random gradients. That of the step `spike` is a hundred times as large."""
-    generator = torch.Generator().manual_seed(shape[0])
-    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
-    return [100 * gradient if step == spike else gradient for step, gradient in enumerate(drawn)]
 
 
 def drawn(key: str, rank: int, size: int) -> Tensor:
@@ -58,15 +51,6 @@ def published(
     return weight.T if turned else weight
 
 
-def trained(start: Tensor, gradients: list[Tensor], *, seed: int = 5, **settings) -> Tensor:
-    weight = nn.Parameter(start.clone())
-    optimizer = ApolloAdamW([weight], seed=seed, **settings)
-    for gradient in gradients:
-        weight.grad = gradient.clone()
-        optimizer.step()
-    return weight.detach()
-
-
 @pytest.mark.parametrize("limit", [1.01, None])
 @pytest.mark.parametrize(("rank", "mini", "alpha"), [(3, False, 1.0), (1, True, math.sqrt(128)), (3, True, 0.5)])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,8 +59,10 @@ def test_updates_equal_the_published_algorithm(
 ) -> None:
     start, gradients = torch.ones(shape, dtype=torch.float64), gradients_of(shape, 31, spike=17)
     weight = trained(
+        ApolloAdamW,
         start,
         gradients,
+        seed=5,
         rank=rank,
         update_interval_steps=7,
         scale=alpha,
@@ -89,32 +75,6 @@ def test_updates_equal_the_published_algorithm(
     assert torch.allclose(weight, published(start, gradients, gamma=limit or math.inf, **paper), rtol=1e-6, atol=1e-6)
     other = published(start, gradients, gamma=math.inf if limit else 1.01, **paper)
     assert not torch.allclose(weight, other, atol=1e-3), "the limiter had something to limit"
-
-
-def test_a_square_matrix_projected_from_the_right_is_its_transpose_from_the_left() -> None:
-    gradients = gradients_of((7, 7), 12)
-    settings = {"rank": 3, "update_interval_steps": 5, "lr": 0.02, "weight_decay": 0.1}
-    right = trained(torch.ones(7, 7).double(), gradients, square_side="right", **settings)
-    left = trained(torch.ones(7, 7).double(), [each.T for each in gradients], square_side="left", **settings)
-    assert torch.allclose(right, left.T, atol=1e-9)
-
-
-def test_a_group_without_rank_is_torchs_adamw() -> None:
-    ours, theirs = (nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2))
-    one = ApolloAdamW([ours], seed=0, lr=0.1, weight_decay=0.2, betas=(0.8, 0.95))
-    other = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.2, betas=(0.8, 0.95))
-    for gradient in gradients_of((5, 3), 5):
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        one.step()
-        other.step()
-    assert torch.allclose(ours, theirs, atol=1e-12)
-
-
-def test_weight_decay_is_decoupled() -> None:
-    start, gradients = torch.ones(6, 10, dtype=torch.float64), gradients_of((6, 10), 1)
-    plain = trained(start, gradients, lr=0.1, rank=2)
-    decayed = trained(start, gradients, lr=0.1, rank=2, weight_decay=0.5)
-    assert torch.allclose(decayed, plain - 0.1 * 0.5 * start)
 
 
 def test_a_step_without_a_gradient_changes_nothing_and_stops_nothing() -> None:
@@ -153,7 +113,7 @@ def test_projections_differ_between_matrices_seeds_and_draws() -> None:
     assert not torch.allclose(weights[0], weights[1])
     settings = {"lr": 0.1, "rank": 2, "growth_limit": None}
     runs = [
-        trained(start, gradients, seed=seed, update_interval_steps=every, **settings)
+        trained(ApolloAdamW, start, gradients, seed=seed, update_interval_steps=every, **settings)
         for seed, every in ((5, 200), (5, 200), (6, 200), (5, 3), (5, 4))
     ]
     equal = [torch.allclose(runs[0], run) for run in runs]
@@ -162,40 +122,13 @@ def test_projections_differ_between_matrices_seeds_and_draws() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_state_is_two_moments_and_a_norm_and_continues_to_the_bit(dtype: torch.dtype) -> None:
-    weights = [nn.Parameter(torch.ones(6, 10, dtype=dtype)), nn.Parameter(torch.ones(3, dtype=dtype))]
-    gradients = gradients_of((6, 10), 8)
-
-    def made() -> ApolloAdamW:
-        subspace = {"rank": 2, "update_interval_steps": 5}
-        return ApolloAdamW([{"params": weights[:1], **subspace}, {"params": weights[1:]}], lr=0.1, seed=3)
-
-    def steps(optimizer: ApolloAdamW, numbers: range) -> None:
-        for number in numbers:
-            weights[0].grad, weights[1].grad = gradients[number].to(dtype), gradients[number][0, :3].to(dtype)
-            optimizer.step()
-
-    whole = made()
-    steps(whole, range(4))
-    state = whole.state[weights[0]]
-    assert {name: tuple(value.shape) for name, value in state.items()} == {
+    whole, _, weight = continued_to_the_bit(ApolloAdamW, dtype, seed=3)
+    assert {name: tuple(value.shape) for name, value in whole.state[weight].items()} == {
         "step": (),
         "exp_avg": (2, 10),
         "exp_avg_sq": (2, 10),
         "update_norm": (),
     }
-    file = io.BytesIO()
-    torch.save({"optimizer": whole.state_dict(), "weights": [weight.detach() for weight in weights]}, file)
-    steps(whole, range(4, 8))
-    expected = [weight.detach().clone() for weight in weights]
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    for weight, value in zip(weights, saved["weights"], strict=True):
-        weight.data.copy_(value)
-    torch.manual_seed(12345)
-    resumed = made()
-    resumed.load_state_dict(saved["optimizer"])
-    steps(resumed, range(4, 8))
-    assert all(torch.equal(weight, value) for weight, value in zip(weights, expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (5,)])
