@@ -45,7 +45,7 @@ HOMES = {
         "training.pretrained",
     },
     "rich": {"tracking.console"},
-    "matplotlib": {"studies.pictures"},
+    "matplotlib": {"studies.curves", "studies.drawing", "studies.memory_picture", "studies.pictures"},
     "optuna": {"launching.tune"},
     "submitit": {"launching.submit"},
 }

@@ -6,6 +6,7 @@ every entry point calls `handled_signals` before its other imports. `python -m r
 starts a module that calls `hold` only after its imports. Signals are blocked until then.
 """
 
+import gc
 import runpy
 import signal
 import sys
@@ -110,6 +111,23 @@ def held() -> Iterator[None]:
     """Remember signals inside the block, without an exception."""
     with _in_mode(_Mode.HELD):
         yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Hold signals and garbage collection while the body imports large packages.
+
+    An interrupted import can fail with any error, or abort the process. Imports make many objects and almost no
+    garbage, and each collection looks at all of them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with held():
+            yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -44,9 +44,14 @@ class Plan:
         return self.weight_bytes + self.merged_weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def run_plan(config: RunConfig) -> Plan:
-    """Return the plan of `config`. It uses the configured vocabulary size; that of the tokenizer may be smaller."""
-    vocab_size = config.model.vocab_size or config.data.vocab_size
+def run_plan(config: RunConfig, vocab_size: int | None = None) -> Plan:
+    """Return the plan of `config`.
+
+    Args:
+        config: The run.
+        vocab_size: Rows of the embedding. None: the configured size; that of the tokenizer may be another.
+    """
+    vocab_size = vocab_size or config.model.vocab_size or config.data.vocab_size
     own, full = config.cost(vocab_size), config.cost(vocab_size, warm_start=True)
     steps, warm, restarts = config.total_steps, config.method.warm_start_steps, config.clock.restarts_before
     restart_count, merged_weight = restarts(steps), config.method.merged_weight_in_use

@@ -146,12 +146,17 @@ class Run:
             by_step[row["step"]] |= row
         return [by_step[step] for step in sorted(by_step)]
 
-    def curve(self, axis: str) -> list[tuple[float, float]]:
-        """Return (value of `axis`, validation loss) at each evaluation. `axis` is "seconds", "tokens" or "flops"."""
+    def evaluations(self, axis: str) -> dict[int, tuple[float, float]]:
+        """Return step -> (value of `axis`, validation loss). `axis` is "seconds", "tokens" or "flops"."""
         name = "perf/training_seconds" if axis == "seconds" else f"progress/{axis}"
         known = [(row["step"], row[name]) for row in self.rows if name in row]
-        points = [(row.get(name, _at(known, row["step"])), row["eval/loss"]) for row in self.rows if "eval/loss" in row]
-        return [(value, loss) for value, loss in points if value is not None]
+        rows = [row for row in self.rows if "eval/loss" in row]
+        points = {row["step"]: (row.get(name, _at(known, row["step"])), row["eval/loss"]) for row in rows}
+        return {step: (value, loss) for step, (value, loss) in points.items() if value is not None}
+
+    def curve(self, axis: str) -> list[tuple[float, float]]:
+        """Return (value of `axis`, validation loss) at each evaluation, as in `evaluations`."""
+        return list(self.evaluations(axis).values())
 
     def budget(self, axis: str) -> float:
         """Return the total of the whole run on `axis`."""

@@ -1,56 +1,17 @@
-"""The pictures of a study. Only this module imports matplotlib."""
+"""The pictures of a study: learning rates, gaps, and the heat map of rank and interval."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from relora.config.run import RunConfig
 from relora.runs.results import Run, mean
 from relora.studies.compare import Study
+from relora.studies.drawing import line_styles
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SMOOTHED_SHARE = 0.02
-"""Each drawn point of a training curve is the mean over this share of the curve."""
-COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c00")
-"""The colours of Okabe and Ito, which people with any colour vision can distinguish. Olive replaces their yellow, which
-is too light for a line."""
-STYLES = ("-", "--", ":", "-.")
-MARKERS = "osD^vP*X"
-
-
-def draw_curves(study: Study) -> "Figure | None":
-    """Draw training loss and validation perplexity, over tokens and over FLOPs."""
-    drawn = [arm for arm in study.arms if any(len(member.run.rows) > 1 for member in arm.members)]
-    if not drawn:
-        return None
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for column, axis in enumerate(("tokens", "flops")):
-        for place, (arm, style) in enumerate(zip(drawn, _styles(len(drawn)), strict=True)):
-            marker = MARKERS[place % len(MARKERS)]
-            for number, member in enumerate(arm.members):
-                label = arm.label if number == 0 else None
-                axes[0, column].plot(*_training_curve(member.run, axis), label=label, lw=1, **style)
-                points = [(x, math.exp(loss)) for x, loss in member.run.curve(axis) if x > 0 and loss < 20]
-                axes[1, column].plot(*_columns(points), label=label, marker=marker, ms=4, lw=1.2, **style)
-        axes[1, column].set_yscale("log")
-        _plain_log_ticks(axes[1, column])
-        axes[0, column].set_ylabel("training loss (nats)")
-        axes[1, column].set_ylabel("validation perplexity")
-        for row in (0, 1):
-            axes[row, column].set_xlabel("training FLOPs" if axis == "flops" else "tokens")
-            axes[row, column].xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes[row, column].grid(alpha=0.25)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    return figure
 
 
 def draw_schedule(study: Study) -> "Figure | None":
@@ -66,7 +27,7 @@ def draw_schedule(study: Study) -> "Figure | None":
 
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     axes = figure.subplots()
-    for (label, run), style in zip(shapes.values(), _styles(len(shapes)), strict=True):
+    for (label, run), style in zip(shapes.values(), line_styles(len(shapes)), strict=True):
         rates = {row["step"]: row["train/lr"] for row in run.rows if "train/lr" in row}
         axes.plot(list(rates), list(rates.values()), label=label, lw=1.2, **style)
         restarts = [row["step"] for row in run.rows if "restart/number" in row]
@@ -170,28 +131,3 @@ def _shape(run: Run) -> tuple[Any, ...]:
     assert config is not None
     steps = (config.total_steps, config.method.warm_start_steps, config.reset_interval_steps)
     return (*steps, config.optimizer.learning_rate, config.schedule.warmup_steps, config.schedule.restart_warmup_steps)
-
-
-def _styles(count: int) -> list[dict[str, Any]]:
-    """Return a style for each line. The line style changes after all colours are used."""
-    rounds = [divmod(number, len(COLOURS)) for number in range(count)]
-    return [{"color": COLOURS[colour], "ls": STYLES[turn % len(STYLES)]} for turn, colour in rounds]
-
-
-def _training_curve(run: Run, axis: str) -> tuple[list[float], list[float]]:
-    points = [(row[f"progress/{axis}"], row["train/loss"]) for row in run.rows if "train/loss" in row]
-    width = max(1, round(SMOOTHED_SHARE * len(points)))
-    smooth = [points[start : start + width] for start in range(0, len(points), width)]
-    return _columns([(mean([x for x, _ in part]), mean([y for _, y in part])) for part in smooth])
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _plain_log_ticks(axes: "Axes") -> None:
-    from matplotlib.ticker import LogLocator, ScalarFormatter
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_locator(LogLocator(subs=()))

@@ -14,11 +14,14 @@ from relora.common.files import publishing
 from relora.runs.results import mean
 from relora.studies.cells import Notes, mean_figure, memory_text, one_line, percent, spread
 from relora.studies.compare import Arm, Estimate, Study, as_row
+from relora.studies.curves import draw_curves
 from relora.studies.doubts import doubts, rates_of, tokenizer_words, untuned, untuned_words
+from relora.studies.drawing import save
 from relora.studies.gaps import FEWEST_EVALUATIONS, SAME_BUDGET, Compared, Gap
 from relora.studies.manifest import study_dir
+from relora.studies.memory_picture import draw_memory
 from relora.studies.page import Page
-from relora.studies.pictures import draw_curves, draw_gaps, draw_heat_map, draw_schedule, heat_map, restarts
+from relora.studies.pictures import draw_gaps, draw_heat_map, draw_schedule, heat_map, restarts
 from relora.studies.published import COLUMNS, HEADING, READING, beside_the_paper
 
 if TYPE_CHECKING:
@@ -137,11 +140,23 @@ RUN_COLUMNS = (
     "skipped",
 )
 FIGURES: tuple[tuple[str, Callable[[Study], "Figure | None"], str], ...] = (
-    ("gaps.png", draw_gaps, "Gap to full rank at equal tokens; points are seeds, dark lines 95% intervals."),
-    ("heat_map.png", draw_heat_map, "Results by rank and reset interval; lighter is better."),
-    ("curves.png", draw_curves, "Training loss (smoothed) and validation perplexity over tokens and training FLOPs."),
-    ("schedule.png", draw_schedule, "Learning rates, one arm for each shape; marks on the axis are restarts."),
+    ("gaps", draw_gaps, "Gap to full rank at equal tokens; points are seeds, dark lines 95% intervals."),
+    (
+        "memory",
+        draw_memory,
+        "Test perplexity against memory: weights, gradients and optimizer state, computed, without activations. Bars "
+        "span the seeds. The dashed line is full rank. Hollow points need full rank's memory in their warm start.",
+    ),
+    ("heat_map", draw_heat_map, "Results by rank and reset interval; lighter is better."),
+    (
+        "curves",
+        draw_curves,
+        "Training loss (smoothed) and validation perplexity over tokens and training FLOPs: means over the finished "
+        "seeds. Bands span the seeds.",
+    ),
+    ("schedule", draw_schedule, "Learning rates, one arm for each shape; marks on the axis are restarts."),
 )
+"""File name without its ending, function that draws, and caption. Each picture is saved as PNG and as SVG."""
 
 
 TOO_FEW = f"the loss was reached, but fewer than {FEWEST_EVALUATIONS} evaluations after the start cannot show when"
@@ -302,11 +317,11 @@ def _write(study: Study, folder: Path) -> None:
         page.heading("Runs without a baseline")
         page.listing([one_line(f"{m.run.name} ({m.label}): {m.tokens.note}") for m in alone])
     page.heading("Pictures")
-    for file, draw, caption in FIGURES:
+    for name, draw, caption in FIGURES:
         figure = draw(study)
         if figure is not None:
-            figure.savefig(folder / file, dpi=110)
-            page.figure(file, caption)
+            save(figure, folder / name)
+            page.figure(f"{name}.png", f"{caption} For print: {name}.svg.")
     page.heading("Runs")
     page.table(RUN_COLUMNS, run_rows)
     page.heading("Reproduce this study")

@@ -198,7 +198,7 @@ class _Attempt:
                 traceback.print_exception(error)
 
     def _train_and_export(self) -> dict[str, Any]:
-        with signals.held():  # an interrupted import can fail with any error, or abort the process
+        with signals.importing():
             from relora.data import corpus as corpora
             from relora.runs import warmstart
             from relora.training.device_memory import peak_memory_bytes, reset_peak_memory
@@ -277,6 +277,7 @@ class _Attempt:
                 "skipped_updates": trainer.counters.skipped_updates,
                 "parameters": cost.parameters,
                 "trainable_parameters": cost.trainable_parameters,
+                "state_bytes": run_plan(config, config.model.vocab_size or corpus.vocab_size).state_bytes,
                 "training_seconds": trainer.counters.training_seconds,
                 "tokens_per_second": trainer.counters.tokens / trainer.counters.training_seconds,
                 "wall_clock_seconds": time.perf_counter() - self.began,

@@ -90,7 +90,7 @@ def _left_for_first(run: RunDir, rank: int) -> Iterator[None]:
 
 def _train_share(run: RunDir, world: World, warm_start_only: bool) -> None:
     """Wait until rank 0 has prepared the corpus and the warm start. Then train."""
-    with signals.held():
+    with signals.importing():
         from relora.data import corpus as corpora
 
     config = frozen.thaw(run.config_file)
@@ -167,7 +167,7 @@ def build_trainer(
     Raises:
         RunError: model.vocab_size is smaller than the vocabulary of the tokenizer.
     """
-    with signals.held():
+    with signals.importing():
         from relora.training.model import build
         from relora.training.trainer import Trainer
 

@@ -233,7 +233,8 @@ def test_the_standard_library_makes_a_corpus(tmp_path: Path) -> None:
     assert 0.014 < tokens["test"] / total < 0.026
     assert corpus.vocab_size == 2048
     assert json.loads((corpus.folder / "source.json").read_text())["python"] == sys.version.split()[0]
-    assert len(messages) == 2
+    assert messages[0].startswith("preparing the corpus stdlib-")
+    assert "near-duplicates of training text" in messages[-1]  # a slow machine shows its progress between them
 
 
 # ---------------------------------------------------------------------------------------------------------- splits

@@ -376,7 +376,8 @@ def test_the_report_names_the_best_rank_and_interval_and_the_gap(lab: Lab) -> No
     folder = write_report(study, lab.runs_dir)
     names = {path.name for path in folder.iterdir()}
     pictures = {"gaps.png", "heat_map.png", "curves.png", "schedule.png"}
-    assert names == {"report.md", "report.html", "results.csv"} | pictures
+    for_print = {name.replace(".png", ".svg") for name in pictures}
+    assert names == {"report.md", "report.html", "results.csv"} | pictures | for_print
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     html = (folder / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 4

@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora.cli import main as cli
 from relora.config.compose import compose
+from relora.config.frozen import thaw
+from relora.config.plan import run_plan
 from relora.core.lowrank import low_rank_layers, unwrap
 from relora.data.corpus import prepare
 from relora.data.sequences import TokenSequences
@@ -323,6 +325,8 @@ def test_the_summary_has_the_figures_of_the_run(finished) -> None:
     assert summary["wall_clock_seconds"] > summary["training_seconds"] > 0
     assert summary["peak_memory_bytes"] > 50e6
     assert summary["trainable_parameters"] < summary["parameters"]
+    plan = run_plan(thaw(run.config_file), json.loads((run.model / "config.json").read_text())["vocab_size"])
+    assert (plan.parameters, plan.state_bytes) == (summary["parameters"], summary["state_bytes"])
     last = [row for row in read_rows(run.metrics_file) if "eval/perplexity" in row][-1]
     assert summary["eval_perplexity"] == last["eval/perplexity"]
 
