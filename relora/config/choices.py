@@ -41,6 +41,12 @@ def new_preset_file(experiment: str, method: str) -> Path:
     return preset_file(experiment, method) or _home_of(method) / "presets" / experiment / f"{method}.yaml"
 
 
+def sweep_file(name: str) -> Path | None:
+    """Return the file of sweeps=NAME, which is relora's or a package's; None if there is none."""
+    files = (folder / "sweeps" / f"{name}.yaml" for folder in (home(), *conf_dirs()[1:]))
+    return next((file for file in files if file.is_file()), None)
+
+
 def is_untuned_by_its_file(experiment: str | None, method: str) -> bool:
     """Whether the file with a method's learning rates states that they are not tuned.
 

@@ -73,8 +73,8 @@ def _without_token_budget(given: dict[str, str]) -> list[str]:
 
 def _own_settings(name: str) -> dict[str, Any]:
     """Read the values that a sweeps/ file sets for every run, by dotted key."""
-    file = choices.home() / "sweeps" / f"{name}.yaml"
-    values = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+    file = choices.sweep_file(name)
+    values = OmegaConf.to_container(OmegaConf.load(file)) if file is not None else None
     return dict(leaves({str(key): value for key, value in values.items()})) if isinstance(values, dict) else {}
 
 

@@ -251,6 +251,8 @@ def _short(name: str, config: RunConfig) -> str:
 def _brief(name: str, value: Any, config: RunConfig) -> str:
     if name == f"method.{config.method.restart_interval_field}" and not value:
         return "never"
+    if isinstance(value, list):
+        return "+".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relora.common.errors import ConfigError, shown
 from relora.config import tuned
-from relora.config.choices import conf_dir, preset_file
+from relora.config.choices import preset_file, sweep_file
 from relora.config.compose import Composer, as_values, compose, composed, study_of
 from relora.config.overrides import given_values, leaves, parsed
 from relora.config.run import RunConfig
@@ -284,8 +284,8 @@ def search(overrides: Sequence[str]) -> Search | None:
 
 def _question(name: str | None) -> str:
     """Return the comment at the top of a sweeps/ file. Empty if there is no file or no comment."""
-    file = conf_dir().parent / "sweeps" / f"{name}.yaml"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    file = sweep_file(name) if name is not None else None
+    lines = file.read_text().splitlines() if file is not None else []
     comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.lstrip("# ") for line in comments if "@package" not in line)
 
