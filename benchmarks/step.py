@@ -1,11 +1,14 @@
-"""Measure step time, tokens/s, FLOP utilisation and peak memory of low-rank training against full rank.
+"""Measure step time, tokens/s, FLOP utilisation and peak memory of every method against full rank.
 
 Also the time of a restart.
 
     pip install -e '.[bench]'
-    OMP_NUM_THREADS=1 python benchmarks/step.py --threads 1 --out docs/performance    # .json, .md, .png
+    OMP_NUM_THREADS=1 python benchmarks/step.py --threads 1 --out docs/steps    # .json, .md, .png
+    OMP_NUM_THREADS=1 python benchmarks/step.py --threads 1 --out docs/arms --arms full relora galore fira apollo \
+        apollo_mini lowrank sltrain cola --cases 60m:128 --layers 8 --tokens 4096
 
-A step is one optimizer step of the trainer: forward, backward, clip, AdamW, and for the fast paths the refresh.
+A step is one optimizer step of the trainer: forward, backward, clip, the method's optimizer, and the refresh. It is the
+trainer's own code, except for PEFT. GaLore and Fira compute their projections in the first step, which is not measured.
 
 All arms of a case are in one process and take turns: each makes one step in a round. So other load on the machine hits
 all arms equally. Each arm is first and last equally often if `--rounds` is a multiple of the number of arms. A ratio is
@@ -20,30 +23,34 @@ conf/model, and `--layers` layers. Cases that are in the .json file already are 
 import argparse
 import json
 import platform
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from relora.budget.cost import Cost, cost
-from relora.budget.memory import peak_bytes
-from relora.config.compose import composed
-from relora.config.groups import ModelConfig
-from relora.core.exact_ways import refresh
-from relora.core.lowrank import ReLoRAConfig, low_rank_layers, merge_and_reinit, wrap
-from relora.core.reset import reset_optimizer
+from relora.config.compose import compose, composed
+from relora.config.plan import Plan, run_plan
+from relora.config.run import RunConfig
+from relora.core.lowrank import low_rank_layers
+from relora.data.sequences import TokenSequences
+from relora.runs.metrics import Progress
+from relora.studies.drawing import MARKERS, line_styles
 from relora.training.model import build, precision_context, summed_cross_entropy
+from relora.training.trainer import Trainer
 
 VOCAB_SIZE = 32_100
 SEQUENCE_LENGTH_TOKENS = 256
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ARMS = ("full", "peft", "never", "rebuilt", "resident")
+EXACT_WAYS = ("full", "peft", "never", "rebuilt", "resident")
+"""The arms that are measured unless others are named: full rank, and the ways to compute ReLoRA."""
 NAMES = {
     "full": "full rank",
     "peft": "PEFT",
@@ -51,6 +58,23 @@ NAMES = {
     "rebuilt": "fast, merged weight rebuilt",
     "resident": "fast, merged weight resident",
 }
+"""Names of the arms in tables. Any other arm is the name of a method."""
+
+
+class Silent:
+    """A tracker that does nothing."""
+
+    def progress(self, progress: Progress) -> None:
+        """Ignore the progress."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Ignore the metrics."""
+
+    def log_line(self, message: str) -> None:
+        """Ignore the message."""
+
+    def flush(self) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,61 +88,97 @@ class Case:
     micro_steps: int
     layers: int
 
-    def model_config(self) -> ModelConfig:
-        """The model config of this size, with at most `layers` layers."""
-        values = dict(composed([f"model=llama_{self.size}"]).model)
-        return ModelConfig(**{**values, "layers": min(self.layers, values["layers"])})
-
-    def cost(self, arm: str) -> Cost:
-        """The cost of the measured model in this arm."""
-        factors = {} if arm == "full" else {"rank": self.rank, "target_modules": TARGETS}
-        return cost(
-            self.model_config().shape(VOCAB_SIZE),
-            sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
-            precision=self.precision,
-            **factors,
+    def config(self, arm: str) -> RunConfig:
+        """The run of an arm. PEFT has that of the reference path."""
+        way = "never" if arm == "peft" else arm
+        method = "relora" if way in EXACT_WAYS[1:] else way
+        layers = min(self.layers, composed([f"model=llama_{self.size}"]).model.layers)
+        chosen = [f"method={method}"]
+        keys = composed(chosen).method
+        if "rank" in keys and method != "apollo_mini":
+            chosen.append(f"method.rank={self.rank}")
+        if "merged_weight" in keys and way in EXACT_WAYS:
+            chosen.append(f"method.merged_weight={way}")
+        sequences = self.tokens // SEQUENCE_LENGTH_TOKENS
+        return compose(
+            [
+                *chosen,
+                *(f"model=llama_{self.size}", f"model.layers={layers}", f"model.vocab_size={VOCAB_SIZE}"),
+                *("method.warm_start_steps=0", f"data.sequence_length_tokens={SEQUENCE_LENGTH_TOKENS}"),
+                f"trainer.precision={self.precision}",
+                f"trainer.sequences_per_step={sequences}",
+                f"trainer.sequences_per_micro_step={sequences // self.micro_steps}",
+            ]
         )
 
-    def flops(self, arm: str) -> int:
-        """FLOPs of one step in this arm."""
-        if arm == "full":
-            return self.cost(arm).flops_per_update(self.tokens)
-        way = "never" if arm == "peft" else arm
-        return self.cost(arm).flops_per_update(self.tokens, merged_weight=way, micro_steps=self.micro_steps)
+    def plan(self, arm: str) -> Plan:
+        """The plan of the measured model in this arm."""
+        return run_plan(self.config(arm))
 
 
 class Arm:
-    """A model and its optimizer, which can make steps and restarts."""
+    """A trainer that can make steps and restarts."""
 
-    def __init__(self, case: Case, name: str, device: torch.device) -> None:
-        self.case, self.name, self.device = case, name, device
-        config = case.model_config()
-        model = build(config, config.shape(VOCAB_SIZE), end_of_text_id=0, seed=0)
-        self.storage = torch.bfloat16 if case.precision == "bf16" else torch.float32
-        self.model = model.to(device, self.storage)
-        if name == "peft":
-            _peft(self.model, case.rank)
-        elif name != "full":
-            wrap(self.model, ReLoRAConfig(rank=case.rank, target_modules=TARGETS))
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
-        sequences = case.tokens // SEQUENCE_LENGTH_TOKENS
-        shape = (sequences, SEQUENCE_LENGTH_TOKENS)
-        self.tokens = torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(0)).to(device)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        if self.name in ("resident", "rebuilt"):
-            refresh(
-                self.model,
-                merged_weight=self.name,
-                tokens_per_micro_step=self.case.tokens // self.case.micro_steps,
-                micro_steps=self.case.micro_steps,
-                dtype=torch.float32 if self.case.precision == "fp32" else torch.bfloat16,
-            )
+    def __init__(self, case: Case, name: str, device: torch.device, folder: Path) -> None:
+        self.case, self.name, self.device, self.steps = case, name, device, 0
+        self.config = case.config(name)
+        tokens = torch.randint(VOCAB_SIZE, (case.tokens + 1,), generator=torch.Generator().manual_seed(0))
+        path = folder / f"{name}.bin"
+        path.write_bytes(tokens.numpy().astype(np.uint16).tobytes())
+        sequences = TokenSequences(path, "uint16", SEQUENCE_LENGTH_TOKENS)
+        self.trainer = Trainer(
+            self.config,
+            build(self.config.model, self.config.trained_shape(VOCAB_SIZE), end_of_text_id=0, seed=0),
+            sequences,
+            sequences,
+            Silent(),
+            vocab_size=VOCAB_SIZE,
+            checkpoint_folder=folder / name,
+            device=device,
+        )
+        self.trainer.model.train()
+        self.trainer.begin_method(0)
 
     def step(self) -> None:
-        """Make one optimizer step as the trainer does."""
+        """Make one optimizer step as `Trainer.train` does, at a small learning rate."""
+        trainer = self.trainer
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 1e-4
+        trainer.update(self.steps, trainer.forward_backward(self.steps))
+        trainer._refresh()
+        self.steps += 1
+
+    def kept_bytes(self) -> int:
+        """Bytes of weights, resident merged weights, positions of sparse values, and optimizer state."""
+        trainer = self.trainer
+        return sum(each.numel() * each.element_size() for each in _kept(trainer.model, trainer.optimizer))
+
+    def restart(self) -> None:
+        """Make one restart: merge, reinitialise the factors, and prune the optimizer state."""
+        self.trainer.method.restart(self.trainer.model, self.trainer.optimizer, self.config, 1)
+
+
+class PEFTArm(Arm):
+    """PEFT's LoRA in the same matrices, in a plain loop. Everything else stays trainable, as in ReLoRA."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.case, self.name, self.device = case, "peft", device
+        self.config = case.config(self.name)
+        model = build(self.config.model, self.config.trained_shape(VOCAB_SIZE), end_of_text_id=0, seed=0)
+        self.model = model.to(device, torch.bfloat16 if case.precision == "bf16" else torch.float32)
+        adapter = LoraConfig(r=case.rank, lora_alpha=case.rank / 4, target_modules=TARGETS)  # type: ignore[arg-type]
+        inject_adapter_in_model(adapter, self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(".base_layer." not in name)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
+        shape = (case.tokens // SEQUENCE_LENGTH_TOKENS, SEQUENCE_LENGTH_TOKENS)
+        self.tokens = torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def step(self) -> None:
+        """Make one optimizer step."""
         for tokens in self.tokens.chunk(self.case.micro_steps):
             with precision_context(self.case.precision, self.device):
                 loss = summed_cross_entropy(self.model, tokens, tokens)
@@ -127,43 +187,18 @@ class Arm:
         torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._refresh()
 
     def kept_bytes(self) -> int:
-        """Bytes of weights, resident merged weights and optimizer state."""
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        merged = [layer._merged for _, layer in low_rank_layers(self.model) if layer._merged is not None]
-        return sum(each.numel() * each.element_size() for each in [*self.model.parameters(), *state, *merged])
-
-    def planned_bytes(self) -> int:
-        """The peak memory that relora.budget.memory estimates. PEFT gets the estimate of the reference path."""
-        case = self.case
-        return peak_bytes(
-            case.model_config().shape(VOCAB_SIZE),
-            case.cost(self.name),
-            sequences_per_micro_step=case.tokens // case.micro_steps // SEQUENCE_LENGTH_TOKENS,
-            sequence_length_tokens=SEQUENCE_LENGTH_TOKENS,
-            micro_steps=case.micro_steps,
-            precision=case.precision,
-            merged_weight={"full": "never", "peft": "never"}.get(self.name, self.name),
-            activation_checkpointing=False,
-            update_in_backward=False,
-            world_size=1,
-        )
-
-    def restart(self) -> None:
-        """Make one restart: merge, reinitialise the factors, and prune the optimizer state."""
-        merge_and_reinit(self.model, seed=0, restart=1)
-        reset_optimizer(self.optimizer, self.model)
+        """Bytes of weights and optimizer state."""
+        return sum(each.numel() * each.element_size() for each in _kept(self.model, self.optimizer))
 
 
-def _peft(model: nn.Module, rank: int) -> None:
-    """Put PEFT's LoRA into the same matrices. Everything else stays trainable, as in ReLoRA."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank / 4, target_modules=TARGETS), model)  # type: ignore[arg-type]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".base_layer." not in name)
+def _kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors that stay between steps."""
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    merged = [layer._merged for _, layer in low_rank_layers(model) if layer._merged is not None]
+    support = [buffer for name, buffer in model.named_buffers() if name.endswith(".support")]
+    return [each for each in [*model.parameters(), *state, *merged, *support] if isinstance(each, torch.Tensor)]
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
@@ -191,14 +226,22 @@ def peak_flops_per_second(precision: str, device: torch.device) -> float:
     return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(8))
 
 
-def measured(case: Case, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Measure a case. Return a row for each arm, and one for the restart."""
-    arms = {name: Arm(case, name, device) for name in ARMS}
-    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+def measured(case: Case, names: Sequence[str], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Measure a case. Return a row for each arm, and one for the restart if an arm is "resident"."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _measured(case, names, rounds, device, Path(folder))
+
+
+def _measured(
+    case: Case, names: Sequence[str], rounds: int, device: torch.device, folder: Path
+) -> list[dict[str, Any]]:
+    arms = {name: PEFTArm(case, device) if name == "peft" else Arm(case, name, device, folder) for name in names}
+    plans = {name: case.plan(name) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, rounds):
         # Another arm is first in each round. Any arm that was last in every round was measured 5% slower.
-        first = number % len(ARMS)
-        for name in (*ARMS[first:], *ARMS[:first]):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
             took = timed(arms[name].step, device)
             if number >= 0:
                 seconds[name].append(took)
@@ -214,20 +257,21 @@ def measured(case: Case, rounds: int, device: torch.device) -> list[dict[str, An
                 "seconds": median(times),
                 "ratio": median(ratios),
                 "ratio_quartiles": [low, high],
-                "flop_ratio": case.flops(name) / case.flops("full"),
+                "flop_ratio": plans[name].flops_per_update / plans["full"].flops_per_update,
                 "tokens_per_second": case.tokens / median(times),
-                "flop_utilisation": case.flops(name) / median(times) / peak,
+                "flop_utilisation": plans[name].flops_per_update / median(times) / peak,
                 "peak_bytes": arms[name].kept_bytes() + most_allocated_bytes(arms[name].step, device),
-                "planned_bytes": arms[name].planned_bytes(),
+                "planned_bytes": plans[name].peak_bytes,
             }
         )
-    restart = [timed(arms["resident"].restart, device) for _ in range(3)]
-    rows.append({**asdict(case), "arm": "restart", "seconds": median(restart), "wrapped": _wrapped(case)})
+    if "resident" in arms:
+        restart = [timed(arms["resident"].restart, device) for _ in range(3)]
+        rows.append({**asdict(case), "arm": "restart", "seconds": median(restart), "wrapped": _wrapped(case)})
     return rows
 
 
 def _wrapped(case: Case) -> int:
-    return sum(i * o for i, o in case.cost("resident").wrapped)
+    return sum(i * o for i, o in case.config("resident").cost(VOCAB_SIZE).wrapped)
 
 
 def most_allocated_bytes(action: Callable[[], object], device: torch.device) -> int:
@@ -258,22 +302,25 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = "" if row["arm"] == "full" else f" ({low:.3f} to {high:.3f})"
         held = f"{row['peak_bytes'] / 2**20:,.0f} MiB ({row['planned_bytes'] / row['peak_bytes']:.2f})"
         lines.append(
-            f"| {_size(row)} | {row['rank']} | {row['precision']} | {row['tokens']:,} | {NAMES[row['arm']]} "
-            f"| {row['seconds'] * 1000:,.0f} ms | {row['ratio']:.3f}{spread} | {row['flop_ratio']:.3f} "
+            f"| {_size(row)} | {row['rank']} | {row['precision']} | {row['tokens']:,} "
+            f"| {NAMES.get(row['arm'], row['arm'])} | {row['seconds'] * 1000:,.0f} ms "
+            f"| {row['ratio']:.3f}{spread} | {row['flop_ratio']:.3f} "
             f"| {row['tokens_per_second']:,.0f} | {row['flop_utilisation']:.0%} | {held} |"
         )
+    restarts = [row for row in rows if row["arm"] == "restart"]
+    if not restarts:
+        return "\n".join(lines) + "\n"
     lines += [
         "",
         "| size (layers) | rank | parameters wrapped | restart | per million parameters |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        if row["arm"] == "restart":
-            millions = row["wrapped"] / 1e6
-            lines.append(
-                f"| {_size(row)} | {row['rank']} | {millions:.2f}M | {row['seconds'] * 1000:.0f} ms "
-                f"| {row['seconds'] * 1000 / millions:.1f} ms |"
-            )
+    for row in restarts:
+        millions = row["wrapped"] / 1e6
+        lines.append(
+            f"| {_size(row)} | {row['rank']} | {millions:.2f}M | {row['seconds'] * 1000:.0f} ms "
+            f"| {row['seconds'] * 1000 / millions:.1f} ms |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -282,22 +329,23 @@ def _size(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plot the measured ratios and the FLOP limit of each case."""
+    """Plot the measured ratio of each arm, and its FLOP limit as a line of the same colour."""
     import matplotlib.pyplot as plt
 
-    arms = [arm for arm in ARMS if arm != "full"]
+    arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"] not in ("full", "restart")))
     found = {(_size(r), r["rank"], r["precision"], r["tokens"], r["arm"]): r for r in rows}
     cases = list(dict.fromkeys(key[:-1] for key in found))
     figure, axes = plt.subplots(figsize=(10, 1.5 + 0.32 * len(cases)), layout="constrained")
-    for arm, colour, marker in zip(arms, ("#D55E00", "#E69F00", "#56B4E9", "#0072B2"), "XsvD", strict=True):
-        ratios = [found[*case, arm]["ratio"] for case in cases]
-        axes.scatter(ratios, range(len(cases)), c=colour, marker=marker, label=NAMES[arm])
-    limit = [found[*case, "resident"]["flop_ratio"] for case in cases]
-    axes.scatter(limit, range(len(cases)), c="black", marker="|", s=120, label="FLOP limit")
+    for number, (arm, style) in enumerate(zip(arms, line_styles(len(arms)), strict=True)):
+        colour, marker = style["color"], MARKERS[number % len(MARKERS)]
+        own = [(place, found[*case, arm]) for place, case in enumerate(cases) if (*case, arm) in found]
+        places = [place for place, _ in own]
+        axes.scatter([r["ratio"] for _, r in own], places, color=colour, marker=marker, label=NAMES.get(arm, arm))
+        axes.scatter([r["flop_ratio"] for _, r in own], places, color=colour, marker="|", s=120)
     axes.axvline(1, color="grey", linewidth=1)
     axes.set_yticks(range(len(cases)), [f"{s} r={r} {p}, {t:,} tokens" for s, r, p, t in cases])
     axes.invert_yaxis()
-    axes.set_xlabel("step time / full-rank step time")
+    axes.set_xlabel("step time / full-rank step time (lines: FLOPs / full-rank FLOPs)")
     axes.margins(y=0.02)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     figure.savefig(file, dpi=120)
@@ -307,6 +355,7 @@ def main() -> None:
     """Run the benchmark. The module's docstring describes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["9m:8,32,64", "20m:8,64,128", "60m:8,128,256", "350m:128,512"])
+    parser.add_argument("--arms", nargs="+", default=list(EXACT_WAYS), help="full, ways to compute ReLoRA, or methods")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--tokens-at-a-time", type=int, default=4096)
@@ -316,6 +365,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("performance"), help="output path without a suffix")
     options = parser.parse_args()
+    if "full" not in options.arms:
+        parser.error("--arms needs full, with which all other arms are compared")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
 
@@ -337,7 +388,7 @@ def main() -> None:
                     )
                     if any(row.items() >= asdict(case).items() for row in rows):
                         continue
-                    found = measured(case, options.rounds, device)
+                    found = measured(case, options.arms, options.rounds, device)
                     rows += found
                     print(table(found), flush=True)
                     machine = {"torch": torch.__version__, "device": str(device), "threads": options.threads}
