@@ -26,7 +26,7 @@ def _read(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
+def write_preset(file: Path, values: dict[str, Any], remark: str) -> None:
     """Put values into a preset file, and keep its other values and its comments.
 
     The comment of a replaced value is kept after the new value, together with the old value. The key `rates`, which
@@ -47,7 +47,7 @@ def write_preset(file: Path, values: dict[str, float], remark: str) -> None:
         for name in groups:
             node = node.setdefault(name, {})
         node[last] = value
-        lines = _with_value(lines, key, f"{value}")
+        lines = _with_value(lines, key, "null" if value is None else f"{value}")
     if not _has_values("\n".join(lines), wanted):  # the layout is not that of a preset
         lines = [line for line in lines if line.startswith("#")] + yaml.safe_dump(wanted, sort_keys=False).splitlines()
     written = [f"# {line}".rstrip() for line in remark.split("\n")]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 MOST_FAILURES = 8
 FAILED = "failed"
 """User attribute of the failed trials in Optuna whose runs failed, in contrast to trials of a stopped launcher."""
+END_SHARE = 0.05
+"""A best value in this share of its range, at either end, stands at the edge of the search."""
 UNPRUNED_TRIALS = 4
 """The first trials run to their end, because there is nothing yet to compare them with."""
 
@@ -54,7 +56,7 @@ class _Attempt:
 
     def values(self) -> str:
         """The learning rates of the trial as text for a message."""
-        return " ".join(f"{name.rpartition('.')[2]}={value:.3g}" for name, value in self.trial.params.items())
+        return " ".join(f"{name.rpartition('.')[2]}={_digits(value)}" for name, value in self.trial.params.items())
 
 
 def tune(search: Search, overrides: Sequence[str]) -> bool:
@@ -72,8 +74,9 @@ def tune(search: Search, overrides: Sequence[str]) -> bool:
         RunError: Another process does the same search, too many trials failed, or no trial ran to its end.
     """
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweeps=tune_learning_rate needs optuna; install it with: pip install -e '.[tune]'")
-    first = _runs(search, {name: low for name, (low, _) in search.ranges.items()})[0].config
+        raise ConfigError("a search needs optuna; install it with: pip install -e '.[tune]'")
+    lowest = {name: low for name, (low, _) in search.ranges.items()}
+    first = _runs(search, lowest | {name: values[0] for name, values in search.choices.items()})[0].config
     if first.cluster.name == "slurm":
         raise ConfigError("a search trains its trials on its own machine; use cluster=local, inside a SLURM job")
     folder = study_dir(Path(first.runs_dir), search.study)
@@ -124,9 +127,11 @@ def _open(file: Path, search: Search, config: RunConfig) -> "Study":
 
 
 def _question_key(search: Search, config: RunConfig) -> str:
-    """The name of the search in Optuna: a hash of its setting, ranges and seeds."""
-    fixed = {name: value for name, value in config.identity.items() if name not in (*search.ranges, "trainer.seed")}
-    return f"{config.method.name} {short_hash([fixed, search.ranges, search.seeds])}"
+    """The name of the search in Optuna: a hash of its setting, ranges, choices and seeds."""
+    searched = (*search.ranges, *search.choices, "trainer.seed")
+    fixed = {name: value for name, value in config.identity.items() if name not in searched}
+    choices = [search.choices] if search.choices else []
+    return f"{config.method.name} {short_hash([fixed, search.ranges, search.seeds, *choices])}"
 
 
 def _judged(study: "Study") -> int:
@@ -135,9 +140,20 @@ def _judged(study: "Study") -> int:
     return len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
-def _runs(search: Search, values: dict[str, float]) -> list[Planned]:
+def _digits(value: Any) -> str:
+    """Write a value as on the command line: a number of a range with three digits, a choice as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else "null" if value is None else str(value)
+
+
+def _drawn(trial: "Trial", search: Search) -> dict[str, Any]:
+    """Let Optuna choose the values of a trial."""
+    drawn = {name: trial.suggest_float(name, *limits, log=True) for name, limits in search.ranges.items()}
+    return drawn | {name: trial.suggest_categorical(name, values) for name, values in search.choices.items()}
+
+
+def _runs(search: Search, values: dict[str, Any]) -> list[Planned]:
     """The runs of one trial. Values have three digits, so that a repeated trial has the same runs."""
-    chosen = [f"{name}={value:.3g}" for name, value in values.items()]
+    chosen = [f"{name}={_digits(value)}" for name, value in values.items()]
     configs = [compose.compose([*search.overrides, *chosen, f"trainer.seed={seed}"]) for seed in search.seeds]
     return [Planned(config=config, role="arm") for config in configs]
 
@@ -148,8 +164,7 @@ def _run_trials(study: "Study", search: Search, overrides: Sequence[str], max_pa
         while running or _judged(study) < search.trials:
             while len(running) < max_parallel and _judged(study) + len(running) < search.trials:
                 trial = study.ask()
-                values = {name: trial.suggest_float(name, *limits, log=True) for name, limits in search.ranges.items()}
-                attempt = _Attempt(trial=trial, runs=_runs(search, values))
+                attempt = _Attempt(trial=trial, runs=_runs(search, _drawn(trial, search)))
                 _note_in_study(search, attempt.runs, overrides)
                 running.append(attempt)
                 print(f"trial {trial.number}: {attempt.values()}", flush=True)
@@ -261,9 +276,17 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         raise RunError(
             f"no trial of {search.study} ran to its end: each one diverged or was stopped; lower tune.ranges"
         )
-    values = {name: float(f"{value:.3g}") for name, value in study.best_params.items()}
-    text = " ".join(f"{name}={value:g}" for name, value in values.items())
+    best = study.best_params
+    values = {name: float(f"{value:.3g}") if name in search.ranges else value for name, value in best.items()}
+    text = " ".join(f"{name}={_digits(value)}" for name, value in values.items())
     print(f"best on validation: {text} (mean loss {study.best_value:.4f} over {len(search.seeds)} seeds)")
+    at_an_end = _at_an_end(values, search.ranges)
+    for name in at_an_end:
+        low, high = search.ranges[name]
+        print(
+            f"note: {name}={_digits(values[name])} is near an end of its range [{low:g}, {high:g}], so a better value "
+            f"may lie outside; search again with a wider tune.ranges.{name}"
+        )
     own = [item for item in _without_paths(overrides) if not item.startswith(KEYS_SET_BY_THE_EXPERIMENT)]
     if search.experiment is None or own:
         why = f"{' '.join(own)} differs from the experiment's setting" if own else "no experiments=... was given"
@@ -273,6 +296,8 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         f"Learning rates: the best of {search.trials} trials on validation, {len(search.seeds)} seeds each "
         f"(loss {study.best_value:.4f}), by\n  python run.py -m {' '.join(_without_paths(overrides))}"
     )
+    if at_an_end:
+        remark += f"\nNear an end of its range, so a better value may lie outside: {', '.join(at_an_end)}"
     file = choices.new_preset_file(search.experiment, search.method)
     try:
         presets.write_preset(file, values, remark)
@@ -281,6 +306,16 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         presets.write_preset(file, values, remark)
         print(f"the preset could not be written to the presets folder ({error})")
     print(f"preset: {file}", flush=True)
+
+
+def _at_an_end(values: dict[str, Any], ranges: dict[str, tuple[float, float]]) -> list[str]:
+    """Return the names of the values in the lowest or highest END_SHARE of their range, on its log scale."""
+    places = {
+        name: math.log(values[name] / low) / math.log(high / low)
+        for name, (low, high) in ranges.items()
+        if name in values
+    }
+    return [name for name, place in places.items() if not END_SHARE < place < 1 - END_SHARE]
 
 
 KEYS_SET_BY_THE_EXPERIMENT = ("sweeps=", "experiments=", "method=", "trainer.seed=", "tune.")

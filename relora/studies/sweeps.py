@@ -224,6 +224,8 @@ class Search:
     trials: int
     ranges: dict[str, tuple[float, float]]
     """Dotted key -> lowest and highest value. The search uses a log scale."""
+    choices: dict[str, list[Any]]
+    """Dotted key -> the values to choose from."""
     seeds: list[int]
     overrides: list[str]
     """The overrides that all trials share."""
@@ -265,6 +267,10 @@ def search(overrides: Sequence[str]) -> Search | None:
         if not 0 < low < high:
             raise ConfigError(f"tune.ranges.{key}={limits} must be two positive numbers, the lower first")
         ranges[key] = (low, high)
+    choices = dict(leaves(wanted.get("choices") or {}))
+    for key, values in choices.items():
+        if not isinstance(values, list) or len(values) < 2:
+            raise ConfigError(f"tune.choices.{key}={shown(values)} must be a list of at least two values")
     if not isinstance(wanted["trials"], int) or wanted["trials"] < 1:
         raise ConfigError(f"tune.trials={wanted['trials']} must be a whole number of at least 1")
     checked = [compose([*plain_overrides, f"trainer.seed={seed}"]) for seed in seeds or [file.trainer.seed]]
@@ -275,10 +281,15 @@ def search(overrides: Sequence[str]) -> Search | None:
         experiment=next((text.partition("=")[2] for text in plain if text.startswith("experiments=")), None),
         trials=wanted["trials"],
         ranges=ranges,
+        choices=choices,
         seeds=[config.trainer.seed for config in checked],
         overrides=plain_overrides,
     )
-    compose([*found.overrides, *(f"{key}={low:g}" for key, (low, _) in ranges.items())])
+    lowest = [f"{key}={low:g}" for key, (low, _) in ranges.items()]
+    for choice in itertools.product(
+        *([f"{key}={_written(value)}" for value in values] for key, values in choices.items())
+    ):
+        compose([*found.overrides, *lowest, *choice])
     return found
 
 

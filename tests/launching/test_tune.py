@@ -2,6 +2,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,65 @@ def test_the_file_sets_what_is_searched() -> None:
     assert (found.method, found.experiment, found.trials, found.seeds) == ("lora", "laptop/small", 3, [0, 1])
     assert set(found.ranges) == {"optimizer.learning_rate", "optimizer.embedding_learning_rate"}
     assert found.study == "tune_learning_rate"
+
+
+def test_a_search_may_choose_from_a_list() -> None:
+    found = search(["sweeps=tune_relora", "experiments=laptop/small", "method=relora", "tune.trials=3"])
+    assert found is not None
+    assert found.choices == {"method.reset_interval_steps": [40, 80, 160, 320]}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = []
+    for _ in range(20):
+        drawn.append(tune._drawn(study.ask(), found))
+        (planned,) = tune._runs(found, drawn[-1])
+        config = planned.config
+        assert config.reset_interval_steps == drawn[-1]["method.reset_interval_steps"]
+        assert config.optimizer.learning_rate == float(f"{drawn[-1]['optimizer.learning_rate']:.3g}")
+    assert {values["method.reset_interval_steps"] for values in drawn} == {40, 80, 160, 320}
+    assert 0.25 <= min(values["method.b_rate_ratio"] for values in drawn) < 1
+    assert max(values["method.b_rate_ratio"] for values in drawn) > 4
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ("80", r"tune\.choices\.method\.reset_interval_steps=80 must be a list"),
+        ("[80]", "at least two values"),
+        ("[80,312]", r"method\.reset_interval_steps=312"),
+    ],
+)
+def test_a_wrong_choice_is_refused_before_anything_runs(choices: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search(
+            [
+                *("sweeps=tune_relora", "experiments=laptop/small", "method=relora"),
+                f"tune.choices.method.reset_interval_steps={choices}",
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "at_an_end"), [(1e-3, True), (1.1e-3, True), (1.5e-3, False), (8e-3, False), (9.5e-3, True), (1e-2, True)]
+)
+def test_a_best_value_near_an_end_of_its_range_is_told(value: float, at_an_end: bool) -> None:
+    assert tune._at_an_end({"rate": value}, {"rate": (1e-3, 1e-2)}) == (["rate"] if at_an_end else [])
+
+
+def test_a_choice_is_written_to_the_preset(tmp_path: Path, capsys) -> None:
+    overrides = ["sweeps=tune_relora", "method=relora"]
+    found = search(["sweeps=tune_relora", "experiments=laptop/small", "method=relora"])
+    assert found is not None
+    study = optuna.create_study()
+    trial = study.ask()
+    tune._drawn(trial, replace(found, ranges={"optimizer.learning_rate": (2e-2, 2e-2)}))
+    study.tell(trial, 2.0)
+    tune._write_preset(study, replace(found, experiment=None), tmp_path, overrides)
+    out = capsys.readouterr().out
+    chosen = trial.params["method.reset_interval_steps"]
+    assert f"learning_rate=0.02 method.reset_interval_steps={chosen} (mean loss 2.0000" in out
+    assert re.search(r"note: optimizer\.learning_rate=0\.02 is near an end of its range \[0\.0006, 0\.02\]", out)
+    presets.write_preset(tmp_path / "relora.yaml", {"method.reset_interval_steps": 80, "method.alpha": None}, "found")
+    assert OmegaConf.load(tmp_path / "relora.yaml").method == {"reset_interval_steps": 80, "alpha": None}
 
 
 def test_other_sweeps_are_no_search() -> None:
@@ -118,7 +178,9 @@ def test_a_search_writes_its_best_rates_to_the_preset_of_the_method(tmp_path: Pa
     assert found is not None
     tune._write_preset(judged_study(3.0, 2.0, 4.0), found, tmp_path, overrides)
     file = tmp_path / "conf" / "presets" / "laptop" / "crossing" / "relora.yaml"
-    assert f"preset: {file}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"preset: {file}" in out
+    assert "note:" not in out
     text = file.read_text()
     assert re.search(r"^# Learning rates: .*best of 16 trials .*2 seeds .*\(loss 2\.0000\), by$", text, re.MULTILINE)
     assert (
