@@ -169,7 +169,7 @@ def test_the_client_finds_the_study_and_its_gaps(study: Study, overrides: list[s
     report = client.search_runs([experiment.experiment_id], "tags.report_of = 'ranks'")
     assert len(report) == 1
     files = {Path(item.path).name for item in client.list_artifacts(report[0].info.run_id, "report")}
-    assert {"report.md", "report.html", "results.csv", "heat_map.png"} <= files
+    assert {"report.md", "report.html", "results.csv", "heat_map.png", "memory.png", "memory.svg"} <= files
 
 
 def test_the_report_page_is_readable(study: Study, browser: Any, screenshots: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_report_page_is_readable(study: Study, browser: Any, screenshots: Pa
     browser.set_window_size(*SCREEN)
     browser.get(page.as_uri())
     images = browser.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth])")
-    assert len(images) == 4
+    assert len(images) == 5
     assert all(complete and width > 300 for complete, width in images)
     body = browser.find_element("tag name", "body").text
     assert "Caution, rates not tuned" in body
