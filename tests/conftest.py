@@ -72,6 +72,12 @@ def _freeze_imports() -> None:
         _modules_frozen = len(sys.modules)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """The teardown after the last test is also that of the session, which may stop servers."""
+    _quick_test.clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """A quick test starts no process."""
