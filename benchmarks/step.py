@@ -25,7 +25,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -37,11 +37,11 @@ import torch
 from torch import nn
 
 from relora.config.compose import compose, composed
-from relora.config.plan import Plan, run_plan
+from relora.config.plan import run_plan
 from relora.config.run import RunConfig
 from relora.core.lowrank import low_rank_layers
 from relora.data.sequences import TokenSequences
-from relora.runs.metrics import Progress
+from relora.runs.metrics import Broadcast
 from relora.studies.drawing import MARKERS, line_styles
 from relora.training.model import build, precision_context, summed_cross_entropy
 from relora.training.trainer import Trainer
@@ -59,22 +59,6 @@ NAMES = {
     "resident": "fast, merged weight resident",
 }
 """Names of the arms in tables. Any other arm is the name of a method."""
-
-
-class Silent:
-    """A tracker that does nothing."""
-
-    def progress(self, progress: Progress) -> None:
-        """Ignore the progress."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Ignore the metrics."""
-
-    def log_line(self, message: str) -> None:
-        """Ignore the message."""
-
-    def flush(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +79,7 @@ class Case:
         layers = min(self.layers, composed([f"model=llama_{self.size}"]).model.layers)
         chosen = [f"method={method}"]
         keys = composed(chosen).method
-        if "rank" in keys and method != "apollo_mini":
+        if keys.get("rank", 1) > 1:  # a rank of 1 is what the method is
             chosen.append(f"method.rank={self.rank}")
         if "merged_weight" in keys and way in EXACT_WAYS:
             chosen.append(f"method.merged_weight={way}")
@@ -110,10 +94,6 @@ class Case:
                 f"trainer.sequences_per_micro_step={sequences // self.micro_steps}",
             ]
         )
-
-    def plan(self, arm: str) -> Plan:
-        """The plan of the measured model in this arm."""
-        return run_plan(self.config(arm))
 
 
 class Arm:
@@ -131,7 +111,7 @@ class Arm:
             build(self.config.model, self.config.trained_shape(VOCAB_SIZE), end_of_text_id=0, seed=0),
             sequences,
             sequences,
-            Silent(),
+            Broadcast([]),
             vocab_size=VOCAB_SIZE,
             checkpoint_folder=folder / name,
             device=device,
@@ -140,10 +120,9 @@ class Arm:
         self.trainer.begin_method(0)
 
     def step(self) -> None:
-        """Make one optimizer step as `Trainer.train` does, at a small learning rate."""
+        """Make one optimizer step as `Trainer.train` does."""
         trainer = self.trainer
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = 1e-4
+        trainer.set_learning_rate(self.steps)
         trainer.update(self.steps, trainer.forward_backward(self.steps))
         trainer._refresh()
         self.steps += 1
@@ -236,7 +215,7 @@ def _measured(
     case: Case, names: Sequence[str], rounds: int, device: torch.device, folder: Path
 ) -> list[dict[str, Any]]:
     arms = {name: PEFTArm(case, device) if name == "peft" else Arm(case, name, device, folder) for name in names}
-    plans = {name: case.plan(name) for name in names}
+    plans = {name: run_plan(arm.config) for name, arm in arms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, rounds):
         # Another arm is first in each round. Any arm that was last in every round was measured 5% slower.
@@ -265,13 +244,10 @@ def _measured(
             }
         )
     if "resident" in arms:
+        wrapped = sum(i * o for i, o in arms["resident"].config.cost(VOCAB_SIZE).wrapped)
         restart = [timed(arms["resident"].restart, device) for _ in range(3)]
-        rows.append({**asdict(case), "arm": "restart", "seconds": median(restart), "wrapped": _wrapped(case)})
+        rows.append({**asdict(case), "arm": "restart", "seconds": median(restart), "wrapped": wrapped})
     return rows
-
-
-def _wrapped(case: Case) -> int:
-    return sum(i * o for i, o in case.config("resident").cost(VOCAB_SIZE).wrapped)
 
 
 def most_allocated_bytes(action: Callable[[], object], device: torch.device) -> int:

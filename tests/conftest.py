@@ -10,7 +10,7 @@ import gc
 import random
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,21 +73,17 @@ def _freeze_imports() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_teardown() -> None:
-    """The teardown after the last test is also that of the session, which may stop servers."""
-    _quick_test.clear()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A quick test starts no process."""
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """From here to its teardown, a quick test starts no process."""
     _freeze_imports()
     if item.get_closest_marker("quick") is not None:
         _quick_test.append(item.nodeid)
-    try:
-        return (yield)
-    finally:
-        _quick_test.clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """The teardown after the last test is also that of the session, which may stop servers."""
+    _quick_test.clear()
 
 
 class OneWorkerPerFile(LoadFileScheduling):

@@ -41,9 +41,14 @@ def new_preset_file(experiment: str, method: str) -> Path:
     return preset_file(experiment, method) or _home_of(method) / "presets" / experiment / f"{method}.yaml"
 
 
+def searched_dirs() -> list[Path]:
+    """List the folders in which Hydra looks besides conf/: relora's, with experiments/ and sweeps/, and packages'."""
+    return [home(), *conf_dirs()[1:]]
+
+
 def sweep_file(name: str) -> Path | None:
     """Return the file of sweeps=NAME, which is relora's or a package's; None if there is none."""
-    files = (folder / "sweeps" / f"{name}.yaml" for folder in (home(), *conf_dirs()[1:]))
+    files = (folder / "sweeps" / f"{name}.yaml" for folder in searched_dirs())
     return next((file for file in files if file.is_file()), None)
 
 

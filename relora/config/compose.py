@@ -26,8 +26,7 @@ from relora.optimizers.registry import OPTIMIZERS
 
 def _search_path() -> str:
     """Return the override that adds experiments/, sweeps/ and the conf/ folders of packages to Hydra's search path."""
-    folders = [choices.home(), *choices.conf_dirs()[1:]]
-    escaped = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders]
+    escaped = [str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in choices.searched_dirs()]
     quoted = [f"'file://{folder}'" for folder in escaped]
     return f"hydra.searchpath=[{','.join(quoted)}]"
 

@@ -55,6 +55,11 @@ def check(texts: Sequence[str], *, sweeps: bool) -> None:
             raise ConfigError(f"{shown(key)}=??? is not a value; leave {shown(key)} out, or give it a value")
 
 
+def written(value: Any) -> str:
+    """Return a value as it is written on the command line and in YAML."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def as_hydra_reads(text: str) -> str:
     """Return an override in Hydra's grammar: with quotes around a path, and with ++ before a free key."""
     text = _quoted(text)

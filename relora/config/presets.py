@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from relora.common.files import write_whole
+from relora.config.overrides import written
 
 HEAD = "# @package _global_"
 BEFORE = "before the search:"
@@ -47,19 +48,19 @@ def write_preset(file: Path, values: dict[str, Any], remark: str) -> None:
         for name in groups:
             node = node.setdefault(name, {})
         node[last] = value
-        lines = _with_value(lines, key, "null" if value is None else f"{value}")
+        lines = _with_value(lines, key, written(value))
     if not _has_values("\n".join(lines), wanted):  # the layout is not that of a preset
         lines = [line for line in lines if line.startswith("#")] + yaml.safe_dump(wanted, sort_keys=False).splitlines()
-    written = [f"# {line}".rstrip() for line in remark.split("\n")]
+    remarks = [f"# {line}".rstrip() for line in remark.split("\n")]
     # The lines of an earlier search's remark begin with the same words.
-    beginnings = {" ".join(line.split()[:4]) for line in written}
+    beginnings = {" ".join(line.split()[:4]) for line in remarks}
     lines = [
         line
         for line in lines
         if line != HEAD and not (line.startswith("#") and " ".join(line.split()[:4]) in beginnings)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "\n".join([HEAD, *written, *lines]) + "\n")
+    write_whole(file, "\n".join([HEAD, *remarks, *lines]) + "\n")
 
 
 def _has_values(text: str, wanted: dict[str, Any]) -> bool:

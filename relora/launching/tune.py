@@ -20,6 +20,7 @@ from relora.common import signals
 from relora.common.errors import ConfigError, RunError
 from relora.config import choices, compose, presets
 from relora.config.identity import short_hash
+from relora.config.overrides import written
 from relora.config.run import RunConfig
 from relora.launching.launch import POLL_SECONDS, start_process, wait_for_stop
 from relora.runs.metrics import read_rows
@@ -55,8 +56,9 @@ class _Attempt:
         return next((item for item in self.runs if item.state != "finished"), None)
 
     def values(self) -> str:
-        """The learning rates of the trial as text for a message."""
-        return " ".join(f"{name.rpartition('.')[2]}={_digits(value)}" for name, value in self.trial.params.items())
+        """The values of the trial as text for a message."""
+        params = {name: f"{v:.3g}" if isinstance(v, float) else written(v) for name, v in self.trial.params.items()}
+        return " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in params.items())
 
 
 def tune(search: Search, overrides: Sequence[str]) -> bool:
@@ -140,20 +142,23 @@ def _judged(study: "Study") -> int:
     return len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
-def _digits(value: Any) -> str:
-    """Write a value as on the command line: a number of a range with three digits, a choice as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else "null" if value is None else str(value)
-
-
 def _drawn(trial: "Trial", search: Search) -> dict[str, Any]:
     """Let Optuna choose the values of a trial."""
-    drawn = {name: trial.suggest_float(name, *limits, log=True) for name, limits in search.ranges.items()}
-    return drawn | {name: trial.suggest_categorical(name, values) for name, values in search.choices.items()}
+    for name, limits in search.ranges.items():
+        trial.suggest_float(name, *limits, log=True)
+    for name, values in search.choices.items():
+        trial.suggest_categorical(name, values)
+    return trial.params
+
+
+def _rounded(search: Search, params: dict[str, Any]) -> dict[str, Any]:
+    """Give the values of ranges three digits, so that a repeated trial has the same runs. Choices stay as they are."""
+    return {name: float(f"{value:.3g}") if name in search.ranges else value for name, value in params.items()}
 
 
 def _runs(search: Search, values: dict[str, Any]) -> list[Planned]:
-    """The runs of one trial. Values have three digits, so that a repeated trial has the same runs."""
-    chosen = [f"{name}={_digits(value)}" for name, value in values.items()]
+    """The runs of one trial, one for each seed."""
+    chosen = [f"{name}={written(value)}" for name, value in _rounded(search, values).items()]
     configs = [compose.compose([*search.overrides, *chosen, f"trainer.seed={seed}"]) for seed in search.seeds]
     return [Planned(config=config, role="arm") for config in configs]
 
@@ -276,15 +281,14 @@ def _write_preset(study: "Study", search: Search, folder: Path, overrides: Seque
         raise RunError(
             f"no trial of {search.study} ran to its end: each one diverged or was stopped; lower tune.ranges"
         )
-    best = study.best_params
-    values = {name: float(f"{value:.3g}") if name in search.ranges else value for name, value in best.items()}
-    text = " ".join(f"{name}={_digits(value)}" for name, value in values.items())
+    values = _rounded(search, study.best_params)
+    text = " ".join(f"{name}={written(value)}" for name, value in values.items())
     print(f"best on validation: {text} (mean loss {study.best_value:.4f} over {len(search.seeds)} seeds)")
     at_an_end = _at_an_end(values, search.ranges)
     for name in at_an_end:
         low, high = search.ranges[name]
         print(
-            f"note: {name}={_digits(values[name])} is near an end of its range [{low:g}, {high:g}], so a better value "
+            f"note: {name}={written(values[name])} is near an end of its range [{low:g}, {high:g}], so a better value "
             f"may lie outside; search again with a wider tune.ranges.{name}"
         )
     own = [item for item in _without_paths(overrides) if not item.startswith(KEYS_SET_BY_THE_EXPERIMENT)]

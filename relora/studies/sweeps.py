@@ -10,7 +10,7 @@ from relora.common.errors import ConfigError, shown
 from relora.config import tuned
 from relora.config.choices import preset_file, sweep_file
 from relora.config.compose import Composer, as_values, compose, composed, study_of
-from relora.config.overrides import given_values, leaves, parsed
+from relora.config.overrides import given_values, leaves, parsed, written
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
 from relora.methods.registry import METHODS
@@ -78,7 +78,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
     own = [] if name is None else [f"sweeps={name}"]
     keys = _KeysOfMethods([text for key, texts in given if key == "method" for text in texts] or _methods_of(grids))
     for grid in grids:
-        rows = parsed([f"{key}={_written(value)}" for key, value in grid.items() if key not in on_the_line])
+        rows = parsed([f"{key}={written(value)}" for key, value in grid.items() if key not in on_the_line])
         axes = [*rows, *given]
         if math.prod(len(texts) for _, texts in axes) > MOST_RUNS:
             sizes = " x ".join(str(len(texts)) for _, texts in axes if len(texts) > 1)
@@ -267,7 +267,10 @@ def search(overrides: Sequence[str]) -> Search | None:
         if not 0 < low < high:
             raise ConfigError(f"tune.ranges.{key}={limits} must be two positive numbers, the lower first")
         ranges[key] = (low, high)
-    choices = dict(leaves(wanted.get("choices") or {}))
+    listed = wanted.get("choices") or {}
+    if not isinstance(listed, dict):
+        raise ConfigError(f"tune.choices={shown(listed)} must hold lists, as in sweeps/tune_relora.yaml")
+    choices = dict(leaves(listed))
     for key, values in choices.items():
         if not isinstance(values, list) or len(values) < 2:
             raise ConfigError(f"tune.choices.{key}={shown(values)} must be a list of at least two values")
@@ -287,7 +290,7 @@ def search(overrides: Sequence[str]) -> Search | None:
     )
     lowest = [f"{key}={low:g}" for key, (low, _) in ranges.items()]
     for choice in itertools.product(
-        *([f"{key}={_written(value)}" for value in values] for key, values in choices.items())
+        *([f"{key}={written(value)}" for value in values] for key, values in choices.items())
     ):
         compose([*found.overrides, *lowest, *choice])
     return found
@@ -299,8 +302,3 @@ def _question(name: str | None) -> str:
     lines = file.read_text().splitlines() if file is not None else []
     comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.lstrip("# ") for line in comments if "@package" not in line)
-
-
-def _written(value: Any) -> str:
-    """Return a value of a grid as it is written on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

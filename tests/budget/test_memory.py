@@ -1,6 +1,5 @@
 """The memory of an update in `relora plan`, against the memory that torch allocates."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from relora.config.run import RunConfig
 from relora.core.lowrank import low_rank_layers
 from relora.data.sequences import TokenSequences
 from relora.methods.lora import LoRA
-from relora.runs.metrics import Progress
+from relora.runs.metrics import Broadcast
 from relora.training.distributed import World
 from relora.training.model import build
 from relora.training.trainer import Trainer
@@ -26,15 +25,6 @@ pytestmark = pytest.mark.slow
 LENGTH = 128
 IN_BACKWARD = ["trainer.update_in_backward=true", "optimizer.max_grad_norm=null"]
 SIZES = ["hidden_size=128", "intermediate_size=344", "layers=3", "heads=4"]
-
-
-class Silent:
-    """A tracker that does nothing."""
-
-    def progress(self, progress: Progress) -> None: ...
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def log_line(self, message: str) -> None: ...
-    def flush(self) -> None: ...
 
 
 def config_of(method: str, *overrides: str) -> RunConfig:
@@ -67,7 +57,7 @@ def trainer_of(config: RunConfig, folder: Path) -> Trainer:
         build(config.model, config.trained_shape(vocab_size), end_of_text_id=0, seed=0),
         sequences,
         sequences,
-        Silent(),
+        Broadcast([]),
         vocab_size=vocab_size,
         checkpoint_folder=folder / "checkpoints",
         device=torch.device("cpu"),

@@ -71,6 +71,20 @@ def test_a_best_value_near_an_end_of_its_range_is_told(value: float, at_an_end: 
     assert tune._at_an_end({"rate": value}, {"rate": (1e-3, 1e-2)}) == (["rate"] if at_an_end else [])
 
 
+def test_choices_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tune\.choices=3 must hold lists"):
+        search(["sweeps=tune_relora", "method=relora", "tune.choices=3"])
+
+
+def test_a_choice_is_not_rounded() -> None:
+    found = search(["sweeps=tune_relora", "experiments=laptop/small", "method=relora"])
+    assert found is not None
+    found = replace(found, choices={"method.optimizer_reset.pruning_ratio": [0.99995, 0.99995]})
+    drawn = tune._drawn(optuna.create_study().ask(), found)
+    (planned,) = tune._runs(found, drawn)
+    assert planned.config.method.optimizer_reset.pruning_ratio == 0.99995  # type: ignore[attr-defined]
+
+
 def test_a_choice_is_written_to_the_preset(tmp_path: Path, capsys) -> None:
     overrides = ["sweeps=tune_relora", "method=relora"]
     found = search(["sweeps=tune_relora", "experiments=laptop/small", "method=relora"])
