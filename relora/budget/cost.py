@@ -77,21 +77,30 @@ class AdamWCost:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
-    """Sizes of a Llama-style decoder with an untied head and no biases."""
+    """Sizes of a Llama-style decoder with an untied head and no biases.
+
+    Each of the `kv_heads` heads of keys and values serves heads / kv_heads heads of queries.
+    """
 
     hidden_size: int
     intermediate_size: int
     layers: int
     heads: int
+    kv_heads: int
     vocab_size: int
+
+    @property
+    def kv_size(self) -> int:
+        """The size of the keys, and of the values, of one token: kv_heads heads of hidden_size / heads."""
+        return self.hidden_size // self.heads * self.kv_heads
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return (in_features, out_features) of the decoder's linear layers, by module name."""
-        hidden, inter = self.hidden_size, self.intermediate_size
+        hidden, inter, kv = self.hidden_size, self.intermediate_size, self.kv_size
         block = {
             "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (hidden, hidden),
-            "self_attn.v_proj": (hidden, hidden),
+            "self_attn.k_proj": (hidden, kv),
+            "self_attn.v_proj": (hidden, kv),
             "self_attn.o_proj": (hidden, hidden),
             "mlp.gate_proj": (hidden, inter),
             "mlp.up_proj": (hidden, inter),
@@ -113,7 +122,7 @@ class LlamaShape:
     def parameters(self) -> int:
         """The number of all parameters: two tables, a final norm, and per layer two norms and seven matrices."""
         hidden, inter = self.hidden_size, self.intermediate_size
-        layer = 4 * hidden * hidden + 3 * hidden * inter + 2 * hidden
+        layer = 2 * hidden * hidden + 2 * hidden * self.kv_size + 3 * hidden * inter + 2 * hidden
         return 2 * self.vocab_size * hidden + hidden + self.layers * layer
 
 
@@ -186,7 +195,8 @@ def control_shape(shape: LlamaShape, trainable_parameters: int) -> LlamaShape:
 
     Its aspect (hidden size divided by layers) is within 8% of the aspect of `shape`. The intermediate size is chosen so
     that the number of parameters is right within 1%. Of all such models, the result is the one whose ratio of
-    intermediate to hidden size is nearest to that of `shape`. Raises ValueError if there is no such model.
+    intermediate to hidden size is nearest to that of `shape`. As many heads of queries share keys and values as there.
+    Raises ValueError if there is no such model.
     """
     if trainable_parameters >= shape.parameters:
         raise ValueError(
@@ -194,7 +204,7 @@ def control_shape(shape: LlamaShape, trainable_parameters: int) -> LlamaShape:
             "there is no smaller model to compare with; lower method.rank"
         )
     aspect, proportion = shape.hidden_size / shape.layers, shape.intermediate_size / shape.hidden_size
-    head_size = shape.hidden_size // shape.heads
+    head_size, group = shape.hidden_size // shape.heads, shape.heads // shape.kv_heads
     best: tuple[float, LlamaShape] | None = None
     for layers in range(1, shape.layers + 1):
         near = layers * aspect / 8
@@ -203,20 +213,18 @@ def control_shape(shape: LlamaShape, trainable_parameters: int) -> LlamaShape:
         for hidden in range(8 * lowest, 8 * highest + 1, 8):
             if abs(hidden / layers / aspect - 1) > CONTROL_ASPECT_TOLERANCE:
                 continue
-            matrices = 3 * hidden * layers
-            fixed = 2 * shape.vocab_size * hidden + hidden + layers * (4 * hidden * hidden + 2 * hidden)
+            matrices, attention = 3 * hidden * layers, 2 * hidden * hidden + 2 * hidden * hidden // group
+            fixed = 2 * shape.vocab_size * hidden + hidden + layers * (attention + 2 * hidden)
             intermediate = max(8, round((trainable_parameters - fixed) / matrices / 8) * 8)
             if abs((fixed + matrices * intermediate) / trainable_parameters - 1) > CONTROL_COUNT_TOLERANCE:
                 continue
             distance = abs(math.log(intermediate / hidden / proportion))
             if best is not None and distance >= best[0]:
                 continue
-            heads = _heads(hidden, head_size)
+            heads = _heads(hidden, head_size, group)
             if heads is not None:
-                best = (
-                    distance,
-                    replace(shape, hidden_size=hidden, intermediate_size=intermediate, layers=layers, heads=heads),
-                )
+                sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "layers": layers}
+                best = distance, replace(shape, **sizes, heads=heads, kv_heads=heads // group)
     if best is None:
         raise ValueError(
             f"no full-rank model with {trainable_parameters:,} parameters has the hidden size per layer of {shape} "
@@ -225,10 +233,13 @@ def control_shape(shape: LlamaShape, trainable_parameters: int) -> LlamaShape:
     return best[1]
 
 
-def _heads(hidden_size: int, head_size: int) -> int | None:
-    """Return the fewest heads with an even size nearest to `head_size`, within a factor of 2, or None if impossible."""
+def _heads(hidden_size: int, head_size: int, group: int) -> int | None:
+    """Return the fewest heads with an even size nearest to `head_size`, within a factor of 2, or None if impossible.
+
+    Their number is a multiple of `group`.
+    """
     low, high = max(2, math.ceil(head_size / 2)), min(hidden_size, 2 * head_size)
-    sizes = [size for size in range(high, low - 1, -1) if size % 2 == 0 and hidden_size % size == 0]
+    sizes = [size for size in range(high, low - 1, -1) if size % 2 == 0 and hidden_size % (size * group) == 0]
     return hidden_size // min(sizes, key=lambda size: abs(size - head_size)) if sizes else None
 
 

@@ -30,7 +30,7 @@ def layer_bytes_per_token(
     # Autocast gives each matrix a copy of its input.
     inputs = 3 + 2 if stored != computed else 1 + 1
     norms = 2 * (WIDE_BYTES + stored) * hidden + inputs * computed * hidden
-    attention = 4 * computed * hidden + WIDE_BYTES * shape.heads
+    attention = 2 * computed * (hidden + shape.kv_size) + WIDE_BYTES * shape.heads
     mlp = 4 * computed * intermediate
     dropped, scaled = 0 if own.mergeable else computed + 1, computed if own.trainable_scaling else 0
     low_rank = sum(own.rank * computed + i * dropped + o * scaled for i, o in plain_wrapped)

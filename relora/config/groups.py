@@ -32,6 +32,7 @@ LARGEST_MODEL = {
     "intermediate_size": 2**20,
     "layers": 1000,
     "heads": 2**15,
+    "kv_heads": 2**15,
     "vocab_size": 2**24,
     "max_position_embeddings": 2**31 - 1,
 }
@@ -41,13 +42,14 @@ MOST_SEQUENCES = 2**20
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A Llama-style decoder. `vocab_size=None` means the vocabulary size of the tokenizer."""
+    """A Llama-style decoder. None means: `kv_heads` as many as `heads`, `vocab_size` that of the tokenizer."""
 
     name: str = field(metadata=UNHASHED)
     hidden_size: int
     intermediate_size: int
     layers: int
     heads: int
+    kv_heads: int | None = None
     vocab_size: int | None = None
     max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-6
@@ -62,6 +64,11 @@ class ModelConfig:
                 f"model.hidden_size={self.hidden_size} must be an even multiple of model.heads={self.heads} "
                 "(rotary embeddings turn pairs)"
             )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads} (each head of keys and "
+                "values serves the same number of query heads)"
+            )
         positive("model.rms_norm_eps", self.rms_norm_eps)
         at_most("model.rms_norm_eps", self.rms_norm_eps, 1, "a larger value outweighs the values that it normalizes")
 
@@ -72,6 +79,7 @@ class ModelConfig:
             intermediate_size=self.intermediate_size,
             layers=self.layers,
             heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
             vocab_size=vocab_size,
         )
 

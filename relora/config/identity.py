@@ -57,6 +57,7 @@ EARLIER_DEFAULTS: dict[str, Any] = {
 """Fields and values that scheme 1 left out of its hash. Never change this or add new fields."""
 
 LATER_FIELDS: dict[str, Any] = {
+    "model.kv_heads": None,
     "data.limit_tokens": None,
     "data.held_out_tokens": None,
     "data.validation_path": None,

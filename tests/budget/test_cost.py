@@ -42,6 +42,8 @@ class Size(NamedTuple):
     full_millions: float | None = None
     trainable_millions: float | None = None
     """With factors of rank 128 in every linear layer of the decoder."""
+    kv_heads: int | None = None
+    positions: int = 1024
 
 
 SIZES = {
@@ -55,21 +57,29 @@ SIZES = {
     "1b": Size(2048, 5461, 32, 24, 1339.49, 251.12),
     "7b": Size(4096, 11008, 32, 32),
 }
+GROUPED = {
+    "pico_tiny": Size(96, 384, 12, 12, kv_heads=4, positions=2048),
+    "pico_small": Size(384, 1536, 12, 12, kv_heads=4, positions=2048),
+}
+"""Models in which several heads of queries share a head of keys and values."""
 PUBLISHED = {name: size for name, size in SIZES.items() if size.full_millions is not None}
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
     "low_rank": {"rank": RANK, "target_modules": ALL_LINEARS},
     "trainable_scaling": {"rank": RANK, "target_modules": ALL_LINEARS, "trainable_scaling": True},
+    "rank_16": {"rank": 16, "target_modules": ALL_LINEARS},
     "some_modules": {"rank": 32, "target_modules": ("q_proj", "self_attn.v_proj", "down_proj")},
     "some_layers": {"rank": 16, "target_modules": r"model\.layers\.[01]\.mlp\..*", "trainable_scaling": True},
 }
 CASES = [(size, arm) for size in SIZES for arm in ("full", "low_rank")]
 CASES += [("9m", arm) for arm in ARMS if ("9m", arm) not in CASES]
+CASES += [(size, arm) for size in GROUPED for arm in ("full", "rank_16")]
 
 
 def conf_of(size: str) -> ModelConfig:
-    values = OmegaConf.to_container(OmegaConf.load(CONF / f"llama_{size}.yaml"))
+    name = size if size in GROUPED else f"llama_{size}"
+    values = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     assert isinstance(values, dict)
     return ModelConfig(**{str(name): value for name, value in values.items()})
 
@@ -110,23 +120,24 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------- model sizes
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *GROUPED])
 def test_the_configured_sizes_are_those_of_the_published_table(size: str) -> None:
-    expected = SIZES[size]
+    expected = {**SIZES, **GROUPED}[size]
     assert asdict(conf_of(size)) == {
-        "name": f"llama_{size}",
+        "name": size if size in GROUPED else f"llama_{size}",
         "hidden_size": expected.hidden_size,
         "intermediate_size": expected.intermediate_size,
         "layers": expected.layers,
         "heads": expected.heads,
+        "kv_heads": expected.kv_heads,
         "vocab_size": None,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": expected.positions,
         "rms_norm_eps": 1e-6,
     }
 
 
 def test_every_configured_model_is_tested_here() -> None:
-    assert {path.stem for path in CONF.glob("*.yaml")} == {f"llama_{size}" for size in [*SIZES, "tiny"]}
+    assert {path.stem for path in CONF.glob("*.yaml")} == {f"llama_{size}" for size in [*SIZES, "tiny"]} | set(GROUPED)
 
 
 def test_the_tiny_model_has_the_body_of_the_smallest_size() -> None:
@@ -143,7 +154,7 @@ def test_parameter_counts_are_the_published_ones_to_two_decimals(size: str) -> N
 # ------------------------------------------------------------------------------------ arithmetic against real models
 
 
-@pytest.mark.parametrize("size", [*SIZES, "tiny"])
+@pytest.mark.parametrize("size", [*SIZES, *GROUPED, "tiny"])
 def test_layer_names_and_shapes_are_those_of_the_real_model(size: str) -> None:
     shape = conf_of(size).shape(VOCAB_SIZE)
     model = real_model(conf_of(size), ARMS["full"], device="meta")
@@ -310,6 +321,17 @@ def test_a_control_model_has_the_trainable_count_and_the_aspect(size: str, rank:
     assert control.hidden_size / control.layers == pytest.approx(shape.hidden_size / shape.layers, rel=0.08)
     assert control.hidden_size % (2 * control.heads) == 0
     assert control.intermediate_size > 0
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize("size", GROUPED)
+def test_a_control_model_shares_keys_and_values_as_the_model_does(size: str, rank: int) -> None:
+    shape = conf_of(size).shape(50304)
+    matched = cost(shape, sequence_length_tokens=64, rank=rank, target_modules=ALL_LINEARS).trainable_parameters
+    control = control_shape(shape, matched)
+    assert control.parameters == pytest.approx(matched, rel=0.01)
+    assert control.heads == 3 * control.kv_heads
+    assert control.hidden_size % (2 * control.heads) == 0
 
 
 def test_a_method_that_trains_more_than_full_rank_has_no_control() -> None:

@@ -132,7 +132,7 @@ SIZES = {
 def shape_of(size: str, vocab_size: int) -> LlamaShape:
     hidden, intermediate, layers, _ = SIZES[size]
     return LlamaShape(
-        hidden_size=hidden, intermediate_size=intermediate, layers=layers, heads=16, vocab_size=vocab_size
+        hidden_size=hidden, intermediate_size=intermediate, layers=layers, heads=16, kv_heads=16, vocab_size=vocab_size
     )
 
 
