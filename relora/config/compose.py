@@ -88,6 +88,10 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     return to_run_config(composed(overrides))
 
 
+LEFT_OPEN = {"text": ("path", "text_field", "tokenizer"), "tokens": ("path", "tokens_field", "token_type")}
+"""What an experiment leaves to the user, by `data.name`, if it has no path."""
+
+
 def preset_run(experiment: str | None, method: str, data: DataConfig) -> RunConfig | None:
     """Return the run for which a method's preset was tuned: its experiment as it is composed without other overrides.
 
@@ -103,9 +107,9 @@ def preset_run(experiment: str | None, method: str, data: DataConfig) -> RunConf
     try:
         values = resolved(composed([*chosen, f"method={method}"]))
         own = values["data"]
-        if own.get("name") == "text" and own.get("path") is None:
-            left_open = ("path", "text_field", "tokenizer")
-            own |= {key: getattr(data, key) for key in left_open} if data.name == "text" else {"path": "."}
+        left_open = LEFT_OPEN.get(str(own.get("name")))
+        if left_open is not None and own.get("path") is None:
+            own |= {key: getattr(data, key) for key in left_open} if data.name == own["name"] else {"path": "."}
         return checked(structured(values))
     except ConfigError:
         return None

@@ -130,6 +130,8 @@ def _written_out(config: "RunConfig") -> dict[str, Any]:
     """Return all fields. A budget in tokens is converted to steps, and None to the value that it means."""
     fields = every_field(config)
     fields["trainer.total_steps"] = config.total_steps
+    if config.model.kv_heads == config.model.heads:
+        fields.pop("model.kv_heads", None)
     fields |= {f"data.{name}": value for name, value in config.data.written_out().items()}
     fields |= config.method.written_out
     rates = {config.optimizer.learning_rate}

@@ -38,11 +38,13 @@ class Setting:
     """The tokens of the setting divided by those of the table. Not 1 if the documented steps give other tokens."""
     warmup: int
     precision: str = "bf16"
+    weight_decay: float = 0.0
 
 
 METHODS = tuple(registry.METHODS.built_in)
 
 M60, M130, M250 = (512, 1376, 8, 8), (768, 2048, 12, 12), (768, 2560, 16, 24)
+PICO_TINY, PICO_SMALL = (96, 384, 12, 12), (384, 1536, 12, 12)
 M350, M1B, TINY = (1024, 2736, 16, 24), (2048, 5461, 32, 24), (128, 352, 4, 4)
 
 # fmt: off
@@ -65,6 +67,15 @@ SETTINGS = {
                                  table_billion_tokens=6.4, over_the_table=1.23),
     "paper/galore_1b": Setting(model="llama_1b", sizes=M1B, sequences=512, length=256, steps=100_000, warmup=10_000,
                                table_billion_tokens=13.1),
+    "paper/geometry_60m": Setting(model="llama_60m", sizes=M60, sequences=512, length=256, steps=10_000, warmup=1000),
+    "paper/geometry_130m": Setting(model="llama_130m", sizes=M130, sequences=512, length=256, steps=20_000,
+                                   warmup=2000),
+    "paper/geometry_350m": Setting(model="llama_350m", sizes=M350, sequences=512, length=256, steps=60_000,
+                                   warmup=6000),
+    "paper/relora_small_11m": Setting(model="pico_tiny", sizes=PICO_TINY, sequences=1024, length=2048, steps=20_000,
+                                      warmup=2000, precision="bf16_autocast", weight_decay=0.01),
+    "paper/relora_small_66m": Setting(model="pico_small", sizes=PICO_SMALL, sequences=1024, length=2048, steps=20_000,
+                                      warmup=2000, precision="bf16_autocast", weight_decay=0.01),
     "laptop/small": Setting(model="llama_tiny", sizes=TINY, sequences=16, length=128, steps=400, warmup=40,
                             precision="fp32"),
     "laptop/crossing": Setting(model="llama_tiny", sizes=TINY, sequences=16, length=128, steps=4000, warmup=50,
@@ -93,6 +104,10 @@ GALORE_TABLE = {
 # fmt: on
 
 PAPER = [name for name in SETTINGS if name.startswith("paper/")]
+ON_C4 = [name for name in PAPER if not name.startswith("paper/relora_small")]
+GEOMETRY = [name for name in PAPER if name.startswith("paper/geometry")]
+WITH_A_TABLE = [name for name in PAPER if SETTINGS[name].table_billion_tokens is not None]
+SOURCES = {"relora_small": "arXiv 2509.12960", "relora": "arXiv 2307.05695", "geometry": "arXiv 2605.13652"}
 PRESETS = REPOSITORY / "conf" / "presets"
 PRESET_FILES = sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
 SAME_AS_THE_DEFAULT = {
@@ -102,9 +117,25 @@ SAME_AS_THE_DEFAULT |= {f"{name}/apollo_mini" for name in SETTINGS if not name.s
 """Presets that are equal to the default of the method."""
 
 
+IDS = "data.path=null"
+"""The override for experiments that read token ids. A config is checked for whether its files exist."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global IDS
+    path = tmp_path_factory.mktemp("ids") / "ids.bin"
+    path.write_bytes(bytes(2**16))
+    IDS = f"data.path={path}"
+
+
+def in_setting(experiment: str) -> list[str]:
+    return [f"experiments={experiment}", *([IDS] if experiment.startswith("paper/relora_small") else [])]
+
+
 @functools.cache
 def composed(experiment: str, method: str, *more: str) -> RunConfig:
-    return compose([f"experiments={experiment}", f"method={method}", *more])
+    return compose([*in_setting(experiment), f"method={method}", *more])
 
 
 @functools.cache
@@ -152,13 +183,15 @@ def test_every_method_has_the_setting_that_is_cited(name: str, method: str) -> N
     assert config.schedule.warmup_steps == setting.warmup
     assert config.schedule.min_lr_ratio == 0.1
     assert config.trainer.precision == setting.precision
-    assert (config.data.name, config.data.vocab_size) == (("hub", 32100) if name in PAPER else ("stdlib", 2048))
+    text = ("hub", 32100) if name in ON_C4 else ("tokens", 50304) if name in PAPER else ("stdlib", 2048)
+    assert (config.data.name, config.data.vocab_size) == text
     assert isinstance(config.optimizer, AdamW)
-    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.999, 0.0)
+    weight_decay = 0.01 if method == "cola" and name in GEOMETRY else setting.weight_decay
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.999, weight_decay)
     assert config.comparison_key == composed(name, "full").comparison_key
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", WITH_A_TABLE)
 def test_the_budget_is_the_papers_budget_or_the_file_states_the_papers(name: str) -> None:
     setting = SETTINGS[name]
     assert setting.table_billion_tokens is not None
@@ -180,8 +213,9 @@ def test_a_paper_experiment_states_the_figures_of_its_paper(name: str) -> None:
     published = composed(name, "full").published
     assert published is not None
     if name not in GALORE_TABLE:
-        assert published.source == "arXiv 2307.05695"
-        assert (published.divisor, published.perplexity) == ("tokens", {})
+        assert published.source == SOURCES[name.removeprefix("paper/").rpartition("_")[0]]
+        assert published.divisor == ("batches_plus_one" if name in GEOMETRY else "tokens")
+        assert published.perplexity == {}
         return
     figures, micro_batch_sequences, gpus = GALORE_TABLE[name]
     assert published.source == "arXiv 2403.03507, table 2"
@@ -266,6 +300,29 @@ def test_low_rank_methods_have_the_rank_of_the_galore_table(name: str, rank: int
     assert runs["full"].config_hash == baseline_of(runs["galore"], f"experiments={name}")
 
 
+@pytest.mark.parametrize(
+    ("name", "rank", "interval", "pruning_ratio", "learning_rate"),
+    [
+        ("paper/geometry_60m", 128, 1000, 0.99, 1e-3),
+        ("paper/geometry_130m", 256, 5000, 0.99, 1e-3),
+        ("paper/geometry_350m", 256, 6000, 0.99, 5e-4),
+        ("paper/relora_small_11m", 16, 2000, 0.999, 3e-4),
+        ("paper/relora_small_66m", 16, 2000, 0.999, 3e-4),
+    ],
+)
+def test_relora_has_the_recipe_of_its_rerun(
+    name: str, rank: int, interval: int, pruning_ratio: float, learning_rate: float
+) -> None:
+    config = composed(name, "relora")
+    assert isinstance(config.method, ReLoRA)
+    reset = config.method.optimizer_reset
+    assert (config.rank, config.method.alpha, config.method.dropout) == (rank, 32, 0.1)
+    assert (config.reset_interval_steps, config.method.warm_start_steps) == (interval, 0)
+    assert (reset.mode, reset.pruning_ratio, reset.moments) == ("random", pruning_ratio, "joint")
+    assert config.optimizer.learning_rate == learning_rate
+    assert config.model.kv_heads == (4 if name.startswith("paper/relora_small") else None)
+
+
 def test_laptop_crossing_has_the_rates_of_the_probe() -> None:
     runs = {method: composed("laptop/crossing", method) for method in ("full", "lora", "relora")}
     assert {method: run.optimizer.learning_rate for method, run in runs.items()} == {
@@ -290,7 +347,7 @@ def test_the_ablation_of_the_paper_composes_in_its_setting() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_the_sweep_of_a_papers_table_has_its_arms(name: str) -> None:
-    sweep = expand(["sweeps=paper_table", f"experiments={name}"])
+    sweep = expand(["sweeps=paper_table", *in_setting(name)])
     assert [run.method.name for run in sweep.runs] == ["full", "lowrank", "lora", "relora", "galore"]
     assert sweep.study == "paper_table"
     for run in sweep.runs:
@@ -315,7 +372,7 @@ def test_the_command_line_can_choose_another_text_model_and_budget() -> None:
     assert compose(["experiments=paper/relora_60m", "data=stdlib"]).data.name == "stdlib"
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", ON_C4)
 def test_a_paper_experiment_reads_c4_with_the_tokenizer_of_t5(name: str) -> None:
     config, setting = composed(name, "full"), SETTINGS[name]
     data = config.data

@@ -21,6 +21,7 @@ def test_the_values_of_later_fields_never_change() -> None:
         "data.attend_across_documents": True,
         "method.square_side": "right",
         **dict.fromkeys(["data.limit_tokens", "data.held_out_tokens", "data.validation_path", "data.test_path"]),
+        "model.kv_heads": None,
     } == identity.LATER_FIELDS
 
 
@@ -31,6 +32,13 @@ def test_a_later_field_has_no_part_in_the_hash_while_it_has_its_earlier_value(me
     assert identity.hashes(spelled) == identity.hashes(plain)
     assert not set(identity.LATER_FIELDS) & set(plain.identity)
     assert identity.spelled_out(plain).items() >= identity.LATER_FIELDS.items()
+
+
+def test_as_many_heads_of_keys_and_values_as_of_queries_are_the_same_run() -> None:
+    plain, grouped = COMPOSER.compose([]), COMPOSER.compose(["model.kv_heads=2"])
+    assert COMPOSER.compose(["model.kv_heads=4"]).config_hash == plain.config_hash
+    assert len({config.config_hash for config in (plain, grouped)}) == 2
+    assert grouped.comparison_key != plain.comparison_key
 
 
 def test_the_side_of_square_matrices_is_hashed_when_it_differs_and_has_an_effect() -> None:

@@ -63,10 +63,11 @@ def mean_loss(folder: Path, documents: list[list[int]]) -> tuple[float, int]:
     return total / count, count
 
 
+@pytest.mark.parametrize("heads", [[], ["model.kv_heads=1"]])
 def test_a_padded_run_reports_its_tokens_and_the_perplexity_of_its_documents(
-    overrides: list[str], capsys: pytest.CaptureFixture[str]
+    heads: list[str], overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = [*overrides, PAD]
+    overrides = [*overrides, PAD, *heads]
     status = launch(compose(overrides), overrides)
     assert status.state == "finished", status.message
     shown = capsys.readouterr().out
