@@ -96,6 +96,8 @@ class SlurmConfig(ClusterConfig):
     """Options of srun, which starts a run's processes, for example ["--container-image=IMAGE"]."""
     options: dict[str, Any] = field(default_factory=dict)
     """Other options of sbatch, by their long names, for example {constraint: a100, exclude: n7}."""
+    snapshot: bool = True
+    """Jobs run a copy of the code as it is at the submission. If false, they run the code as it is when they start."""
     wait: bool = False
     """Wait until the last run ends, with a table of the runs, instead of returning after the submission."""
 

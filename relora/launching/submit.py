@@ -3,6 +3,9 @@
 A job gets only a path. The frozen config and the checkpoints are in the run's folder. A job that SLURM stops early
 writes a checkpoint and puts itself back into the queue.
 
+Jobs import from a snapshot of the code that is made at the submission. Edits and checkouts after that change nothing
+for jobs that are queued, running or requeued.
+
 A job waits until the jobs that make its corpus and its warm start have ended, even if they fail. If the corpus or the
 warm start is missing then, the job makes it. The batch script survives SLURM's signals from its first line on. Python
 remembers them from its first line on.
@@ -22,7 +25,7 @@ from relora.common import signals
 from relora.common.errors import RunError, WarmStartTrained
 from relora.config import frozen
 from relora.config.cluster import SlurmConfig
-from relora.runs import slurm, warmstart
+from relora.runs import code, slurm, warmstart
 from relora.runs.rundir import RunDir, Status, read_json, write_json
 from relora.runs.state import log_of
 from relora.studies.study import Planned
@@ -160,6 +163,8 @@ class Submission:
     awaited: set[str] = field(default_factory=set)
     """Jobs, of this or an earlier launch, that the runs wait for."""
     report: str | None = None
+    snapshot: Path | None = None
+    """The folder of the code that the jobs run; None if they run the code as it is when they start."""
 
     def describe(self) -> str:
         """The arrays' job numbers as text for a message."""
@@ -186,12 +191,17 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
         after: Jobs of the study that are queued or running already. The report waits for them too.
 
     Raises:
-        RunError: SLURM refuses a job. `check` finds the reason before anything is written. Jobs that only make what
-            refused runs need are cancelled.
+        RunError: The code cannot be copied, or SLURM refuses a job. `check` finds the reason before anything is
+            written. Jobs that only make what refused runs need are cancelled.
     """
     cluster = pending[0].config.cluster
     assert isinstance(cluster, SlurmConfig)
     submitted = Submission(arrays=[], preparations=[])
+    if cluster.snapshot:
+        submitted.snapshot = code.take(
+            code.modules_of(item.config for item in pending), Path(pending[0].config.runs_dir)
+        )
+        cluster = replace(cluster, setup=[*cluster.setup, *code.shell_lines(submitted.snapshot)])
     try:
         corpora = _submit_corpora(pending, cluster, folder, submitted)
         warm_starts = _submit_warm_starts(pending, cluster, folder, corpora, submitted)
@@ -246,7 +256,7 @@ def _submit_arrays(
         submitted.arrays.append(names[0].partition("_")[0])
         submitted.awaited |= set(needed)
         for item, name in zip(items, names, strict=True):
-            _record(item.run, name, folder, {job: made_by[job] for job in needed})
+            _record(item.run, name, folder, {job: made_by[job] for job in needed}, submitted.snapshot)
 
 
 def _shares(sizes: Sequence[int], max_parallel: int) -> list[int]:
@@ -323,11 +333,12 @@ def _under_way(place: Path) -> str | None:
     return name if job is not None and job.alive else None
 
 
-def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str]) -> None:
+def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str], snapshot: Path | None) -> None:
     """Record the run's job. `needs` maps each job that it waits for to "corpus" or "warm start"."""
     submitted_ms = time.time_ns() // 1_000_000
-    log = str(log_of(folder, name))
-    write_json(run.submission_file, {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms})
+    log, code_hash = str(log_of(folder, name)), snapshot.name if snapshot else None
+    record = {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms, "code": code_hash}
+    write_json(run.submission_file, record)
 
 
 def _single_task(cluster: SlurmConfig) -> SlurmConfig:

@@ -48,6 +48,8 @@ class Attempt:
     threads: int | None = None
     """The threads that torch uses within an operation."""
     ranks: int = 1
+    code: str = ""
+    """The hash of the code that it ran (relora.runs.code)."""
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     ended_ms: int | None = None
     """None while the attempt runs, and if it was killed."""
@@ -139,7 +141,7 @@ class RunDir:
 
     @property
     def submission_file(self) -> Path:
-        """The SLURM job that the run was submitted as, {"job": id, "log": path, "submitted_ms": time}."""
+        """The SLURM job that the run was submitted as, {"job": id, "log": path, "code": hash, ...}."""
         return self.path / "submission.json"
 
     @property
@@ -151,6 +153,10 @@ class RunDir:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints that the run resumes from."""
         return self.path / "checkpoints"
+
+    def changes_file(self, code: str) -> Path:
+        """Return the file with what the code with that hash changed since its commit. It is missing without changes."""
+        return self.path / "code" / f"{code}.diff"
 
     def error_file(self, rank: int) -> Path:
         """Return the file of the error that ended process `rank` (not 0): one line for the user, and the traceback."""

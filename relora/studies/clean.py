@@ -12,6 +12,7 @@ from relora.common.files import size_bytes
 from relora.common.tables import aligned, in_units
 from relora.studies.corpora import BUSY, STATE, STOPPED_SECONDS, CorpusCost, idle_seconds
 from relora.studies.disk import Disk, RunCost, WarmStartCost, judge, state_of_idle, survey
+from relora.studies.snapshots import NEW_SECONDS, age_seconds
 
 # ------------------------------------------------------------------------------------------------------- deletion
 
@@ -21,6 +22,9 @@ def delete(disk: Disk) -> None:
     for cost in disk.corpora:
         if cost.deletable:
             _delete_of_corpus(cost, disk.failures)
+    for cost in disk.snapshots:
+        if cost.deletable and age_seconds(cost.folder) > NEW_SECONDS:
+            cost.deleted_bytes += _deleted_bytes(cost.folder, disk.failures)
     for cost in disk.runs:
         if cost.deletable:
             _delete_of_run(cost, disk.failures)
@@ -129,13 +133,22 @@ def as_json(disk: Disk) -> dict[str, Any]:
             }
             for cost in disk.corpora
         },
+        "snapshots": {
+            cost.folder.name: {
+                "snapshot_bytes": cost.snapshot_bytes,
+                "deletable_bytes": cost.deletable_bytes,
+                "deleted_bytes": cost.deleted_bytes,
+                "why": cost.why,
+            }
+            for cost in disk.snapshots
+        },
         "totals": disk.totals,
         "failures": disk.failures,
     }
 
 
 def text(disk: Disk, *, deleted: bool) -> str:
-    """Return tables of runs, warm starts and corpora, and the sums.
+    """Return tables of runs, warm starts, corpora and code snapshots, and the sums.
 
     Args:
         disk: The list.
@@ -161,13 +174,18 @@ def text(disk: Disk, *, deleted: bool) -> str:
     for cost in disk.corpora:
         sizes = (cost.corpus_bytes, cost.deleted_bytes if deleted else cost.deletable_bytes)
         corpora.append([cost.folder.name, *map(in_units, sizes), cost.why])
-    tables = [aligned(rows) for rows in (runs, warm_starts, corpora) if len(rows) > 1]
+    snapshots = [["code", "size", column, "why"]]
+    for cost in disk.snapshots:
+        sizes = (cost.snapshot_bytes, cost.deleted_bytes if deleted else cost.deletable_bytes)
+        snapshots.append([cost.folder.name, *map(in_units, sizes), cost.why])
+    tables = [aligned(rows) for rows in (runs, warm_starts, corpora, snapshots) if len(rows) > 1]
     if not tables:
         return f"there is no run in {disk.runs_dir}"
     size = {name: in_units(value) for name, value in disk.totals.items()}
     total = (
         f"{size['checkpoints_bytes']} of checkpoints, {size['model_bytes']} of models, "
-        f"{size['warm_starts_bytes']} of warm starts, {size['corpora_bytes']} of corpora; "
+        f"{size['warm_starts_bytes']} of warm starts, {size['corpora_bytes']} of corpora, "
+        f"{size['snapshots_bytes']} of code; "
     )
     total += (
         f"{size['deleted_bytes']} deleted" if deleted else f"{size['deletable_bytes']} of it deletable with --delete"

@@ -1,4 +1,4 @@
-"""The disk space of checkpoints, models, warm starts and corpora, and which files no run needs any more."""
+"""The disk space of checkpoints, models, warm starts, corpora and snapshots, and which files no run needs any more."""
 
 import re
 from collections.abc import Sequence
@@ -7,14 +7,16 @@ from pathlib import Path
 
 from relora.common.errors import ConfigError, DamagedFile, RunError, first_line
 from relora.common.files import check_weights, is_locked, size_bytes
+from relora.common.tables import some_of
 from relora.config import frozen
 from relora.config.run import RunConfig
 from relora.runs.rundir import RunDir
 from relora.studies.corpora import CorpusCost, corpora_of
 from relora.studies.manifest import manifest_of, unknown_study
+from relora.studies.snapshots import SnapshotCost, snapshots_of
 
 CHECKPOINT = re.compile(r"step-\d+\.pt")
-NO_RUNS = ("studies", "corpora", "warm_starts")
+NO_RUNS = ("studies", "corpora", "warm_starts", "code")
 """Folders of a runs_dir that are not runs."""
 WARM_START = re.compile(r"([0-9a-f]{8})(\.tmp)?")
 
@@ -66,18 +68,21 @@ class Disk:
     warm_starts: list[WarmStartCost]
     corpora: list[CorpusCost] = field(default_factory=list)
     """Empty if only the runs of some studies are listed: a corpus belongs to no study."""
+    snapshots: list[SnapshotCost] = field(default_factory=list)
+    """Empty in the same case."""
     failures: list[str] = field(default_factory=list)
     """Deletions that failed."""
 
     @property
     def totals(self) -> dict[str, int]:
-        """The sums over all runs, warm starts and corpora."""
-        everything = [*self.runs, *self.warm_starts, *self.corpora]
+        """The sums over all runs, warm starts, corpora and snapshots."""
+        everything = [*self.runs, *self.warm_starts, *self.corpora, *self.snapshots]
         return {
             "checkpoints_bytes": sum(cost.checkpoints_bytes for cost in self.runs),
             "model_bytes": sum(cost.model_bytes for cost in self.runs),
             "warm_starts_bytes": sum(cost.warm_start_bytes for cost in self.warm_starts),
             "corpora_bytes": sum(cost.corpus_bytes for cost in self.corpora),
+            "snapshots_bytes": sum(cost.snapshot_bytes for cost in self.snapshots),
             "deletable_bytes": sum(cost.deletable_bytes for cost in everything),
             "deleted_bytes": sum(cost.deleted_bytes for cost in everything),
         }
@@ -115,6 +120,7 @@ def survey(runs_dir: Path, studies: Sequence[str] = ()) -> Disk:
         runs=[_run_cost(found) for found in runs if chosen is None or found.name in chosen],
         warm_starts=_warm_starts(runs_dir, runs, manifests, chosen),
         corpora=[] if studies else corpora_of(runs_dir),
+        snapshots=[] if studies else snapshots_of(runs_dir, {found.name: found.state for found in runs}),
     )
 
 
@@ -255,15 +261,11 @@ def _warm_start_cost(folder: Path, users: Sequence[_Run], unknown: Sequence[str]
         return cost
     cost.deletable = [cost.leftover] if cost.leftover.exists() else []
     if unfinished:
-        cost.why = f"kept: {_some(unfinished)} forks from it"
+        cost.why = f"kept: {some_of(unfinished)} forks from it"
     elif unknown:
-        cost.why = f"kept: unknown whether it is forked by {_some(unknown)}"
+        cost.why = f"kept: unknown whether it is forked by {some_of(unknown)}"
     else:
         cost.why = "every run that forks from it is finished" if users else "no run forks from it"
         cost.deletable += [folder] if folder.exists() else []
     cost.deletable_bytes = sum(size_bytes(path) for path in cost.deletable)
     return cost
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

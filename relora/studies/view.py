@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-from relora.common.errors import RunError, print_note
+from relora.common.errors import print_note
 from relora.config.run import RunConfig
 from relora.studies.gaps import Compared
+from relora.tracking.artefacts import check_place
 from relora.tracking.mirror import mirrored
 from relora.tracking.store import experiment_id, is_deleted, open_store, recorded_run
 
@@ -74,18 +73,8 @@ def attach_report(config: RunConfig, study: str, folder: Path, members: Sequence
     client.set_tag(run_id, "mlflow.note.content", headline)
     write_view(client, experiment, study)
     client.set_terminated(run_id, "FINISHED")
-    _check_place(config, str(client.get_run(run_id).info.artifact_uri))
+    check_place(config, str(client.get_run(run_id).info.artifact_uri))
     client.log_artifacts(run_id, str(folder), "report")
-
-
-def _check_place(config: RunConfig, artifact_uri: str) -> None:
-    """Raise RunError if the store of a runs_dir keeps artifacts elsewhere: the runs_dir was moved or copied."""
-    path = Path(url2pathname(urlsplit(artifact_uri).path))
-    if config.tracker.uri is None and not path.resolve().is_relative_to(Path(config.runs_dir).resolve()):
-        raise RunError(
-            f"{config.runs_dir} was moved or copied, but its MLflow store still keeps artifacts in {path}; move it "
-            "back, or read the report in the folder of the study"
-        )
 
 
 def view_key(study: str) -> str:

@@ -20,6 +20,7 @@ from relora.config.identity import spelled_out
 from relora.config.run import RunConfig
 from relora.runs.metrics import complete_bytes, decoded, row_metrics
 from relora.runs.rundir import RunDir, Status, read_json, write_json
+from relora.tracking.artefacts import send_changes, unsent_changes
 from relora.tracking.store import (
     VALUE_LENGTH,
     Point,
@@ -96,6 +97,7 @@ class Mirror:
         self._client: MlflowClient | None = None
         self._held: dict[tuple[str, int], float] | None = None
         """The values that MLflow held of the run before rows were lost; None if MLflow was not asked."""
+        self._changes_failed = False
 
     def sync(self) -> Sent:
         """Send what MLflow does not have yet: run, params, tags, metrics, status. Raises what MLflow raises."""
@@ -127,9 +129,22 @@ class Mirror:
             else:
                 client.set_terminated(run_id, status=wanted, end_time=ended_ms)
             state |= {"status": wanted, "ended_ms": ended_ms}
+        self._send_changes(client, run_id, state, status)
         if json.dumps(state) != before:
             write_json(self.run.mirror_file, state)
         return Sent(rows=rows, status=wanted)
+
+    def _send_changes(self, client: "MlflowClient", run_id: str, state: dict[str, Any], status: Status) -> None:
+        """Send the changes of the code. A failure is told once, and stops nothing: the figures are in MLflow."""
+        codes = unsent_changes(self.run, status, state.get("changes", []))
+        if not codes or self._changes_failed:
+            return
+        try:
+            send_changes(client, run_id, self.run, self.config, codes)
+            state["changes"] = [*state.get("changes", []), *codes]
+        except Exception as error:  # MLflow raises many types
+            self._changes_failed = True
+            self.log_line(f"MLflow does not get the changes of the code: {brief(error)}")
 
     def _tags(self, status: Status, known: dict[str, str]) -> dict[str, str]:
         """Return the tags: everything about the run that is not a parameter, or that may change between attempts."""
@@ -143,6 +158,8 @@ class Mirror:
             "attempt": str(status.attempt),
             **status.corpus,
         }
+        if status.attempts and status.attempts[-1].code:
+            tags["code"] = status.attempts[-1].code
         if config.rates.basis != "unknown":
             tags["rates"] = config.rates.in_full[:VALUE_LENGTH]
         if config.study is not None:

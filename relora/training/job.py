@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from relora.common import signals
 from relora.common.errors import ConfigError, Interrupted, RunError, Stopped, WarmStartTrained
-from relora.common.files import reason
-from relora.common.git import git_commit
+from relora.common.files import reason, write_whole
 from relora.config import credentials, frozen
 from relora.config.plan import run_plan, warning
 from relora.config.run import RunConfig
 from relora.runs import slurm
+from relora.runs.code import code_of, modules_of
 from relora.runs.metrics import Broadcast, MetricsLog
 from relora.runs.recovery import previous_status
 from relora.runs.rundir import PROBE_SECONDS, Attempt, RunDir, Status, read_json, write_json
@@ -97,24 +97,29 @@ def job(path: Path, *, on_node: bool = False, warm_start_only: bool = False) -> 
     with signals.held(), run.locked(NODE_LOCK_SECONDS if on_node else PROBE_SECONDS):
         config, previous = frozen.thaw(run.config_file), previous_status(run)
         if previous is not None and previous.state == "finished":
-            print(finished_already(run, config, previous, commit=git_commit()))
+            print(finished_already(run, config, previous, commit=code_of(modules_of([config])).commit))
             print(summary_text(run, config, previous))
             if _is_mirrored(config, on_node=on_node):
                 from relora.tracking.mirror import mirror_all
 
                 mirror_all([(run, config)], print, held_here=True)
             return previous
-        status = Status(state="running", git_commit=git_commit(), ranks=world.size)
+        code = code_of(modules_of([config]))
+        status = Status(state="running", git_commit=code.commit, ranks=world.size)
         if previous is not None:
             status.attempt, status.started_ms = previous.attempt + 1, previous.started_ms
             status.corpus, status.attempts = previous.corpus, previous.attempts
-        status.attempts.append(Attempt(ranks=world.size))
+        status.attempts.append(Attempt(ranks=world.size, code=code.content_hash))
         if on_node:
             status.slurm_job_id, status.requeues = slurm.own_job(), slurm.own_requeues()
         run.status = status
         for rank in run.rank_errors:
             run.error_file(rank).unlink()
         run.remove_leftovers()
+        if code.changes:
+            file = run.changes_file(code.content_hash)
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, code.changes)
         _Attempt(run, config, status, world, on_node=on_node, warm_start_only=warm_start_only).run_to_end()
         return status
 
@@ -223,7 +228,9 @@ class _Attempt:
             if note is not None:
                 log_line(note)
         origin = {**corpus.identity, "device": device.type}
-        exact = device.type == "cpu" and not any(self.attempt.differs_from(earlier) for earlier in self.earlier)
+        exact = device.type == "cpu" and not any(
+            self.attempt.differs_from(earlier) or self.attempt.code != earlier.code for earlier in self.earlier
+        )
         with (
             warmstart.shared(config, self.run, origin, log_line) as publish_warm_start,
             MetricsLog.opened(self.run.metrics_file, exact=exact) as log,

@@ -139,10 +139,17 @@ def test_a_queued_run_keeps_its_frozen_config_and_code(one: list[str], runs_dir:
     subprocess.run(command, check=True, cwd=checkout, env=env)
     for file in checkout.glob("conf/**/*.yaml"):
         file.write_text("nonsense: [")
+    for file in checkout.glob("relora/**/*.py"):
+        file.write_text("raise SystemExit('the checkout is imported')")
     assert status_rows(runs_dir, folder(one).path.name)[0]["state"] == "queued"
     release(blocker)
     wait_for_finish(runs_dir, folder(one).path.name)
-    assert weights(folder(one)) == undisturbed(one, tmp_path)
+    run = folder(one)
+    assert weights(run) == undisturbed(one, tmp_path)
+    (snapshot,) = (runs_dir / "code").iterdir()
+    status = run.status
+    assert status is not None
+    assert {attempt.code for attempt in status.attempts} == {read_json(run.submission_file)["code"]} == {snapshot.name}
 
 
 # -------------------------------------------------------------------------------------------------- what is refused

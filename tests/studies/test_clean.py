@@ -625,6 +625,40 @@ def test_listing_runs_needs_no_torch(runs_dir: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- corpora
 
 
+def test_a_snapshot_of_code_is_deletable_when_every_run_that_was_submitted_with_it_has_ended(
+    runs_dir: Path, capsys
+) -> None:
+    snapshot, kept, unused = (runs_dir / "code" / name for name in ("0123456789ab", "ba9876543210", "fresh"))
+    for folder in (snapshot, kept, unused):
+        (folder / "relora").mkdir(parents=True)
+        (folder / "relora" / "core.py").write_text("pass\n")
+        (folder / "code.json").write_text("{}")
+    for folder in (snapshot, kept):
+        os.utime(folder / "code.json", (0, 0))
+    ended, failed = new_run(runs_dir), new_run(runs_dir, "trainer.seed=1", state="failed")
+    waiting = new_run(runs_dir, "trainer.seed=2", state="missing")
+    for run, folder in ((ended, snapshot), (failed, snapshot), (waiting, kept)):
+        write_json(run.submission_file, {"job": "1", "log": "", "code": folder.name})
+    found = {cost.folder: cost for cost in survey(runs_dir).snapshots}
+    assert {folder for folder, cost in found.items() if cost.deletable} == {snapshot}
+    assert found[kept].why == f"kept: {waiting.path.name} (missing) runs it"
+    assert found[unused].why == "kept: made less than a day ago"
+    assert cli.main(["clean", "--delete", f"runs_dir={runs_dir}"]) == 0
+    assert "every run that was submitted with it has ended" in capsys.readouterr().out
+    assert (snapshot.exists(), kept.exists(), unused.exists()) == (False, True, True)
+
+
+def test_a_snapshot_that_is_used_again_before_the_deletion_is_kept(runs_dir: Path) -> None:
+    snapshot = runs_dir / "code" / "0123456789ab"
+    snapshot.mkdir(parents=True)
+    (snapshot / "code.json").write_text("{}")
+    os.utime(snapshot / "code.json", (0, 0))
+    disk = survey(runs_dir)
+    os.utime(snapshot / "code.json")
+    delete(disk)
+    assert snapshot.exists()
+
+
 def test_a_preparation_that_stopped_long_ago_is_deletable_and_a_prepared_corpus_is_not(runs_dir: Path, capsys) -> None:
     corpora = runs_dir / "corpora"
     long_ago = time.time() - 25 * 3600

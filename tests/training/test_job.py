@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from relora.data.corpus import prepare
 from relora.data.sequences import TokenSequences
 from relora.methods.lora import LoRA
 from relora.runs.checkpoint import latest_step
+from relora.runs.code import code_of
 from relora.runs.metrics import read_rows, row_metrics
 from relora.runs.rundir import RunDir
 from relora.training.device_memory import peak_memory_bytes
@@ -423,7 +425,8 @@ def test_a_finished_run_of_another_commit_or_with_other_switches_is_reported(
     tiny: list[str], capsys, monkeypatch
 ) -> None:
     launch(compose(tiny), tiny)
-    monkeypatch.setattr("relora.training.job.git_commit", lambda: "another")
+    code = replace(code_of(["relora"]), commit="another")
+    monkeypatch.setattr("relora.training.job.code_of", lambda modules: code)
     launch(compose([*tiny, "trainer.activation_checkpointing=true"]), tiny)
     shown = capsys.readouterr().out
     assert "this is commit another" in shown
