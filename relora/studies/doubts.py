@@ -16,6 +16,8 @@ TRAINING_RISE = 0.1
 """Nats by which the mean training loss of a tenth of the run may exceed that of an earlier tenth."""
 VALIDATION_RISE = 0.02
 """Nats by which the last validation loss may exceed the lowest one after the warm-up."""
+ARMS_NAMED = 4
+"""So many arms of one method are named one by one. More are counted."""
 TENTHS = 10
 """The number of parts whose mean training losses are compared."""
 
@@ -50,9 +52,15 @@ def untuned_words(study: Study) -> list[str]:
     if not found:
         return []
     full = study.full_rank()
-    names = [
-        f"full rank ({arm.label})" if full is not None and arm.variant == full.variant else arm.label for arm in found
-    ]
+    names: list[str] = []
+    labels: dict[str, list[str]] = {}
+    for arm in found:
+        if full is not None and arm.variant == full.variant:
+            names.append(f"full rank ({arm.label})")
+        else:
+            labels.setdefault(arm.config.method.name if arm.config else arm.label, []).append(arm.label)
+    for method, own in labels.items():
+        names += own if len(own) <= ARMS_NAMED else [f"{len(own)} arms of {method}"]
     reasons = dict.fromkeys(reason for arm in found if arm.config for reason in arm.config.rates.differs)
     return [
         f"Caution, {NOT_TUNED}: {', '.join(names)} ({'; '.join(reasons)}). The gaps may come from the rates as much "

@@ -56,6 +56,12 @@ def test_untuned_rates_are_reported_baseline_first_and_no_rank_is_recommended(
     assert capsys.readouterr().out.count(NOT_TUNED) == 5
 
 
+def test_many_untuned_arms_of_a_method_are_counted(lab: Lab) -> None:
+    arms = [lab.run(*RELORA, f"method.rank={rank}", loss=3.1) for rank in range(2, 8)]
+    message = line(lab.study(lab.run(*FULL, loss=3.0), *arms, lab.run("method=lora", loss=3.1)), NOT_TUNED)
+    assert "full rank (full), 6 arms of relora, lora" in message
+
+
 def test_rates_that_were_given_or_chosen_in_the_study_are_not_called_untuned(lab: Lab) -> None:
     hand = "optimizer.learning_rate=4e-3"
     study = lab.study(lab.run(*FULL, hand, loss=3.0), *cells(lab, hand))
