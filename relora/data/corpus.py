@@ -237,13 +237,15 @@ def prepared_with(config: DataConfig, corpora: Path, tokenizer_digest: str) -> C
     return corpus if corpus is not None and corpus.tokenizer_digest == tokenizer_digest else None
 
 
-def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], None]) -> Corpus:
+def prepare_apart(
+    config: DataConfig, corpora: Path, log_line: Callable[[str], None], *, folder: Path | None = None
+) -> Corpus:
     """As `prepare`, but a missing corpus is built by another process, so that its memory is not used in this one.
 
     An allocator does not return all freed memory to the system. The peak memory of the run that builds the corpus would
-    include that memory.
+    include that memory. `folder` is what `folder_of` returns, if it was asked already.
     """
-    corpus = _prepared(folder_of(config, corpora), lambda message: None)
+    corpus = _prepared(folder or folder_of(config, corpora), lambda message: None)
     if corpus is None:
         command = [sys.executable, "-m", "relora.data.corpus", json.dumps(asdict(config)), str(corpora)]
         with tempfile.TemporaryFile("w+") as errors:
@@ -273,6 +275,18 @@ def prepare_apart(config: DataConfig, corpora: Path, log_line: Callable[[str], N
             raise RuntimeError(f"preparing the corpus ended with {child.returncode}:\n{problem}")
         corpus = prepare(config, corpora, log_line)
     return corpus
+
+
+def located(config: DataConfig, corpora: Path) -> Path:
+    """Return the folder of the corpus. If it is not prepared, check at once that its sources can be reached.
+
+    Raises CorpusError. It needs neither torch nor datasets, so it tells a user in a second what fails in any case.
+    """
+    folder = folder_of(config, corpora)
+    if not (folder / "meta.json").exists():
+        for source in _sources(config).values() if isinstance(config, MixtureConfig) else (source_of(config),):
+            source.check_reachable()
+    return folder
 
 
 def folder_of(config: DataConfig, corpora: Path, source: Source | None = None) -> Path:

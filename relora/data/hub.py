@@ -221,8 +221,7 @@ class HubSource(Source):
         if self._names is not None:
             return
         config = self.hub
-        if self._folder is None and not config.files and go_offline_if_unreachable():
-            self._place = self._cached()
+        self.check_reachable()
         import datasets
 
         try:
@@ -245,6 +244,11 @@ class HubSource(Source):
                     f"{'split' if part == 'train' else f'{part}_split'} to one of them"
                 )
         self._names = {part: name for part, name in found.items() if part == "train" or name != found["train"]}
+
+    def check_reachable(self) -> None:
+        """If the hub cannot be reached, read the copy in its cache. Raises CorpusError without such a copy."""
+        if self._folder is None and not self.hub.files and go_offline_if_unreachable():
+            self._place = self._cached()
 
     def _cached(self) -> str:
         """Return the folder of the dataset in the hub's cache. Raises CorpusError if there is no copy."""

@@ -108,6 +108,10 @@ class Source(ABC):
         """Read the documents of an earlier process, which had this `pinned` state; None for no earlier process."""
         return
 
+    def check_reachable(self) -> None:
+        """Raise CorpusError at once if a source elsewhere cannot be reached and there is no copy of it."""
+        return
+
     def check_unchanged(self) -> None:
         """Raise CorpusError if the documents changed while they were read."""
         return

@@ -156,12 +156,14 @@ class _Attempt:
             self.attempt.ended_ms = self.status.ended_ms = time.time_ns() // 1_000_000
             self._write_status()  # before anything is printed: printing fails if the log is on a full disk
             self.console.close()
+            if self.status.state != "finished":  # before MLflow, whose import takes seconds
+                print(f"{self.status.state}: {self.status.message}", flush=True)
             if mirror is not None:
                 mirror.close()
         if self.status.state == "finished":
             print(summary_text(self.run, self.config, self.status))
         else:
-            print(f"{self.status.state}: {self.status.message}\ngo on with: {relaunch_command(self.run)}", flush=True)
+            print(f"go on with: {relaunch_command(self.run)}", flush=True)
 
     def _log_stopping(self, name: str) -> None:
         self.console.log_line(f"{name}: stopping as soon as a checkpoint can be written (same signal again: at once)")
@@ -203,8 +205,13 @@ class _Attempt:
                 traceback.print_exception(error)
 
     def _train_and_export(self) -> dict[str, Any]:
+        from relora.data import corpus as corpora
+
+        # Before torch is imported, which takes seconds: a dataset that cannot be reached ends the run here.
+        place = Path(self.config.runs_dir) / "corpora"
+        corpus_folder = corpora.located(self.config.data, place)
+        signals.check()
         with signals.importing():
-            from relora.data import corpus as corpora
             from relora.runs import warmstart
             from relora.training.device_memory import peak_memory_bytes, reset_peak_memory
             from relora.training.export import check_finite, export
@@ -219,7 +226,7 @@ class _Attempt:
         check_devices(device, world)
         describe_machine(self.attempt, device)
         self.status.device = self.attempt.device
-        corpus = corpora.prepare_apart(config.data, Path(config.runs_dir) / "corpora", log_line)
+        corpus = corpora.prepare_apart(config.data, place, log_line, folder=corpus_folder)
         signals.check()
         self._check_corpus(corpus.identity)
         tokenizer_config = None
