@@ -144,6 +144,9 @@ class _Attempt:
         mirror = None
         try:
             self.console.log_line(f"run {self.run.path}")
+            before = next((each.code for each in reversed(self.earlier) if each.code), self.attempt.code)
+            if before != self.attempt.code:
+                self.console.log_line(f"note: its code was {before} until now, and is {self.attempt.code} from here on")
             with signals.asked(self._log_stopping):
                 signals.check()
                 mirror = self._start_mirror()

@@ -20,7 +20,7 @@ from relora.config.rates import NOT_TUNED
 from relora.config.run import RunConfig
 from relora.config.tuned import Presets
 from relora.runs.metrics import MetricsLog, read_rows, row_metrics
-from relora.runs.rundir import RunDir, Status
+from relora.runs.rundir import Attempt, RunDir, Status
 from relora.studies.view import view
 from relora.tracking import mirror as tracking
 from relora.tracking.mirror import Mirror, MirrorThread, mirror_all, parameters
@@ -379,6 +379,43 @@ def test_tags_hold_values_that_are_no_parameters(runs_dir: Path) -> None:
     }
     assert expected.items() <= tags.items()
     assert config.variant != config.name, "the seed is not part of the variant"
+
+
+def test_the_changes_of_the_code_are_an_artefact_of_the_run(runs_dir: Path, tmp_path: Path) -> None:
+    run, config = new_run(runs_dir, status=status_of("running", attempts=[Attempt(code="aa"), Attempt(code="bb")]))
+    for code in ("aa", "bb"):
+        run.changes_file(code).parent.mkdir(exist_ok=True)
+        run.changes_file(code).write_text(f"changes of {code}\n")
+    mirror = Mirror(run, config)
+    mirror.sync()
+    recorded_run = the_run(config)
+    assert recorded_run.data.tags["code"] == "bb"
+    client, run_id = MlflowClient(config.mlflow_uri), recorded_run.info.run_id
+    assert [item.path for item in client.list_artifacts(run_id, "code")] == ["code/aa.diff", "code/bb.diff"]
+    fetched = Path(client.download_artifacts(run_id, "code", str(tmp_path)))
+    assert (fetched / "bb.diff").read_text() == "changes of bb\n"
+    before = (fetched / "aa.diff").stat().st_mtime_ns
+    mirror.sync()
+    assert Path(client.download_artifacts(run_id, "code/aa.diff")).stat().st_mtime_ns == before, "sent once"
+
+
+def test_a_store_that_takes_no_artefacts_still_gets_the_figures(runs_dir: Path, tmp_path: Path) -> None:
+    """A copied runs_dir: its store keeps artefacts in the old place."""
+    run, config = new_run(runs_dir, status=status_of("running", attempts=[Attempt(code="aa")]))
+    Mirror(run, config).sync()
+    moved = tmp_path / "moved"
+    runs_dir.rename(moved)
+    run, config = new_run(moved, status=status_of("finished", attempts=[Attempt(code="aa")]), rows=7)
+    run.changes_file("aa").parent.mkdir(exist_ok=True)
+    run.changes_file("aa").write_text("changes\n")
+    told: list[str] = []
+    mirror = Mirror(run, config, told.append)
+    mirror.sync()
+    mirror.sync()
+    assert the_run(config).info.status == "FINISHED"
+    (line,) = [line for line in told if "changes of the code" in line]
+    assert "was moved or copied" in line
+    assert not runs_dir.exists(), "nothing is written to the old place"
 
 
 def test_a_tag_says_that_the_rates_were_not_tuned_for_the_setting(runs_dir: Path) -> None:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relora.cli import main as cli
+from relora.common.errors import RunError
 from relora.config.compose import compose
 from relora.config.frozen import thaw
 from relora.config.plan import run_plan
@@ -431,6 +432,22 @@ def test_a_finished_run_of_another_commit_or_with_other_switches_is_reported(
     shown = capsys.readouterr().out
     assert "this is commit another" in shown
     assert "other switches (trainer.activation_checkpointing False against True)" in shown
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(tiny: list[str], capsys, monkeypatch) -> None:
+    def fail(*given: object) -> None:
+        raise RunError("no export")
+
+    own = code_of(["relora"])
+    with monkeypatch.context() as patched:
+        patched.setattr("relora.training.export.export", fail)
+        assert launch(compose(tiny), tiny).message == "no export"
+    monkeypatch.setattr("relora.training.job.code_of", lambda modules: replace(own, content_hash="0123456789ab"))
+    status = launch(compose(tiny), tiny)
+    assert status.state == "finished"
+    assert [attempt.code for attempt in status.attempts] == [own.content_hash, "0123456789ab"]
+    note = f"its code was {own.content_hash} until now, and is 0123456789ab from here on"
+    assert capsys.readouterr().out.count(note) == 1
 
 
 def test_the_summary_gives_commands_that_work(finished, capsys) -> None:
