@@ -101,10 +101,13 @@ def setting(config: "RunConfig") -> dict[str, Any]:
 def every_field(config: "RunConfig") -> dict[str, Any]:
     """Return all fields that can change the results, by dotted name, with the values that were set.
 
-    Fields that have their value of `LATER_FIELDS` are left out.
+    Fields that have their value of `LATER_FIELDS` are left out. So is `model.kv_heads` where it equals `model.heads`,
+    which means the same as not setting it.
     """
     absent = object()
     fields = _flat(config, "")
+    if config.model.kv_heads == config.model.heads:
+        fields["model.kv_heads"] = None
     return {name: value for name, value in fields.items() if value != LATER_FIELDS.get(name, absent)}
 
 
@@ -130,8 +133,6 @@ def _written_out(config: "RunConfig") -> dict[str, Any]:
     """Return all fields. A budget in tokens is converted to steps, and None to the value that it means."""
     fields = every_field(config)
     fields["trainer.total_steps"] = config.total_steps
-    if config.model.kv_heads == config.model.heads:
-        fields.pop("model.kv_heads", None)
     fields |= {f"data.{name}": value for name, value in config.data.written_out().items()}
     fields |= config.method.written_out
     rates = {config.optimizer.learning_rate}
