@@ -13,6 +13,8 @@ from relora.config.tuned import Presets
 from relora.studies import sweeps
 from relora.training.distributed import World
 
+DRY_RUN = "--dry-run"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `relora VERB ...` and return the exit code. `argv` is without the program's name; None means sys.argv."""
@@ -94,6 +96,8 @@ def _train(argv: Sequence[str]) -> int:
     """
     from relora.training.job import EXIT_CODES, launch
 
+    if DRY_RUN in argv:
+        return main(["plan", *(argument for argument in argv if argument != DRY_RUN)])
     options = [argument for argument in argv if argument.startswith("-")]
     hydras = any(argument.startswith(("hydra/launcher=", "hydra/sweeper=")) for argument in argv)
     if options in (["-m"], ["--multirun"]) and not hydras:

@@ -51,8 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(
         "plan",
         verbs.plan,
-        "Show what a run will need compared with full rank: parameters, FLOPs, memory. Nothing is started.",
+        "Show what a run will need compared with full rank: parameters, FLOPs, memory, time. Nothing is started.",
     )
+    text = "the runs of a study, as python run.py -m would launch them, and what exists already"
+    sub.add_argument("-m", "--multirun", action="store_true", help=text)
     sub.add_argument("overrides", nargs="*", help="as for python run.py")
 
     text = "Prepare the corpus of a run, or show what is in it: relora data prepare, relora data inspect."

@@ -21,12 +21,15 @@ from relora.training.distributed import World
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Print the plan of a run: its parameters, FLOPs and memory. Do not start it."""
-    from relora.config import plan as plans
+    """Print the plan of a run, or with -m of a study: parameters, FLOPs, memory, time and disk. Start nothing."""
+    from relora.launching import preview
 
-    config = compose.compose(arguments.overrides)
-    made = plans.run_plan(config)
-    print(json.dumps(plans.as_dict(made, config)) if arguments.json else plans.text(made, config))
+    overrides = arguments.overrides
+    if arguments.multirun:
+        print(json.dumps(preview.launch_values(overrides)) if arguments.json else preview.launch_text(overrides))
+        return 0
+    config = compose.compose(overrides)
+    print(json.dumps(preview.run_values(config)) if arguments.json else preview.run_text(config))
     return 0
 
 

@@ -123,3 +123,25 @@ def parse_count(name: str, value: int | float | str) -> int:
     if count < 1 or abs(count - round(count)) > 1e-6:
         raise ConfigError(f"{name}={shown(value)} must be a whole number of at least 1")
     return round(count)
+
+
+UNITS_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+BINARY_UNITS_BYTES = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(name: str, value: int | float | str) -> int:
+    """Parse a size of memory: 80GiB, 512MiB, 80GB (10**9 bytes each), or a plain number of bytes.
+
+    Raises:
+        ConfigError: `value` is no such size, or less than one byte. The message names it by `name`.
+    """
+    text = shown(value, TEXT_CHARACTERS).strip().replace("_", "")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", text, re.ASCII | re.IGNORECASE)
+    unit, is_binary = ("", "") if match is None else ((match[2] or "").lower(), match[3])
+    if match is None or (is_binary and not unit):
+        raise ConfigError(f"{name}={shown(value)} is not a size of memory; write 80GiB, 512MiB, 80GB or bytes")
+    size_bytes = float(match[1]) * (BINARY_UNITS_BYTES if is_binary else UNITS_BYTES)[unit]
+    at_most(name, size_bytes, 2**60, "no device has that many bytes")
+    if size_bytes < 1:
+        raise ConfigError(f"{name}={shown(value)} must be at least one byte")
+    return round(size_bytes)

@@ -20,6 +20,7 @@ from relora.common.checks import (
     check_name,
     fraction,
     one_of,
+    parse_bytes,
     parse_count,
     positive,
 )
@@ -108,7 +109,8 @@ class TrainerConfig:
 
     total_tokens: If it is set, it replaces `total_steps`.
     sequences_per_step: The batch of one optimizer step, divided among all processes.
-    sequences_per_micro_step: The most sequences of its share that a process trains on at a time.
+    sequences_per_micro_step: The most sequences of its share that a process trains on at a time. None: the most that
+        fit into the memory of its device.
     """
 
     total_steps: int | None = field(default=None, metadata=UNHASHED)
@@ -146,6 +148,30 @@ class TrainerConfig:
         for name in ("total_steps", "log_interval_steps", "validation_interval_steps", "checkpoint_interval_steps"):
             at_least(f"trainer.{name}", getattr(self, name), 1)
         at_least("trainer.max_consecutive_skipped_updates", self.max_consecutive_skipped_updates, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What a plan assumes about the device on which a run trains. Nothing here changes the results of a run.
+
+    device_memory: The memory of one process, such as 80GiB. The number of sequences at a time is chosen to fit into it,
+        in plans and in runs. None means the memory that is free there.
+    flops_per_second: The FLOPs that all processes together compute in a second, from which hours are estimated. None
+        means what was measured in runs_dir.
+    """
+
+    device_memory: Any = None
+    flops_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.device_memory is not None:
+            parse_bytes("plan.device_memory", self.device_memory)
+        positive("plan.flops_per_second", self.flops_per_second)
+
+    @property
+    def device_bytes(self) -> int | None:
+        """`device_memory` as a number of bytes."""
+        return None if self.device_memory is None else parse_bytes("plan.device_memory", self.device_memory)
 
 
 @dataclass(kw_only=True, slots=True)

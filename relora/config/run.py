@@ -17,6 +17,7 @@ from relora.config.cluster import ClusterConfig, LocalConfig, SlurmConfig
 from relora.config.data import DataConfig
 from relora.config.groups import (
     ModelConfig,
+    PlanConfig,
     ScheduleConfig,
     TrackerConfig,
     TrainerConfig,
@@ -44,6 +45,7 @@ class RunConfig:
     trainer: TrainerConfig
     cluster: ClusterConfig = field(default_factory=lambda: LocalConfig(name="local"), metadata=UNHASHED)
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata=UNHASHED)
+    plan: PlanConfig = field(default_factory=PlanConfig, metadata=UNHASHED)
     runs_dir: str = field(default="runs", metadata=UNHASHED)
     study: str | None = field(default=None, metadata=UNHASHED)
     rates: RatesConfig = field(default_factory=RatesConfig, metadata=UNHASHED)

@@ -35,6 +35,23 @@ def _listed() -> list[str]:
     return re.findall(r"^GPU \d+:.*\(UUID: (GPU-[^)]+)\)", listed.stdout, flags=re.MULTILINE)
 
 
+def free_gpu_bytes(device: str) -> int | None:
+    """Return the free memory of the GPU that `trainer.device` means; None if nvidia-smi shows no such GPU."""
+    gpus, number = visible_gpus(), int(device.partition(":")[2] or 0)
+    if number >= len(gpus):
+        return None
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        rows = subprocess.run(query, capture_output=True, text=True, timeout=LIST_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for row in rows.splitlines():
+        index, uuid, free_mib = (cell.strip() for cell in row.split(","))
+        if gpus[number] == index or uuid.startswith(gpus[number]):
+            return int(free_mib) * 2**20 if free_mib.isdecimal() else None
+    return None
+
+
 def gpu_for(device: str, max_parallel: int) -> str | None:
     """Choose the GPU of the next local process.
 

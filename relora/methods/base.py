@@ -115,6 +115,13 @@ class Method:
         """
         return None
 
+    def update_rank(self, run: "RunConfig") -> int | None:
+        """Return the greatest rank that the sum of all updates of one matrix can reach. None: the method sets no limit.
+
+        The updates of a warm start are not counted.
+        """
+        return None
+
     @property
     def restarts(self) -> bool:
         """Whether the method can restart: whether it has the field for the interval."""

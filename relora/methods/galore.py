@@ -30,6 +30,10 @@ class GaLore(Subspace):
         decomposition = 6 * long * short**2 + 20 * short**3
         return 4 * self.rank * short * long + decomposition / self.update_interval_steps
 
+    def update_rank(self, run: "RunConfig") -> int | None:
+        """Return the rank times the number of subspaces: all updates of an interval are in one of them."""
+        return self.rank * -(-run.clock.low_rank_steps // self.update_interval_steps)
+
     def optimizer_over(self, groups: list[dict[str, Any]], run: "RunConfig", **adam: Any) -> "torch.optim.Optimizer":
         """Build GaLore's optimizer."""
         from relora.optimizers.galore import GaLoreAdamW

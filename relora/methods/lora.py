@@ -72,6 +72,10 @@ class LoRA(Targeted):
             micro_steps=micro_steps,
         )
 
+    def update_rank(self, run: "RunConfig") -> int | None:
+        """Return the rank times the number of cycles: each one adds sBA (Lialin et al. 2023, section 3, eq. 1)."""
+        return self.rank * (run.clock.restarts_before(run.total_steps) + 1)
+
     @property
     def merged_weight_in_use(self) -> str:
         """`merged_weight`, or "never" with dropout, because dropout applies only to the input of the factors."""

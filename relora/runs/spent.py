@@ -11,6 +11,12 @@ NEGLIGIBLE = 0.01
 """Conditions are ignored if they hold for less than this share of a run's seconds."""
 
 MACHINE = ("host", "device", "cpu", "torch", "threads", "ranks")
+MICRO_STEP, CHOSEN = "trainer.sequences_per_micro_step", "chosen_to_fit"
+"""The sequences in a micro-step, and whether relora has chosen this number to fit the device's memory.
+
+A method that needs less memory may have larger micro-steps on the same device, and this is a part of its speed. So
+chosen numbers are no reason against a comparison of seconds. They are one against a comparison of peak memory.
+"""
 CONDITIONS_OF_MEMORY = ("device", "ranks")
 """The names in MACHINE that peak memory depends on."""
 
@@ -33,7 +39,9 @@ def conditions(
     found["trainer.activation_checkpointing"] = settings.activation_checkpointing
     found["trainer.update_in_backward"] = settings.update_in_backward
     if sequences_per_micro_step is not None:
-        found["trainer.sequences_per_micro_step"] = sequences_per_micro_step
+        found[MICRO_STEP] = sequences_per_micro_step
+        if settings.sequences_per_micro_step is None:
+            found[CHOSEN] = True
     return found if warm_start else {**found, **config.method.switches}
 
 
@@ -68,7 +76,10 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
     machine, switches = dict[str, str](), dict[str, str]()
     for a in _with_training(one):
         for b in _with_training(other):
+            both_chosen = CHOSEN in a and CHOSEN in b
             for name in a.keys() & b.keys() - {SECONDS}:
+                if name == MICRO_STEP and both_chosen and not memory:
+                    continue
                 if a[name] == b[name] or (memory and name in MACHINE and name not in CONDITIONS_OF_MEMORY):
                     continue
                 (machine if name in MACHINE else switches)[name] = f"{name} {a[name]} against {b[name]}"
@@ -87,7 +98,7 @@ def other_switches(config: RunConfig, record: Sequence[Mapping[str, Any]]) -> st
     because several processes or too little memory make it smaller.
     """
     most = config.trainer.sequences_per_micro_step
-    taken = max((entry.get("trainer.sequences_per_micro_step", 0) for entry in record), default=0)
+    taken = max((entry.get(MICRO_STEP, 0) for entry in record), default=0)
     size = most if most is not None and taken > most else None
     return differences(
         record, [{**conditions(config, {}, sequences_per_micro_step=size, warm_start=False), SECONDS: 1.0}]

@@ -132,8 +132,8 @@ def _fork(config: RunConfig, run: RunDir, folder: Path, meta: dict[str, Any], lo
                 kept = {name: row[name] for name in ("step", "time_ms", "nonfinite") if name in row}
                 file.write(encoded({**kept, **fresh}, next(lines)))
     state["config_hash"] = config.config_hash
-    micro = config.trainer.sequences_per_micro_step or config.trainer.sequences_per_step
-    state["counters"]["sequences_per_micro_step"] = micro
+    # The run that trained the warm start may have had another memory. None: this run chooses again.
+    state["counters"]["sequences_per_micro_step"] = config.trainer.sequences_per_micro_step
     checkpoint.save(run.checkpoints, state["step"], state)
     log_line(f"forked the warm start {folder.name} of {meta.get('run', 'another run')} at step {state['step']}")
     return True

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from relora.common.host import available_memory_bytes
+
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of `peak_memory_bytes`.
@@ -40,6 +42,23 @@ def peak_memory_bytes(device: torch.device) -> int:
             return int(high[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes(device: torch.device, held_bytes: int) -> int | None:
+    """Return the memory that this process can use on its device: the free memory, and what its own tensors hold.
+
+    Args:
+        device: A GPU, or the CPU.
+        held_bytes: The bytes of the tensors that this process has on the CPU. torch knows those on a GPU.
+
+    Returns:
+        The bytes; None if the system does not say.
+    """
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device)
+    available = available_memory_bytes()
+    return None if available is None else available + held_bytes
 
 
 def fits(action: Callable[[], None]) -> bool:

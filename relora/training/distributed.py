@@ -73,15 +73,18 @@ class World:
     size: int = 1
     local_rank: int = 0
     """The number of this process on its machine."""
+    local_size: int = 1
+    """The number of these processes on this machine."""
     _joined: "_Joined" = field(default_factory=lambda: _Joined(), compare=False, repr=False)
 
     @classmethod
     def here(cls) -> "World":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Without them the world size is 1."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun sets them. Without them, there is one."""
         if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             return cls()
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank=rank, size=size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
     @property
     def is_first(self) -> bool:

@@ -12,7 +12,8 @@ from relora.common import signals
 from relora.common.errors import ConfigError, Interrupted, RunError, Stopped, WarmStartTrained
 from relora.common.files import reason, write_whole
 from relora.config import credentials, frozen
-from relora.config.plan import run_plan, warning
+from relora.config.plan import run_plan
+from relora.config.plan_text import warnings
 from relora.config.run import RunConfig
 from relora.runs import slurm
 from relora.runs.code import code_of, modules_of
@@ -273,8 +274,8 @@ class _Attempt:
                 f"{cost.trainable_parameters / 1e6:.2f}M trainable; {config.total_steps} steps of "
                 f"{per_step}, {epochs}"
             )
-            if above := warning(run_plan(config), config):
-                log_line(above)
+            for warning in warnings(run_plan(config), config):
+                log_line(warning)
             reset_peak_memory(device)
             validation = trainer.train()
             self.console.close()

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from relora.budget.memory import WIDE_BYTES
 from relora.common.errors import RunError, TrainingError
+from relora.common.tables import in_units
+from relora.config.peak import Phases, host_share_bytes, memory_options
 from relora.config.run import RunConfig, fitting
 from relora.core.keyed import keyed_generator
 from relora.data.sequences import Sequences
-from relora.training.device_memory import fits
+from relora.training.device_memory import available_bytes, fits
 from relora.training.distributed import World, gradient_buffer, raise_unless
 from relora.training.model import precision_context, summed_cross_entropy
 
@@ -119,6 +121,37 @@ class MicroSteps:
             )
         self.sequences_per_micro_step = fitting(self.share, min(sequences, self.sequences_per_micro_step))
 
+    def fit(self, vocab_size: int) -> None:
+        """Choose the most sequences at a time that fit into the memory of the device, by the plan's arithmetic.
+
+        All processes choose the same number. Nothing is chosen if the user has set a number, or if a batch must be one
+        micro-step. A micro-step that still runs out of memory is halved.
+
+        Args:
+            vocab_size: Rows of the embedding.
+        """
+        phases = Phases(config=self.config, vocab_size=vocab_size, world_size=self.world.size)
+        if not phases.may_be_divided:
+            return
+        device_bytes = self.config.plan.device_bytes or self._usable_bytes()
+        wanted = self.share if device_bytes is None else max(1, phases.fitting(device_bytes))
+        self.sequences_per_micro_step = min(number for (number,) in self.world.gathered([wanted]))
+        if device_bytes is not None and self.sequences_per_micro_step < self.share:
+            size = self.sequences_per_micro_step
+            self.log_line(
+                f"{size} of {self.share} sequences at a time: by the plan they need {in_units(phases.peak_bytes(size))}"
+                f" of the {in_units(device_bytes)} on {self.device} (trainer.sequences_per_micro_step sets another "
+                "number)"
+            )
+
+    def _usable_bytes(self) -> int | None:
+        """Return the memory that this process can use; None if the system does not say."""
+        held_bytes = sum(each.numel() * each.element_size() for each in self.model.parameters())
+        found = available_bytes(self.device, held_bytes)
+        if self.device.type == "cuda":
+            return found
+        return host_share_bytes(self.config, found, processes=self.world.local_size)
+
     def make_room(self, parameters: Iterable[nn.Parameter]) -> None:
         """Allocate the buffer in which several processes sum the gradients of `parameters`. Free the old buffer first.
 
@@ -134,7 +167,7 @@ class MicroSteps:
         except torch.OutOfMemoryError:
             raise TrainingError(
                 f"out of memory on {self.device}, here or on another rank, for the buffer in which the ranks sum "
-                f"their gradients; use {', '.join([*self._smaller(), 'a smaller model'])} or a larger GPU"
+                f"their gradients; use {', '.join([*memory_options(self.config), 'a smaller model'])} or a larger GPU"
             ) from None
 
     def _allocate(self, parameters: list[nn.Parameter]) -> None:
@@ -212,17 +245,10 @@ class MicroSteps:
                 torch.cuda.empty_cache()
             self._halve()
 
-    def _smaller(self) -> list[str]:
-        """Return the options that save memory and are not used yet."""
-        settings = self.config.trainer
-        options = [] if settings.activation_checkpointing else ["trainer.activation_checkpointing=true"]
-        options += self.config.method.memory_options
-        return options if settings.precision == "bf16" else [*options, "trainer.precision=bf16"]
-
     def _halve(self) -> None:
         size = self.sequences_per_micro_step
         if self.config.trainer.update_in_backward:
-            options = [*self._smaller(), "a smaller model", "shorter sequences"]
+            options = [*memory_options(self.config), "a smaller model", "shorter sequences"]
             raise TrainingError(
                 f"out of memory on {self.device} with {size} sequences at a time, and trainer.update_in_backward=true "
                 f"computes a batch at once; use {', '.join(options)}, or trainer.update_in_backward=false, which can "
@@ -231,7 +257,7 @@ class MicroSteps:
         if size == 1:
             raise TrainingError(
                 f"out of memory on {self.device} with one sequence of {self.config.data.sequence_length_tokens} tokens "
-                f"at a time; use {', '.join([*self._smaller(), 'a smaller model'])} or shorter sequences"
+                f"at a time; use {', '.join([*memory_options(self.config), 'a smaller model'])} or shorter sequences"
             )
         self.at_most(size // 2)
         self.on_smaller()

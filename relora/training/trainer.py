@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relora.common.errors import Interrupted, Stopped, TrainingError
 from relora.config import identity
+from relora.config.learning_rate import learning_rate_factor
 from relora.config.run import RunConfig
 from relora.core.inbackward import UpdateInBackward, step_where_finite
 from relora.data.sequences import Sequences
@@ -19,7 +20,6 @@ from relora.runs.metrics import MICRO_STEP, Tracker
 from relora.training.device_memory import fits, peak_memory_bytes
 from relora.training.distributed import World, digest
 from relora.training.evaluate import SINGLE_PROCESS, Evaluation, evaluate
-from relora.training.learning_rate import learning_rate_factor
 from relora.training.microsteps import MicroSteps
 from relora.training.model import compile_layers
 from relora.training.reporting import Counters, Reporter
@@ -103,7 +103,8 @@ class Trainer:
         self.under_way = UnderWay(device)
         self._stop_reason: str | None = None
         self._stop_requested = False
-        self._resume()
+        if not self._resume():
+            self.micro.fit(vocab_size)
         self._refresh()
         self.check_ranks(self.first_step)
 
@@ -353,11 +354,14 @@ class Trainer:
         }
         checkpoint.save(self.checkpoint_folder, step, state)
 
-    def _resume(self) -> None:
-        """Load the newest checkpoint, if there is one."""
+    def _resume(self) -> bool:
+        """Load the newest checkpoint, if there is one. Return whether it has the number of sequences at a time.
+
+        A run goes on with that number, whatever memory is free now, because other micro-steps round differently.
+        """
         state = checkpoint.load_latest(self.checkpoint_folder, self.tracker.log_line)
         if state is None:
-            return
+            return False
         if state["config_hash"] not in identity.hashes(self.config):
             raise TrainingError(
                 f"the checkpoint in {self.checkpoint_folder} belongs to config {state['config_hash']}, this run is "
@@ -376,10 +380,13 @@ class Trainer:
                 f"had other parameter groups ({error}); finish the run with that version, or remove "
                 f"{self.checkpoint_folder} to start again"
             ) from error
-        # A size that ran out of memory would do so again. The config or a larger world may ask for a smaller one.
-        self.micro.at_most(state["counters"].pop(MICRO_STEP_KEY))
+        sequences_at_a_time = state["counters"].pop(MICRO_STEP_KEY)
+        if sequences_at_a_time is not None:
+            # A size that ran out of memory would do so again. The config or a larger world may ask for a smaller one.
+            self.micro.at_most(sequences_at_a_time)
         # Checkpoints of earlier versions have no count: each of their steps predicted all its tokens.
         state["counters"].setdefault("tokens", self.first_step * self.config.tokens_per_step)
         self.reporter.counters = Counters(**state["counters"])
         self.under_way.resume_from(self.counters.training_seconds)
         self.tracker.log_line(f"resumed at step {self.first_step} of {self.clock.total_steps}")
+        return sequences_at_a_time is not None

@@ -9,7 +9,8 @@ from allocations import most_allocated_bytes
 from small import TINY
 
 from relora.config.compose import compose
-from relora.config.plan import run_plan
+from relora.config.peak import USABLE_SHARE, Phases
+from relora.config.plan import Device, run_plan
 from relora.config.run import RunConfig
 from relora.core.lowrank import low_rank_layers
 from relora.data.sequences import TokenSequences
@@ -157,6 +158,54 @@ def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
     assert isinstance(trainer.method, LoRA) == (method == "lora")
     assert planned.weight_bytes + planned.merged_weight_bytes + planned.optimizer_bytes == kept
     assert planned.peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "precision"),
+    [
+        ("full", [], "fp32"),
+        ("full", ["trainer.activation_checkpointing=true"], "bf16"),
+        ("lora", ["method.rank=16"], "bf16_autocast"),
+        ("lora", ["method.rank=16", "data.attend_across_documents=false"], "bf16"),
+        ("galore", ["method.rank=16", "model.vocab_size=20000"], "fp32"),
+        ("cola", ["method.rank=32"], "bf16"),
+    ],
+)
+def test_the_chosen_micro_step_fits_into_the_device(
+    method: str, settings: list[str], precision: str, tmp_path: Path
+) -> None:
+    settings = ["model.vocab_size=500", f"trainer.precision={precision}", *settings]
+    config = config_of(method, *settings)
+    assert config.model.vocab_size is not None
+    phases = Phases(config=config, vocab_size=config.model.vocab_size)
+    device_bytes = round(phases.peak_bytes(4) / USABLE_SHARE) + 1
+    config = config_of(method, *settings, f"plan.device_memory={device_bytes}")
+    device = Device(memory_bytes=device_bytes, name="given", is_gpu=False)
+    trainer = trainer_of(config, tmp_path)
+    assert trainer.micro.sequences_per_micro_step == run_plan(config, device=device).sequences_at_a_time == 4
+    trainer.model.train()
+    trainer.begin_method(0)
+
+    def update(step: int) -> None:
+        trainer.update(step, trainer.forward_backward(step))
+        trainer._refresh()
+
+    update(0)
+    measured = kept_bytes(trainer) + most_allocated_bytes(lambda: update(1))
+    assert 0.8 * device_bytes < measured < device_bytes
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "galore", "sltrain", "cola"])
+def test_a_checkpoint_is_as_large_as_planned(method: str, tmp_path: Path) -> None:
+    rank = [] if method == "full" else ["method.rank=16"]
+    config = config_of(method, "model.vocab_size=5000", "trainer.sequences_per_step=2", *rank)
+    trainer = trainer_of(config, tmp_path)
+    trainer.model.train()
+    trainer.begin_method(0)
+    trainer.update(0, trainer.forward_backward(0))
+    trainer.save(1)
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    assert run_plan(config).checkpoint_bytes == pytest.approx(file.stat().st_size, rel=0.03)
 
 
 class Two(World):

@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 from relora.budget.cost import Cost, LlamaShape
 from relora.budget.replaced import factorised, refactorisation_flops, refactorisation_product_flops
 from relora.config.compose import compose
-from relora.config.plan import run_plan, warning
+from relora.config.plan import run_plan
+from relora.config.plan_text import warnings
 from relora.config.run import RunConfig
 from relora.core.factorised import refactorise
 from relora.methods.lowrank import LowRank
@@ -115,7 +116,7 @@ def test_the_break_even_rank_is_the_highest_that_takes_fewer_flops() -> None:
     assert flops("method=lowrank", f"method.rank={rank}") < at_full_rank
     assert flops("method=lowrank", f"method.rank={rank + 1}") >= at_full_rank
     above = config_of("method=lowrank", f"method.rank={rank + 1}")
-    assert f"above the break-even of {rank}" in (warning(run_plan(above), above) or "")
+    assert f"above the break-even of {rank}" in warnings(run_plan(above), above)[0]
 
 
 # --------------------------------------------------------------------------------------------- published memory

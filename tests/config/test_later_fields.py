@@ -7,7 +7,8 @@ import pytest
 from relora.config import identity
 from relora.config.compose import Composer
 from relora.config.frozen import freeze, thaw
-from relora.config.plan import run_plan, text
+from relora.config.plan import run_plan
+from relora.config.plan_text import text
 from relora.studies.compare import labels_of
 
 COMPOSER = Composer()

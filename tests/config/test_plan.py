@@ -8,7 +8,8 @@ from small import TINY
 
 from relora.budget.cost import break_even_rank
 from relora.config.compose import compose
-from relora.config.plan import as_dict, run_plan, text, warning
+from relora.config.plan import run_plan
+from relora.config.plan_text import as_dict, text, warnings
 
 
 def test_a_plan_has_the_values_that_the_run_will_record(tiny: list[str]) -> None:
@@ -47,9 +48,8 @@ def test_the_break_even_rank_is_the_highest_that_takes_fewer_flops(merged_weight
 def test_a_rank_above_the_break_even_gives_a_warning() -> None:
     few = [*TINY, "method.rank=4"]
     many = [*TINY, "method.rank=30"]
-    assert warning(run_plan(compose(few)), compose(few)) is None
-    found = warning(run_plan(compose(many)), compose(many))
-    assert found is not None
+    assert warnings(run_plan(compose(few)), compose(few)) == []
+    (found,) = warnings(run_plan(compose(many)), compose(many))
     assert re.match(r"method\.rank=30 is above the break-even of \d+.* lower method\.rank", found)
     assert found in text(run_plan(compose(many)), compose(many))
     assert as_dict(run_plan(compose(many)), compose(many))["warning"] == found

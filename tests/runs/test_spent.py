@@ -15,7 +15,7 @@ from relora.common.errors import Interrupted
 from relora.config.compose import compose
 from relora.runs import checkpoint
 from relora.runs.rundir import RunDir
-from relora.runs.spent import conditions, differences, spend
+from relora.runs.spent import CHOSEN, MICRO_STEP, conditions, differences, spend
 from relora.studies.gaps import Compared
 from relora.studies.report import answer, write_report
 from relora.training.job import launch
@@ -104,6 +104,16 @@ def test_a_forked_warm_start_has_the_record_of_the_run_that_trained_it(tiny: lis
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons
+
+
+def test_micro_steps_that_were_chosen_to_fit_do_not_prevent_a_comparison_of_seconds() -> None:
+    """They follow from the memory that a method needs, so they are a part of its speed. Peak memory follows them."""
+    small, large, given = ({**entry(), MICRO_STEP: size} for size in (8, 16, 16))
+    small, large = ({**each, CHOSEN: True} for each in (small, large))
+    assert differences([small], [large]) == ""
+    assert differences([small], [large], memory=True) == f"other switches ({MICRO_STEP} 8 against 16)"
+    assert differences([small], [given]) == f"other switches ({MICRO_STEP} 8 against 16)"
+    assert differences([large], [given]) == ""
 
 
 @pytest.mark.parametrize(

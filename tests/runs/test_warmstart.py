@@ -11,7 +11,7 @@ from small import REPOSITORY
 from warm_starts import OTHERS, RELORA, setting, trained
 
 from relora.config.compose import compose
-from relora.runs.metrics import read_rows
+from relora.runs.metrics import MICRO_STEP, read_rows
 from relora.runs.rundir import RunDir
 from relora.runs.warmstart import folder_of, key
 
@@ -44,6 +44,19 @@ def test_a_fork_equals_a_run_that_trained_its_own_warm_start(tiny: list[str], tm
     summary = forked.status.summary  # pyright: ignore[reportOptionalMemberAccess]
     assert summary["tokens"] == alone.status.summary["tokens"]  # pyright: ignore[reportOptionalMemberAccess]
     assert summary["flops"] == alone.status.summary["flops"]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_fork_chooses_its_micro_step_by_its_own_memory(tiny: list[str]) -> None:
+    """The run that trains the warm start may have another device."""
+
+    def sequences_at_a_time(run: RunDir) -> set[int]:
+        rows = read_rows(run.metrics_file)
+        return {row[MICRO_STEP] for row in rows if row["step"] > 3 and MICRO_STEP in row}
+
+    first = trained([*setting(tiny, *RELORA), "plan.device_memory=1kB"])
+    forked = trained(setting(tiny, *OTHERS[0]))
+    limited = trained([*setting(tiny, *OTHERS[1]), "plan.device_memory=1kB"])
+    assert [sequences_at_a_time(run) for run in (first, forked, limited)] == [{1}, {4}, {1}]
 
 
 def test_a_fork_counts_the_seconds_of_the_warm_start(tiny: list[str]) -> None:

@@ -22,16 +22,24 @@ from trainers import (
 )
 
 from relora.config.compose import compose
+from relora.config.peak import USABLE_SHARE, Phases
 from relora.config.run import RunConfig
 from relora.core.lowrank import LowRankLinear, low_rank_layers
 from relora.methods.lora import LoRA
 from relora.runs import checkpoint
 from relora.runs.metrics import MetricsLog, Progress, read_rows, row_metrics
+from relora.training import microsteps
 from relora.training.distributed import World
 from relora.training.model import build, summed_cross_entropy
 from relora.training.trainer import Interrupted, TrainingError
 
 pytestmark = pytest.mark.slow
+
+
+def bytes_for(config: RunConfig, sequences_at_a_time: int) -> int:
+    """The memory into which so many sequences at a time just fit."""
+    phases = Phases(config=config, vocab_size=VOCAB)
+    return round(phases.peak_bytes(sequences_at_a_time) / USABLE_SHARE) + 1
 
 
 # ------------------------------------------------------------------------------------------- independent references
@@ -304,6 +312,38 @@ def test_running_out_of_memory_halves_the_micro_batch_and_says_so(tmp_path: Path
     lines = [line for line in small.tracker.said if "out of memory" in line]  # type: ignore[attr-defined]
     assert ["=3 " in lines[0], "=1 " in lines[1], len(lines)] == [True, True, 2]
     assert small.tracker.rows[3]["train/loss"] == pytest.approx(plain.tracker.rows[3]["train/loss"], abs=1e-5)  # type: ignore[attr-defined]
+
+
+def test_a_micro_step_that_fits_is_chosen_and_equals_one_that_is_set(tmp_path: Path) -> None:
+    chosen = trainer_of(config_of(f"plan.device_memory={bytes_for(config_of(), 2)}"), tmp_path)
+    (line,) = [line for line in chosen.tracker.said if "sequences at a time" in line]  # type: ignore[attr-defined]
+    assert line.startswith("2 of 4 sequences at a time: by the plan they need ")
+    chosen.train()
+    given = trainer_of(config_of("trainer.sequences_per_micro_step=2"), tmp_path, checkpoint_folder=tmp_path / "other")
+    given.train()
+    assert_equal_states(chosen, given)
+
+
+def test_a_device_that_does_not_say_its_memory_gets_the_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(microsteps, "available_bytes", lambda device, held_bytes: None)
+    assert trainer_of(config_of(), tmp_path).micro.sequences_per_micro_step == 4
+
+
+@pytest.mark.parametrize("later", [1, 4])
+def test_a_resumed_run_keeps_its_micro_step_whatever_memory_is_free(tmp_path: Path, later: int) -> None:
+    """Another micro-step would round differently, and the run would not equal an undisturbed one."""
+    first = config_of(f"plan.device_memory={bytes_for(config_of(), 2)}", "trainer.checkpoint_interval_steps=3")
+    with pytest.raises(Interrupted):
+        trainer_of(first, tmp_path, stop=stop_after(8)).train()
+    then = config_of(f"plan.device_memory={bytes_for(config_of(), later)}", "trainer.checkpoint_interval_steps=3")
+    resumed = trainer_of(then, tmp_path)
+    assert resumed.micro.sequences_per_micro_step == 2
+    resumed.train()
+    undisturbed = trainer_of(first, tmp_path, checkpoint_folder=tmp_path / "other")
+    undisturbed.train()
+    assert_equal_states(resumed, undisturbed)
 
 
 def test_running_out_of_memory_in_a_validation_leaves_dropout_on(tmp_path: Path) -> None:

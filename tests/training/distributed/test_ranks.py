@@ -132,6 +132,14 @@ def little_memory_on_rank_1(rank: int) -> None:
     relora.training.microsteps.summed_cross_entropy = relora.training.evaluate.summed_cross_entropy = limited
 
 
+def rank_1_has_little_memory(rank: int) -> None:
+    """By the plan, one sequence at a time does not even fit on rank 1. Rank 0 has the memory of the machine."""
+    import relora.training.microsteps
+
+    if rank == 1:
+        relora.training.microsteps.available_bytes = lambda device, held_bytes: 1000
+
+
 def same_gpu(rank: int) -> None:
     import relora.training.processes
 
@@ -314,6 +322,14 @@ def test_memory_that_runs_out_on_one_rank_halves_the_micro_step_of_all(
     assert torch.load(run.checkpoints / "step-00000014.pt")["counters"]["sequences_per_micro_step"] == 1
     losses, others = series(run, "train/loss"), series(undisturbed[2], "train/loss")
     assert losses == others, "the first evaluation halves the micro-step, so all steps have one sequence at a time"
+
+
+def test_all_ranks_take_the_micro_step_that_fits_on_the_smallest(
+    undisturbed: dict[int, RunDir], tiny: list[str]
+) -> None:
+    run = trained(2, [*tiny, "trainer.checkpoint_interval_steps=4"], rank_1_has_little_memory)
+    assert torch.load(run.checkpoints / "step-00000014.pt")["counters"]["sequences_per_micro_step"] == 1
+    assert digest(run) == digest(undisturbed[2])
 
 
 def test_a_wrong_option_is_reported_once(tiny: list[str]) -> None:
