@@ -124,7 +124,7 @@ class Arm:
         trainer = self.trainer
         trainer.set_learning_rate(self.steps)
         trainer.update(self.steps, trainer.forward_backward(self.steps))
-        trainer._refresh()
+        trainer.refresh()
         self.steps += 1
 
     def kept_bytes(self) -> int:

@@ -55,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "the runs of a study, as python run.py -m would launch them, and what exists already"
     sub.add_argument("-m", "--multirun", action="store_true", help=text)
+    text = "train some steps on random tokens here to measure the time (default: the speed of finished runs)"
+    sub.add_argument("--measure", action="store_true", help=text)
     sub.add_argument("overrides", nargs="*", help="as for python run.py")
 
     text = "Prepare the corpus of a run, or show what is in it: relora data prepare, relora data inspect."

@@ -24,12 +24,12 @@ def plan(arguments: argparse.Namespace) -> int:
     """Print the plan of a run, or with -m of a study: parameters, FLOPs, memory, time and disk. Start nothing."""
     from relora.launching import preview
 
-    overrides = arguments.overrides
-    if arguments.multirun:
-        print(json.dumps(preview.launch_values(overrides)) if arguments.json else preview.launch_text(overrides))
-        return 0
-    config = compose.compose(overrides)
-    print(json.dumps(preview.run_values(config)) if arguments.json else preview.run_text(config))
+    values, text, of = (
+        (preview.launch_values, preview.launch_text, arguments.overrides)
+        if arguments.multirun
+        else (preview.run_values, preview.run_text, compose.compose(arguments.overrides))
+    )
+    print(json.dumps(values(of, measure=arguments.measure)) if arguments.json else text(of, measure=arguments.measure))
     return 0
 
 

@@ -16,9 +16,10 @@ from relora.config.plan import Device, Plan, run_plan
 from relora.config.run import RunConfig
 from relora.launching.device import planned_device
 from relora.launching.launch import check_cluster
+from relora.launching.speeds import speeds_of
 from relora.runs import warmstart
 from relora.runs.state import observe
-from relora.runs.throughput import Estimate, Throughput
+from relora.runs.throughput import Estimate
 from relora.studies import sweeps
 from relora.studies.baselines import launch_notes
 from relora.studies.compare import labels_of
@@ -56,11 +57,11 @@ class Previewed:
         return self.estimate.seconds - forked_flops / self.estimate.flops_per_second if self.is_pending else 0.0
 
 
-def previewed(planned: Sequence[Planned]) -> list[Previewed]:
+def previewed(planned: Sequence[Planned], *, measure: bool = False) -> list[Previewed]:
     """Return the runs of a launch with their costs, in the order of the launch."""
     states = observe([item.run for item in planned])
     first = planned[0].config
-    device, speeds = planned_device(first), Throughput(Path(first.runs_dir))
+    device, speeds = planned_device(first), speeds_of(first, measure=measure)
     trained: set[str | None] = set()
     found: list[Previewed] = []
     for item, state in zip(planned, states, strict=True):
@@ -82,20 +83,25 @@ def previewed(planned: Sequence[Planned]) -> list[Previewed]:
     return found
 
 
-def launch_text(overrides: Sequence[str]) -> str:
-    """Return what `python run.py -m` with these overrides would do. Raises ConfigError as the launch does."""
+def launch_text(overrides: Sequence[str], *, measure: bool = False) -> str:
+    """Return what `python run.py -m` with these overrides would do. Raises ConfigError as the launch does.
+
+    Args:
+        overrides: The arguments of run.py without -m.
+        measure: Train a few steps of each kind of run here, instead of using the speed of finished runs.
+    """
     search = sweeps.search(overrides)
     if search is not None:
-        return _search_text(search)
+        return _search_text(search, measure=measure)
     sweep, planned = _planned(overrides)
     if shutil.which("sbatch") is not None:  # a cluster's launch may be planned elsewhere
         check_cluster(planned[0].config.cluster)
     notes = (*sweep.remarks, *launch_notes(_baselines(planned), [item.config for item in planned]))
-    return "\n".join([*(f"note: {remark}" for remark in notes), study_text(sweep.study, planned)])
+    return "\n".join([*(f"note: {remark}" for remark in notes), study_text(sweep.study, planned, measure=measure)])
 
 
-def launch_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return what `python run.py -m` with these overrides would do, as values for programs."""
+def launch_values(overrides: Sequence[str], *, measure: bool = False) -> dict[str, Any]:
+    """Return the same as `launch_text`, as values for programs."""
     search = sweeps.search(overrides)
     if search is not None:
         return {
@@ -117,7 +123,7 @@ def launch_values(overrides: Sequence[str]) -> dict[str, Any]:
                 "flops_to_compute": each.flops,
                 "time": None if each.estimate is None else asdict(each.estimate),
             }
-            for each in previewed(planned)
+            for each in previewed(planned, measure=measure)
         ],
     }
 
@@ -137,22 +143,22 @@ def _trial(search: sweeps.Search) -> RunConfig:
     return compose([*search.overrides, *lowest, f"trainer.seed={search.seeds[0]}"])
 
 
-def _search_text(search: sweeps.Search) -> str:
+def _search_text(search: sweeps.Search, *, measure: bool) -> str:
     """Return what a search would do."""
     count = search.trials * len(search.seeds)
     title = (
         f"search {search.study}: at most {count} runs, {search.trials} trials of {len(search.seeds)} seeds each; bad "
         "trials end early. Each run:"
     )
-    return f"{title}\n\n{run_text(_trial(search))}"
+    return f"{title}\n\n{run_text(_trial(search), measure=measure)}"
 
 
 # ------------------------------------------------------------------------------------------------------ a study
 
 
-def study_text(study: str, planned: Sequence[Planned]) -> str:
+def study_text(study: str, planned: Sequence[Planned], *, measure: bool) -> str:
     """Return the preview of a study's launch as text: a row for each arm, and what all runs take together."""
-    found = previewed(planned)
+    found = previewed(planned, measure=measure)
     labels = labels_of([each.item.config for each in found])
     arms: dict[tuple[str, str], list[Previewed]] = {}
     for each in found:
@@ -228,7 +234,7 @@ def _time(pending: Sequence[Previewed], device: Device) -> str:
 
 UNKNOWN_TIME = (
     "not known: no finished run of runs_dir tells the speed of such a device; plan.flops_per_second=... gives it, and "
-    "every finished run there does too"
+    "relora plan --measure measures it here"
 )
 
 
@@ -241,11 +247,11 @@ def _free_bytes(runs_dir: Path) -> int | None:
 # ------------------------------------------------------------------------------------------------------- one run
 
 
-def run_text(config: RunConfig) -> str:
+def run_text(config: RunConfig, *, measure: bool = False) -> str:
     """Return the plan of one run as text, with its time and the doubts about its walltime."""
     device = planned_device(config)
     made = run_plan(config, device=device)
-    estimate = Throughput(Path(config.runs_dir)).estimate(config, made, on_gpu=device.is_gpu)
+    estimate = speeds_of(config, measure=measure).estimate(config, made, on_gpu=device.is_gpu)
     time = UNKNOWN_TIME
     if estimate is not None:
         time = (
@@ -256,11 +262,11 @@ def run_text(config: RunConfig) -> str:
     return plan_text.text(made, config, device=device, more={"time": time}, doubts=doubts)
 
 
-def run_values(config: RunConfig) -> dict[str, Any]:
+def run_values(config: RunConfig, *, measure: bool = False) -> dict[str, Any]:
     """Return the plan of one run as values for programs."""
     device = planned_device(config)
     made = run_plan(config, device=device)
-    estimate = Throughput(Path(config.runs_dir)).estimate(config, made, on_gpu=device.is_gpu)
+    estimate = speeds_of(config, measure=measure).estimate(config, made, on_gpu=device.is_gpu)
     values = plan_text.as_dict(made, config)
     values["warnings"] = [*plan_text.warnings(made, config), *_doubts(config, made, estimate)]
     return {**values, "time": None if estimate is None else asdict(estimate)}

@@ -91,7 +91,7 @@ class Trainer:
             device=device,
             world=world,
             log_line=tracker.log_line,
-            on_smaller=self._refresh,
+            on_smaller=self.refresh,
         )
         self.reporter = Reporter(
             config, tracker, vocab_size=vocab_size, machine=machine or {}, target_tokens=self.micro.target_tokens
@@ -105,7 +105,7 @@ class Trainer:
         self._stop_requested = False
         if not self._resume():
             self.micro.fit(vocab_size)
-        self._refresh()
+        self.refresh()
         self.check_ranks(self.first_step)
 
     @property
@@ -147,7 +147,7 @@ class Trainer:
                 self.set_learning_rate(step)
                 loss = self.forward_backward(step)
                 self.update(step, loss)
-                self._refresh()
+                self.refresh()
             self.report_updates(all_but=self.under_way.ahead)
             if settings.compile and step in (self.first_step, self.clock.warm_start_steps):
                 took = self.under_way.seconds - seconds_before
@@ -162,7 +162,7 @@ class Trainer:
         """End the warm start: the method changes the model and brings its own optimizer."""
         self.report_updates()
         done = self._begin()
-        self._refresh()
+        self.refresh()
         self.check_ranks(step)
         if step or done:
             ends = "the warm start ends, " if step else ""
@@ -174,7 +174,7 @@ class Trainer:
         self.report_updates()
         number = self.clock.restarts_before(step + 1)
         done = self.method.restart(self.model, self.optimizer, self.config, number)
-        self._refresh()
+        self.refresh()
         self.check_ranks(step)
         factor = self.factor(step)
         self.tracker.log(
@@ -250,7 +250,7 @@ class Trainer:
         self.micro.make_room(self._parameters)
         self.in_backward = UpdateInBackward(optimizer) if self.config.trainer.update_in_backward else None
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Let the method prepare the forward pass after the weights or the micro-step size changed."""
         if not self.has_begun:
             return

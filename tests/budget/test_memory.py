@@ -149,7 +149,7 @@ def test_the_peak_of_an_update_is_within_5_percent_of_the_plan(
 
     def update(step: int) -> None:
         trainer.update(step, trainer.forward_backward(step))
-        trainer._refresh()
+        trainer.refresh()
 
     update(0)
     kept = kept_bytes(trainer)
@@ -188,7 +188,7 @@ def test_the_chosen_micro_step_fits_into_the_device(
 
     def update(step: int) -> None:
         trainer.update(step, trainer.forward_backward(step))
-        trainer._refresh()
+        trainer.refresh()
 
     update(0)
     measured = kept_bytes(trainer) + most_allocated_bytes(lambda: update(1))
@@ -227,7 +227,7 @@ def test_the_peak_of_a_rank_is_that_of_its_share(precision: str, size: int, tmp_
 
     def gradient() -> None:
         trainer.update(0, trainer.forward_backward(0))
-        trainer._refresh()
+        trainer.refresh()
 
     gradient()
     measured = kept_bytes(trainer) + most_allocated_bytes(gradient)

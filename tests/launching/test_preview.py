@@ -18,6 +18,7 @@ from relora.runs.rundir import read_json, write_json
 from relora.runs.throughput import Throughput
 from relora.studies.study import planned_runs
 from relora.studies.sweeps import expand
+from relora.training.measure import measure
 
 pytestmark = pytest.mark.slow
 
@@ -147,3 +148,27 @@ def test_a_wrong_option_of_a_dry_run_is_one_line(tmp_path: Path, capsys: pytest.
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "rank=600 exceeds" in captured.err
+
+
+def test_steps_are_measured_here_once_for_each_kind_of_run(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["data=text", f"data.path={text}", "tracker=jsonl", f"runs_dir={tmp_path}", "study=ranks"]
+    found = preview.launch_values([*TINY, *changes, "method.rank=2,4", "trainer.seed=0,1"], measure=True)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("measuring some steps of") == 3, "full rank, rank 2 and rank 4"
+    times = [run["time"] for run in found["runs"]]
+    assert all(0 < time["training_seconds"] < 60 and "on cpu here" in time["basis"] for time in times)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "more", [["data.packing=pad"], ["data.attend_across_documents=false"], ["cluster=slurm", "cluster.nodes=2"]]
+)
+def test_every_kind_of_sequence_and_a_share_of_a_batch_can_be_measured(more: list[str], tmp_path: Path) -> None:
+    config = compose([*TINY, f"runs_dir={tmp_path}", "trainer.total_steps=14", *more])
+    found = measure(config)
+    assert found.device == "cpu"
+    assert found.sequences_at_a_time == (2 if "cluster=slurm" in more else 4)
+    assert found.training_seconds(config) == pytest.approx(3 * found.warm_start_step_seconds + 11 * found.step_seconds)

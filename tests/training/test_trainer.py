@@ -713,7 +713,7 @@ def test_an_update_does_not_wait_for_its_device(method: str, tmp_path: Path) -> 
     with Waits() as waits:
         for step in range(2):
             trainer.update(step, trainer.forward_backward(step))
-            trainer._refresh()
+            trainer.refresh()
         assert waits.count == 0
         torch.ones(1).item()
     assert waits.count > 0
