@@ -47,7 +47,7 @@ HOMES = {
     "rich": {"tracking.console"},
     "matplotlib": {"studies.curves", "studies.drawing", "studies.memory_picture", "studies.pictures"},
     "optuna": {"launching.tune"},
-    "submitit": {"launching.submit"},
+    "submitit": {"launching.node", "launching.submit"},
 }
 """The modules that import each of these libraries."""
 

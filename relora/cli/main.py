@@ -13,7 +13,7 @@ from relora.config.tuned import Presets
 from relora.studies import sweeps
 from relora.training.distributed import World
 
-DRY_RUN = "--dry-run"
+DRY_RUN, PRUNE = "--dry-run", "--prune"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,9 +97,13 @@ def _train(argv: Sequence[str]) -> int:
     from relora.training.job import EXIT_CODES, launch
 
     if DRY_RUN in argv:
-        return main(["plan", *(argument for argument in argv if argument != DRY_RUN)])
+        return main(["plan", *(argument for argument in argv if argument not in (DRY_RUN, PRUNE))])
     options = [argument for argument in argv if argument.startswith("-")]
     hydras = any(argument.startswith(("hydra/launcher=", "hydra/sweeper=")) for argument in argv)
+    prune = PRUNE in options
+    options = [option for option in options if option != PRUNE]
+    if prune and (options not in (["-m"], ["--multirun"]) or hydras):
+        raise ConfigError(f"{PRUNE} takes runs out of a study, so it needs -m and no launcher of Hydra")
     if options in (["-m"], ["--multirun"]) and not hydras:
         if World.here().size > 1:
             raise ConfigError(
@@ -108,11 +112,13 @@ def _train(argv: Sequence[str]) -> int:
         from relora.launching.launch import launch_study
         from relora.launching.tune import tune
 
-        overrides = [argument for argument in argv if argument not in options]
+        overrides = [argument for argument in argv if not argument.startswith("-")]
         search = sweeps.search(overrides)
         if search is not None:
+            if prune:
+                raise ConfigError(f"a search keeps its trials, so it cannot be given {PRUNE}")
             return 0 if tune(search, overrides) else 1
-        return 0 if launch_study(sweeps.expand(overrides), overrides) else 1
+        return 0 if launch_study(sweeps.expand(overrides), overrides, prune=prune) else 1
     if any(argument.startswith("-") for argument in argv):
         compose.hydra_main(argv, _hydra_job)
         return 0

@@ -144,7 +144,7 @@ def known_keys() -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def _known_keys(folders: tuple[Path, ...]) -> tuple[str, ...]:
-    names: set[str] = {"runs_dir", "study", "baseline_rates"}
+    names: set[str] = {"runs_dir", "study", "baseline_rates", "max_failures"}
     for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
         names.update(_keys_of(path))
     return tuple(sorted(names))

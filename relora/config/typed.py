@@ -18,7 +18,7 @@ from relora.config.run import RunConfig
 from relora.methods.registry import METHODS
 from relora.optimizers.registry import OPTIMIZERS
 
-LAUNCH_KEYS = ("baseline_rates",)
+LAUNCH_KEYS = ("baseline_rates", "max_failures")
 """Keys that are settings of a study, not of a run."""
 SWEEP_KEYS = ("grids", "tune")
 """Keys of sweeps/ files that are not settings of a run."""

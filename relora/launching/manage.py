@@ -1,12 +1,8 @@
 """Manage a launched study: show its status, find its logs, cancel it, launch its failed runs again."""
 
-import os
 import re
-import signal
-import socket
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +10,9 @@ from relora.common.errors import ConfigError, RunError, shown
 from relora.config import compose
 from relora.config.frozen import read_frozen
 from relora.launching.launch import launch_planned
+from relora.launching.stop import stop
 from relora.launching.submit import EXTRA_JOBS
-from relora.runs import slurm
-from relora.runs.rundir import RunDir, read_json, write_json
+from relora.runs.rundir import read_json
 from relora.runs.state import log_of, observe
 from relora.studies.manifest import manifest_of, note_cancellation, studies, study_dir
 from relora.studies.publish import mirror_runs
@@ -148,36 +144,8 @@ def cancel(runs_dir: Path, name: str) -> list[str]:
     planned = runs_of(runs_dir, name)
     if name in studies(runs_dir):
         note_cancellation(runs_dir, name)
-    states = observe([item.run for item in planned])
-    active = [item for item, state in zip(planned, states, strict=True) if state.is_under_way]
-    submissions = [read_json(item.run.submission_file) for item in active]
     folder = study_dir(runs_dir, name) if name in studies(runs_dir) else planned[0].run.path
-    beside = read_json(folder / EXTRA_JOBS).get("jobs", [])
-    answer = slurm.ask(beside if slurm.is_here() else [])
-    jobs = [submission["job"] for submission in submissions if submission]
-    jobs += [job for job in beside if (known := answer.of(job)) is not None and known.alive]
-    if jobs:
-        slurm.cancel(jobs)
-    problems: list[str] = []
-    for item, submission in zip(active, submissions, strict=True):
-        if submission:
-            # SLURM keeps no record of a task that was cancelled before it began.
-            write_json(item.run.submission_file, {**submission, "cancelled": True})
-        else:
-            problems += _terminate(item.run)
-    if problems:
-        raise RunError("; ".join(problems))
-    return [item.config.name for item in active]
-
-
-def _terminate(run: RunDir) -> list[str]:
-    """Ask the run's process on this machine to stop with a checkpoint. Return why that is not possible, [] if it is."""
-    status = run.known_status
-    if status is None or status.host != socket.gethostname():
-        return [f"{run.path.name} is being trained on {status.host if status else 'another machine'}; cancel it there"]
-    with suppress(ProcessLookupError):  # it has ended meanwhile
-        os.kill(status.pid, signal.SIGTERM)
-    return []
+    return stop(planned, beside=read_json(folder / EXTRA_JOBS).get("jobs", []))
 
 
 def retry(runs_dir: Path, name: str, overrides: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Submit runs as SLURM jobs. Only this module imports submitit.
+"""Submit runs as SLURM jobs, with submitit. relora.launching.node has what the jobs do.
 
 A job gets only a path. The frozen config and the checkpoints are in the run's folder. A job that SLURM stops early
 writes a checkpoint and puts itself back into the queue.
@@ -21,135 +21,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from relora.common import signals
-from relora.common.errors import RunError, WarmStartTrained
-from relora.config import frozen
+from relora.common.errors import RunError
 from relora.config.cluster import SlurmConfig
+from relora.launching.node import CorpusTask, ReportTask, RunTask
 from relora.runs import code, slurm, warmstart
-from relora.runs.rundir import RunDir, Status, read_json, write_json
+from relora.runs.rundir import RunDir, read_json, write_json
 from relora.runs.state import log_of
 from relora.studies.study import Planned
-from relora.training.job import EXIT_CODES, job
 
 EXTRA_JOBS = "submissions.json"
 """A file in the folder of a study or of a single run. It lists the jobs that are not runs."""
-
-RECORDED_SECONDS = 30.0
-"""How long a job waits for the launcher to record it as the job of its run."""
 
 IGNORE_SIGNALS_IN_SHELL = "trap : TERM USR2"
 """A line of the batch script. Without it, a signal to its shell ends the job before the checkpoints are written."""
 
 IGNORE_SIGNALS_IN_SRUN = """sh -c 'trap "" INT TERM USR2; exec "$@"' sh"""
 """Prefix of the Python command: a shell that ignores signals and replaces itself by Python, which then holds them."""
-
-# ------------------------------------------------------------------------------------------------- what a node runs
-
-
-@dataclass(frozen=True)
-class RunTask:
-    """Train a prepared run. With `warm_start_only`, train only its warm start."""
-
-    path: Path
-    warm_start_only: bool = False
-
-    def __call__(self) -> None:
-        """Exit with a code that gives the job the right SLURM state, or put the job back into the queue."""
-        signals.hold()  # submitit has installed its own handlers
-        from submitit.helpers import TorchDistributedEnvironment
-
-        rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
-        began, run = time.monotonic(), RunDir(self.path)
-        if not self.warm_start_only and not _is_own(run):
-            print(f"{run.path} belongs to another job now; this job ({slurm.own_job()}) does not train it")
-            return
-        before = _progress(run)
-        try:
-            status = job(self.path, on_node=True, warm_start_only=self.warm_start_only)
-        except (RunError, OSError) as error:
-            sys.exit(f"relora: {error}")
-        if status.state == "finished" or status.message == str(WarmStartTrained()):
-            return
-        if status.state == "interrupted":
-            # Only rank 0 requeues the job. Another rank that exits with an error would end the job before that.
-            if rank:
-                return
-            self._requeue_if_needed(run, status, seconds=time.monotonic() - began, progressed=_progress(run) > before)
-        sys.exit(EXIT_CODES[status.state])
-
-    def _requeue_if_needed(self, run: RunDir, status: Status, *, seconds: float, progressed: bool) -> None:
-        """Requeue a job that SLURM stopped early. Let the run fail if a job cannot make a step in its time limit."""
-        number, cluster = slurm.own_job(), frozen.thaw(run.config_file).cluster
-        assert isinstance(cluster, SlurmConfig)
-        at_its_end = seconds > 0.5 * (60 * cluster.timeout_minutes - cluster.signal_delay_seconds)
-        if status.stopped_by == "SIGUSR2" and at_its_end and not progressed:
-            status.state = "failed"
-            status.message = (
-                f"no optimizer step was made in cluster.timeout_minutes={cluster.timeout_minutes}, so a requeued job "
-                "would make no progress; raise it"
-            )
-            run.status = status
-            print(f"failed: {status.message}", flush=True)
-        elif not slurm.is_cancelled(number) and (status.stopped_by == "SIGUSR2" or slurm.is_requeueing(number)):
-            print(f"putting job {number} back into the queue", flush=True)
-            try:
-                slurm.requeue(number)
-            except RunError as error:
-                status.state, status.message = "failed", f"{status.message}, but the job could not be requeued: {error}"
-                run.status = status
-                print(f"failed: {status.message}", flush=True)
-
-
-def _is_own(run: RunDir) -> bool:
-    """Whether this job is recorded as the job of the run. The launcher records it a moment after it submits."""
-    limit = time.monotonic() + RECORDED_SECONDS
-    while read_json(run.submission_file).get("job") != slurm.own_job():
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.5)
-    return True
-
-
-def _progress(run: RunDir) -> int:
-    from relora.runs.checkpoint import latest_step
-
-    return latest_step(run.checkpoints) or 0
-
-
-@dataclass(frozen=True)
-class CorpusTask:
-    """Prepare the corpus of a run."""
-
-    path: Path
-
-    def __call__(self) -> None:
-        """Prepare the corpus. Raises RunError if the text cannot be read or is too little."""
-        signals.hold()  # held and never checked: there is nothing to save
-        from relora.data.corpus import prepare
-
-        config = frozen.thaw(RunDir(self.path).config_file)
-        prepare(config.data, Path(config.runs_dir) / "corpora", print)
-
-
-@dataclass(frozen=True)
-class ReportTask:
-    """Write the report of a study after its runs have ended, also if they failed."""
-
-    runs_dir: Path
-    study: str
-
-    def __call__(self) -> None:
-        """Write the report, and send it to MLflow if that is a server.
-
-        If MLflow's store is a file, the next command on the submitting machine sends the report.
-        """
-        signals.hold()
-        from relora.studies.publish import publish_report
-
-        publish_report(self.runs_dir, self.study, on_node=True)
-
-
-# -------------------------------------------------------------------------------------------------------- submitting
 
 
 @dataclass(kw_only=True)
@@ -179,7 +66,14 @@ def check(cluster: SlurmConfig) -> None:
         slurm.check_script(text, Path(folder))
 
 
-def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after: Sequence[str] = ()) -> Submission:
+def submit(
+    pending: Sequence[Planned],
+    folder: Path,
+    *,
+    study: str | None,
+    after: Sequence[str] = (),
+    max_failures: int | None = None,
+) -> Submission:
     """Submit prepared runs, the jobs that make their corpora and warm starts, and the job that writes the report.
 
     Does not wait for the jobs.
@@ -189,6 +83,7 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
         folder: Where submitit keeps its files and the logs.
         study: The study's name. None for a single run, which has no report.
         after: Jobs of the study that are queued or running already. The report waits for them too.
+        max_failures: As in `Sweep`. A job that fails cancels those that are queued.
 
     Raises:
         RunError: The code cannot be copied, or SLURM refuses a job. `check` finds the reason before anything is
@@ -210,7 +105,7 @@ def submit(pending: Sequence[Planned], folder: Path, *, study: str | None, after
         for item in pending:
             needed = (corpora.get(_data(item)), warm_starts.get(warmstart.key(item.config)))
             groups[tuple(number for number in needed if number)].append(item)
-        _submit_arrays(groups, made_by, submitted, cluster, folder, study)
+        _submit_arrays(groups, made_by, submitted, cluster, folder, study, max_failures)
         if study is not None:
             dependency = [("afterany", (*submitted.arrays, *after))]
             executor = _executor(_single_task(cluster), folder, f"{study}-report", dependency)
@@ -233,6 +128,7 @@ def _submit_arrays(
     cluster: SlurmConfig,
     folder: Path,
     study: str | None,
+    max_failures: int | None,
 ) -> None:
     """Submit one or more arrays for each group of runs that wait for the same jobs.
 
@@ -244,6 +140,7 @@ def _submit_arrays(
         for needed, items in groups.items()
         for start in range(0, len(items), size)
     ]
+    launch = {"launched_ms": time.time_ns() // 1_000_000, "max_failures": max_failures}
     shares = _shares([len(items) for _, items in chunks], cluster.max_parallel)
     for number, (needed, items) in enumerate(chunks):
         conditions = [("afterany", needed)]
@@ -256,7 +153,7 @@ def _submit_arrays(
         submitted.arrays.append(names[0].partition("_")[0])
         submitted.awaited |= set(needed)
         for item, name in zip(items, names, strict=True):
-            _record(item.run, name, folder, {job: made_by[job] for job in needed}, submitted.snapshot)
+            _record(item.run, name, folder, {job: made_by[job] for job in needed}, submitted.snapshot, launch)
 
 
 def _shares(sizes: Sequence[int], max_parallel: int) -> list[int]:
@@ -333,11 +230,13 @@ def _under_way(place: Path) -> str | None:
     return name if job is not None and job.alive else None
 
 
-def _record(run: RunDir, name: str, folder: Path, needs: dict[str, str], snapshot: Path | None) -> None:
+def _record(
+    run: RunDir, name: str, folder: Path, needs: dict[str, str], snapshot: Path | None, launch: dict[str, Any]
+) -> None:
     """Record the run's job. `needs` maps each job that it waits for to "corpus" or "warm start"."""
     submitted_ms = time.time_ns() // 1_000_000
     log, code_hash = str(log_of(folder, name)), snapshot.name if snapshot else None
-    record = {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms, "code": code_hash}
+    record = {"job": name, "log": log, "needs": needs, "submitted_ms": submitted_ms, "code": code_hash, **launch}
     write_json(run.submission_file, record)
 
 

@@ -22,7 +22,7 @@ from relora.config import choices, compose, presets
 from relora.config.identity import short_hash
 from relora.config.overrides import written
 from relora.config.run import RunConfig
-from relora.launching.launch import POLL_SECONDS, start_process, wait_for_stop
+from relora.launching.local import POLL_SECONDS, start_process, wait_for_stop
 from relora.runs.metrics import read_rows
 from relora.runs.results import mean
 from relora.studies.manifest import study_dir

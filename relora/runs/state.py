@@ -99,13 +99,15 @@ def _of(run: RunDir, submission: dict[str, Any], answer: slurm.Answer) -> Observ
         return ObservedState(name=status.state, message=status.message, requeues=job.requeues if job else 0)
     if job is None:
         if submission.get("cancelled"):
-            return _settled(run, status, "cancelled", "cancelled")
+            return _settled(run, status, "cancelled", submission.get("why", "cancelled"))
         if time.time() * 1000 - submission["submitted_ms"] < 1000 * ACCOUNTING_SECONDS:
             return ObservedState(name="queued", message="submitted")
         message = f"SLURM no longer knows its job {submission['job']}, so how it ended is unknown"
         return _settled(run, status, "failed", message)
     if submission.get("cancelled") and job.state == "CANCELLED":
-        return _settled(run, status, "cancelled", job.end_reason, job.requeues)
+        why = submission.get("why", "cancelled")
+        message = job.end_reason if why == "cancelled" else why
+        return _settled(run, status, "cancelled", message, job.requeues)
     name = "cancelled" if job.state == "CANCELLED" else "failed"
     message = _with_ranks(run, _end_reason(job, Path(submission["log"])))
     return _settled(run, status, name, message, job.requeues)

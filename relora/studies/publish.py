@@ -66,6 +66,15 @@ def _warn(message: str) -> None:
 
 def join_study(planned: Sequence[Planned], study: str) -> None:
     """Tag the runs that an earlier launch or another study has already recorded in MLflow."""
+    _tag(planned, study, belongs=True)
+
+
+def leave_study(planned: Sequence[Planned], study: str) -> None:
+    """Take the runs out of the study in MLflow, as far as they are recorded there."""
+    _tag(planned, study, belongs=False)
+
+
+def _tag(planned: Sequence[Planned], study: str, *, belongs: bool) -> None:
     recorded = [item for item in planned if item.run.mirror_file.exists()]
     if not recorded:
         return
@@ -74,6 +83,6 @@ def join_study(planned: Sequence[Planned], study: str) -> None:
 
     for item in recorded:
         try:
-            tag_study(item.run, item.config, study)
+            tag_study(item.run, item.config, study, belongs=belongs)
         except Exception as error:  # MLflow raises errors of many types
             print(f"{item.config.name} could not be tagged study.{study} in MLflow: {brief(error)}", flush=True)

@@ -40,6 +40,8 @@ class Sweep:
     """The NAME of sweeps=NAME."""
     baseline_rates: list[float] | None = None
     """Multiples of full rank's learning rate for the baselines. None: 1 if that rate was tuned, otherwise several."""
+    max_failures: int | None = None
+    """How many runs may fail before no more are started. None: relora.studies.failures decides."""
     remarks: list[str] = field(default_factory=list)
     """Notes for the user who launches the sweep."""
 
@@ -108,6 +110,7 @@ def expand(overrides: Sequence[str]) -> Sweep:
         fixed=[text for _, texts in given if len(texts) == 1 for text in texts],
         file=name,
         baseline_rates=_baseline_rates(as_values(file.get("baseline_rates"))),
+        max_failures=_max_failures(as_values(file.get("max_failures"))),
         remarks=list(dict.fromkeys(remarks)),
     )
 
@@ -173,6 +176,13 @@ def _baseline_rates(given: Any) -> list[float] | None:
             "[0.25,0.5,1,2]; [1] trains that rate only, null trains several rates if that rate is not tuned"
         )
     return list(dict.fromkeys(map(float, numbers)))
+
+
+def _max_failures(given: Any) -> int | None:
+    """Return the checked value of max_failures. Raises ConfigError if it is not a number of runs."""
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+        raise ConfigError(f"max_failures={shown(given)} must be a whole number of at least 1, or null")
+    return given
 
 
 def _other_choices(name: str | None, rows: Sequence[tuple[str, list[str]]], error: ConfigError) -> str:

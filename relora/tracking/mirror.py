@@ -347,8 +347,8 @@ def _is_behind(run: RunDir, uri: str) -> bool:
     return has != (sent.get("uri"), sent.get("sent_bytes"), sent.get("status"), reported)
 
 
-def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
-    """Add a run to one more study in MLflow. Do nothing if the run was never sent there.
+def tag_study(run: RunDir, config: RunConfig, study: str, *, belongs: bool) -> None:
+    """Add a run to one more study in MLflow, or take it out of one. Do nothing if the run was never sent there.
 
     Raises RunError if the run was deleted in MLflow, and what MLflow raises.
     """
@@ -357,7 +357,7 @@ def tag_study(run: RunDir, config: RunConfig, study: str) -> None:
         recorded = recorded_run(client, state["run_id"])
         if recorded is not None and is_deleted(recorded):
             raise RunError(f"it was deleted there; relora sync {run.path} restores it")
-        client.set_tag(state["run_id"], f"study.{study}", "1")
+        client.set_tag(state["run_id"], f"study.{study}", "1" if belongs else "0")
 
 
 # ---------------------------------------------------------------------------------------------- beside the training

@@ -15,7 +15,7 @@ from small import REPOSITORY
 from relora.common import signals
 from relora.config.compose import compose
 from relora.config.frozen import freeze
-from relora.launching import launch
+from relora.launching import local
 from relora.runs.checkpoint import latest_step
 from relora.runs.rundir import RunDir, Status, write_json
 from relora.studies.study import Planned
@@ -63,7 +63,7 @@ runpy.run_path("run.py", run_name="__main__")
 @pytest.mark.parametrize("number", NUMBERS, ids=ids)
 def test_a_signal_right_after_the_start_stops_the_run(tiny: list[str], number: signal.Signals) -> None:
     item = prepared(tiny)
-    process = launch.start_process(item, 1)
+    process = local.start_process(item, 1)
     process.send_signal(number)  # long before Python runs
     assert process.wait(60) == 130
     status = status_of(item.run)

@@ -8,7 +8,7 @@ import pytest
 from relora.config.compose import compose
 from relora.launching import gpus
 from relora.launching.device import planned_device
-from relora.launching.launch import start_process
+from relora.launching.local import start_process
 from relora.studies.study import Planned
 
 pytestmark = pytest.mark.slow

@@ -268,7 +268,7 @@ class Last:
 sys.last_of_all = Last()
 class AtImport:
     def find_spec(self, name, path=None, target=None):
-        if name == "relora.launching.submit" and "SLURM_RESTART_COUNT" not in os.environ:
+        if name == "relora.launching.node" and "SLURM_RESTART_COUNT" not in os.environ:
             send()
 if "SLURM_PROCID" in os.environ:
     sys.meta_path.insert(0, AtImport())

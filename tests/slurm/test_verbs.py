@@ -89,6 +89,41 @@ def test_two_launchers_at_once_submit_every_run_once(one: list[str], runs_dir: P
     assert queued_names().count("corpus") == 1
 
 
+# ------------------------------------------------------------------------------------- what a launch wants no more
+
+
+@pytest.mark.usefixtures("occupied")
+def test_prune_cancels_the_queued_runs_that_no_study_wants(one: list[str], runs_dir: Path) -> None:
+    run_py("-m", *one, "method.rank=2,3,4", "study=first")
+    run_py("-m", *one, "method.rank=3", "study=second")
+    shown = run_py("-m", *one, "method.rank=2", "study=first", "--prune")
+    third, fourth = (folder([*one, f"method.rank={rank}"]).path.name for rank in (3, 4))
+    assert f"took 2 runs out of study first: {third}, {fourth}" in shown
+    assert f"cancelled {fourth}" in shown
+    states = {row["run"]: row["state"] for study in ("first", "second") for row in status_rows(runs_dir, study)}
+    assert states.pop(third) == "queued", "the second study wants it"
+    assert fourth not in states
+    assert set(states.values()) == {"queued"}
+    assert status_rows(runs_dir, fourth)[0]["state"] == "cancelled"
+
+
+def test_a_job_that_fails_like_the_one_before_it_cancels_those_in_the_queue(
+    one: list[str], runs_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "little").mkdir()
+    (tmp_path / "little" / "only.txt").write_text("a few words")  # too few for three splits
+    own = [item for item in one if not item.startswith(("method", "data.path="))]
+    study = [*own, f"data.path={tmp_path / 'little'}", "method=full", "trainer.seed=range(0,6)", "study=alike"]
+    run_py("-m", *study, "cluster.max_parallel=1")
+    rows = ended(runs_dir, "alike")
+    states = [row["state"] for row in rows]
+    assert states.count("failed") == 2
+    assert states.count("cancelled") == 4
+    messages = {row["message"] for row in rows if row["state"] == "cancelled"}
+    (message,) = messages
+    assert re.match("not started: the first 2 runs failed alike: .*", message)
+
+
 # ----------------------------------------------------------------------------------- on this machine and on SLURM
 
 
