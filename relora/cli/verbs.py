@@ -24,12 +24,14 @@ def plan(arguments: argparse.Namespace) -> int:
     """Print the plan of a run, or with -m of a study: parameters, FLOPs, memory, time and disk. Start nothing."""
     from relora.launching import preview
 
-    values, text, of = (
-        (preview.launch_values, preview.launch_text, arguments.overrides)
-        if arguments.multirun
-        else (preview.run_values, preview.run_text, compose.compose(arguments.overrides))
-    )
-    print(json.dumps(values(of, measure=arguments.measure)) if arguments.json else text(of, measure=arguments.measure))
+    overrides, measure = arguments.overrides, arguments.measure
+    if arguments.multirun:
+        values, text = preview.launch_values, preview.launch_text
+        print(json.dumps(values(overrides, measure=measure)) if arguments.json else text(overrides, measure=measure))
+        return 0
+    config = compose.compose(overrides)
+    values, text = preview.run_values, preview.run_text
+    print(json.dumps(values(config, measure=measure)) if arguments.json else text(config, measure=measure))
     return 0
 
 

@@ -43,14 +43,19 @@ def _too_large(made: Plan, config: RunConfig) -> str:
 
 
 def text(
-    made: Plan, config: RunConfig, *, device: Device, more: Mapping[str, str] | None = None, doubts: Sequence[str] = ()
+    made: Plan,
+    config: RunConfig,
+    *,
+    device: Device | None = None,
+    more: Mapping[str, str] | None = None,
+    doubts: Sequence[str] = (),
 ) -> str:
     """Return the plan as text for users, one line per item.
 
     Args:
         made: The plan.
         config: The run.
-        device: The device that the plan was made for.
+        device: The device that the plan was made for, if it was made for one.
         more: More items, by their names.
         doubts: More warnings.
     """
@@ -74,7 +79,7 @@ def text(
         f"with {_sequences(made.sequences_at_a_time)} at a time"
         + (f" in each of {config.world_size} processes" if config.world_size > 1 else "")
         + (f", the warm start {in_units(made.peak_bytes_at_full_rank)} like full rank" if warm else ""),
-        "device": _device(made, config, device),
+        **({} if device is None else {"device": _device(made, config, device)}),
         "disk": f"{in_units(made.disk_bytes)}: {KEPT_CHECKPOINTS} checkpoints of {in_units(made.checkpoint_bytes)}, "
         f"the model {in_units(made.model_bytes)}",
     }
