@@ -122,12 +122,15 @@ def ask(ids: Sequence[str]) -> Answer:
     known = {**pools, **found}
     # Ask for all jobs of the user, because squeue refuses a list with an id that left the queue long ago.
     fields = "JobArrayID:|,State:|,Reason:|,NodeList:|,RestartCnt:|"
+    in_queue: set[str] = set()
     for line in _lines("squeue", "-h", "-r", "--me", "-t", "all", "-O", fields) if ids else []:
         job, state, reason, node, requeues = line.split("|")[:5]
+        in_queue.add(job)
         if job.partition("_")[0] in masters and (state not in ENDED_STATES or job not in found):
             reason = "" if reason == "None" else reason
             known[job] = Job(state=state, reason=reason, node=node, requeues=int(requeues))
-    return Answer(jobs=known)
+    # The row of an array in sacct may still count a task that was cancelled in the queue.
+    return Answer(jobs={job: found for job, found in known.items() if job in in_queue or not found.waits})
 
 
 def _expanded(shown: str) -> list[str]:

@@ -15,7 +15,7 @@ from relora.cli import main as cli
 from relora.common.errors import ConfigError
 from relora.config import choices
 from relora.config.compose import compose
-from relora.launching import launch
+from relora.launching import launch, local
 from relora.runs.metrics import read_rows
 from relora.runs.rundir import RunDir, Status
 from relora.studies.manifest import study_dir
@@ -212,7 +212,7 @@ def test_an_interrupted_run_ends_a_study_in_this_process(tiny: list[str], monkey
         started.append(path)
         return Status(state="interrupted")
 
-    monkeypatch.setattr(launch, "job", interrupted)
+    monkeypatch.setattr(local, "job", interrupted)
     overrides = [*tiny, "trainer.seed=0,1,2", "cluster=debug", "study=three"]
     assert not launch.launch_study(expand(overrides), overrides)
     assert len(started) == 1

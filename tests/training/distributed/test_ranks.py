@@ -236,7 +236,7 @@ def first_cannot_prepare(rank: int) -> None:
     import relora.data.corpus
     from relora.common.errors import RunError
 
-    def fail(*ignored) -> None:
+    def fail(*ignored, **settings) -> None:
         time.sleep(1)
         raise RunError("the text is missing")
 
