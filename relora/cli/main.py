@@ -102,9 +102,10 @@ def _train(argv: Sequence[str]) -> int:
     hydras = any(argument.startswith(("hydra/launcher=", "hydra/sweeper=")) for argument in argv)
     prune = PRUNE in options
     options = [option for option in options if option != PRUNE]
-    if prune and (options not in (["-m"], ["--multirun"]) or hydras):
+    is_study = options in (["-m"], ["--multirun"]) and not hydras
+    if prune and not is_study:
         raise ConfigError(f"{PRUNE} takes runs out of a study, so it needs -m and no launcher of Hydra")
-    if options in (["-m"], ["--multirun"]) and not hydras:
+    if is_study:
         if World.here().size > 1:
             raise ConfigError(
                 "-m starts the processes of a study itself; give torchrun a single run, or do not use torchrun"

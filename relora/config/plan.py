@@ -7,7 +7,7 @@ from relora.config.peak import Phases
 from relora.config.run import RunConfig
 
 KEPT_CHECKPOINTS = 2
-"""The checkpoints that a run keeps: the newest, and an older one."""
+"""The checkpoints that a run keeps (relora.runs.checkpoint)."""
 
 
 @dataclass(frozen=True, kw_only=True)

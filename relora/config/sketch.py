@@ -1,5 +1,7 @@
 """A drawing of the learning rate over a run, in text."""
 
+from itertools import pairwise
+
 from relora.config.learning_rate import learning_rate_factor
 from relora.config.run import RunConfig
 
@@ -26,7 +28,7 @@ def schedule_sketch(config: RunConfig, width: int = WIDTH) -> list[str]:
     restarts = [clock.next_restart(max(begin - 1, warm)) for begin in borders[:-1]]
     within = [
         step if step is not None and begin <= step < end else None
-        for step, begin, end in zip(restarts, borders, borders[1:], strict=False)
+        for step, (begin, end) in zip(restarts, pairwise(borders), strict=True)
     ]
     many = sum(step is not None for step in within) > columns / 2
 
@@ -39,7 +41,7 @@ def schedule_sketch(config: RunConfig, width: int = WIDTH) -> list[str]:
         steps = sorted({begin + (end - begin) * number // SAMPLES for number in range(SAMPLES)})
         return sum(map(rate, steps)) / len(steps)
 
-    rates = [of_column(*column) for column in zip(borders, borders[1:], within, strict=False)]
+    rates = [of_column(*column, restart) for column, restart in zip(pairwise(borders), within, strict=True)]
     highest = max(rates)
     line = "".join(LEVELS[round(value / highest * (len(LEVELS) - 1))] for value in rates) if highest else ""
     marks = "".join(

@@ -42,8 +42,7 @@ def launch_study(sweep: Sweep, overrides: Sequence[str], *, prune: bool = False)
         ConfigError: SLURM would refuse the jobs, or a full-rank baseline cannot be made.
     """
     planned = planned_runs(sweep)
-    baselines = [item.config for item in planned if item.role == "baseline"]
-    for remark in (*sweep.remarks, *launch_notes(baselines, [item.config for item in planned])):
+    for remark in notes_of(sweep, planned):
         print(f"note: {remark}", flush=True)
     check_cluster(planned[0].config.cluster)
     runs_dir = Path(planned[0].config.runs_dir)
@@ -56,11 +55,18 @@ def launch_study(sweep: Sweep, overrides: Sequence[str], *, prune: bool = False)
     return launch_planned(sweep.study, planned, ["-m", *overrides], max_failures=sweep.max_failures)
 
 
+def notes_of(sweep: Sweep, planned: Sequence[Planned]) -> list[str]:
+    """Return what a user should know about the runs of a launch before they start."""
+    baselines = [item.config for item in planned if item.role == "baseline"]
+    return [*sweep.remarks, *launch_notes(baselines, [item.config for item in planned])]
+
+
 def _prune(runs_dir: Path, study: str, surplus: Unwanted) -> None:
     """Stop the runs that no study wants, and take all surplus runs out of the study."""
-    stopped = stop(existing(runs_dir, surplus.nowhere))
-    leave_study(existing(runs_dir, surplus.names), study)
-    take_out(runs_dir, study, surplus.names)
+    found = existing(runs_dir, surplus.names)
+    stopped = stop([item for item in found if item.config.name in surplus.nowhere])
+    leave_study(found, study)
+    take_out(runs_dir, study, surplus.names, found)
     print(f"took {len(surplus.names)} runs out of study {study}: {', '.join(surplus.names)}", flush=True)
     if stopped:
         print(f"cancelled {', '.join(stopped)}", flush=True)

@@ -63,7 +63,8 @@ def one_after_the_other(pending: Sequence[Planned], max_failures: int | None) ->
                 if job(item.run.path).state == "interrupted":
                     signals.forget()  # the run has stopped because of it
                     return
-                over += [run for run in [ended(item.run)] if run is not None]
+                if (run := ended(item.run)) is not None:
+                    over.append(run)
         except (RunError, OSError) as error:
             print(f"{item.config.name}: {error}", flush=True)
 
@@ -126,7 +127,8 @@ class Processes:
                 problem = silent_end(item, process) if process.returncode else ""
                 if problem:
                     print(problem, flush=True)
-                self.over += [run for run in [ended(item.run, otherwise=problem)] if run is not None]
+                if (run := ended(item.run, otherwise=problem)) is not None:
+                    self.over.append(run)
         before, self.running = self.running, [each for each in self.running if each[1].returncode is None]
         if len(self.running) < len(before) and _stops(self.over, self.max_failures, len(self.waiting)):
             self.waiting.clear()

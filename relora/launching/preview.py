@@ -15,13 +15,12 @@ from relora.config.compose import compose
 from relora.config.plan import Device, Plan, run_plan
 from relora.config.run import RunConfig
 from relora.launching.device import planned_device
-from relora.launching.launch import check_cluster
+from relora.launching.launch import check_cluster, notes_of
 from relora.launching.speeds import speeds_of
 from relora.runs import warmstart
 from relora.runs.state import observe
 from relora.runs.throughput import Estimate
 from relora.studies import sweeps
-from relora.studies.baselines import launch_notes
 from relora.studies.compare import labels_of
 from relora.studies.study import Planned, planned_runs
 
@@ -57,11 +56,16 @@ class Previewed:
         return self.estimate.seconds - forked_flops / self.estimate.flops_per_second if self.is_pending else 0.0
 
 
-def previewed(planned: Sequence[Planned], *, measure: bool = False) -> list[Previewed]:
-    """Return the runs of a launch with their costs, in the order of the launch."""
+def previewed(planned: Sequence[Planned], device: Device, *, measure: bool = False) -> list[Previewed]:
+    """Return the runs of a launch with their costs, in the order of the launch.
+
+    Args:
+        planned: The runs.
+        device: The device of each process.
+        measure: Train a few steps of each kind of run here, instead of using the speed of finished runs.
+    """
     states = observe([item.run for item in planned])
-    first = planned[0].config
-    device, speeds = planned_device(first), speeds_of(first, measure=measure)
+    speeds = speeds_of(planned[0].config, measure=measure)
     trained: set[str | None] = set()
     found: list[Previewed] = []
     for item, state in zip(planned, states, strict=True):
@@ -96,8 +100,8 @@ def launch_text(overrides: Sequence[str], *, measure: bool = False) -> str:
     sweep, planned = _planned(overrides)
     if shutil.which("sbatch") is not None:  # a cluster's launch may be planned elsewhere
         check_cluster(planned[0].config.cluster)
-    notes = (*sweep.remarks, *launch_notes(_baselines(planned), [item.config for item in planned]))
-    return "\n".join([*(f"note: {remark}" for remark in notes), study_text(sweep.study, planned, measure=measure)])
+    notes = [f"note: {remark}" for remark in notes_of(sweep, planned)]
+    return "\n".join([*notes, study_text(sweep.study, planned, measure=measure)])
 
 
 def launch_values(overrides: Sequence[str], *, measure: bool = False) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def launch_values(overrides: Sequence[str], *, measure: bool = False) -> dict[st
                 "flops_to_compute": each.flops,
                 "time": None if each.estimate is None else asdict(each.estimate),
             }
-            for each in previewed(planned, measure=measure)
+            for each in previewed(planned, planned_device(planned[0].config), measure=measure)
         ],
     }
 
@@ -131,10 +135,6 @@ def launch_values(overrides: Sequence[str], *, measure: bool = False) -> dict[st
 def _planned(overrides: Sequence[str]) -> tuple[sweeps.Sweep, list[Planned]]:
     sweep = sweeps.expand(overrides)
     return sweep, planned_runs(sweep)
-
-
-def _baselines(planned: Sequence[Planned]) -> list[RunConfig]:
-    return [item.config for item in planned if item.role == "baseline"]
 
 
 def _trial(search: sweeps.Search) -> RunConfig:
@@ -158,7 +158,8 @@ def _search_text(search: sweeps.Search, *, measure: bool) -> str:
 
 def study_text(study: str, planned: Sequence[Planned], *, measure: bool) -> str:
     """Return the preview of a study's launch as text: a row for each arm, and what all runs take together."""
-    found = previewed(planned, measure=measure)
+    device = planned_device(planned[0].config)
+    found = previewed(planned, device, measure=measure)
     labels = labels_of([each.item.config for each in found])
     arms: dict[tuple[str, str], list[Previewed]] = {}
     for each in found:
@@ -170,7 +171,7 @@ def study_text(study: str, planned: Sequence[Planned], *, measure: bool) -> str:
     title = f"study {study}: {len(found)} runs, {baselines} of them baselines that are added; {len(pending)} to train"
     warnings = [warning for each in pending for warning in _doubts(each.item.config, each.plan, each.estimate)]
     warnings += [warning for each in pending for warning in plan_text.warnings(each.plan, each.item.config)]
-    items = _together(found, pending)
+    items = _together(found, pending, device)
     lines = [f"{name:<12} {value}" for name, value in items.items()]
     lines += [f"{'warning':<12} {warning}" for warning in dict.fromkeys(warnings)]
     return "\n".join([title, "", aligned([head, *rows]), "", *lines])
@@ -194,10 +195,9 @@ def _row(label: str, role: str, members: Sequence[Previewed]) -> tuple[str, ...]
     )
 
 
-def _together(found: Sequence[Previewed], pending: Sequence[Previewed]) -> dict[str, str]:
+def _together(found: Sequence[Previewed], pending: Sequence[Previewed], device: Device) -> dict[str, str]:
     """Return what the runs of a launch take together, by the name of the item."""
     config = found[0].item.config
-    device = planned_device(config)
     shared = sum(each.trains_warm_start for each in pending)
     forking = sum(warmstart.key(each.item.config) is not None for each in pending) - shared
     items = {"FLOPs": f"{sum(each.flops for each in pending):.3g} to compute"}
@@ -247,11 +247,16 @@ def _free_bytes(runs_dir: Path) -> int | None:
 # ------------------------------------------------------------------------------------------------------- one run
 
 
-def run_text(config: RunConfig, *, measure: bool = False) -> str:
-    """Return the plan of one run as text, with its time and the doubts about its walltime."""
+def _planned_run(config: RunConfig, *, measure: bool) -> tuple[Device, Plan, Estimate | None]:
+    """Return the device of one run, its plan there and its expected time."""
     device = planned_device(config)
     made = run_plan(config, device=device)
-    estimate = speeds_of(config, measure=measure).estimate(config, made, on_gpu=device.is_gpu)
+    return device, made, speeds_of(config, measure=measure).estimate(config, made, on_gpu=device.is_gpu)
+
+
+def run_text(config: RunConfig, *, measure: bool = False) -> str:
+    """Return the plan of one run as text, with its time and the doubts about its walltime."""
+    device, made, estimate = _planned_run(config, measure=measure)
     time = UNKNOWN_TIME
     if estimate is not None:
         time = (
@@ -264,9 +269,7 @@ def run_text(config: RunConfig, *, measure: bool = False) -> str:
 
 def run_values(config: RunConfig, *, measure: bool = False) -> dict[str, Any]:
     """Return the plan of one run as values for programs."""
-    device = planned_device(config)
-    made = run_plan(config, device=device)
-    estimate = speeds_of(config, measure=measure).estimate(config, made, on_gpu=device.is_gpu)
+    _, made, estimate = _planned_run(config, measure=measure)
     values = plan_text.as_dict(made, config)
     values["warnings"] = [*plan_text.warnings(made, config), *_doubts(config, made, estimate)]
     return {**values, "time": None if estimate is None else asdict(estimate)}

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO, cast
 
 from relora.common.errors import RunError
 from relora.common.files import reason, remove_leftovers, replacing, set_aside, sha256_of
+from relora.config.plan import KEPT_CHECKPOINTS
 
-KEPT = 2
+KEPT = KEPT_CHECKPOINTS
 """Checkpoints that are kept: the newest, and an older one for the case that the newest is damaged."""
 
 FOOTER = re.compile(rb"\nrelora sha256 ([0-9a-f]{64})\n")

@@ -31,11 +31,6 @@ class Estimate:
     basis: str
     """Where the FLOPs per second come from, for the user."""
 
-    @property
-    def seconds_outside_training(self) -> float:
-        """The part of `seconds` that is not training."""
-        return self.seconds - self.training_seconds
-
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:

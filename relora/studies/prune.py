@@ -63,14 +63,21 @@ def existing(runs_dir: Path, names: Sequence[str]) -> list[Planned]:
     return found
 
 
-def take_out(runs_dir: Path, study: str, names: Collection[str]) -> None:
-    """Take runs out of a study: out of its manifest, and out of their configs. The runs stay in `runs_dir`."""
+def take_out(runs_dir: Path, study: str, names: Collection[str], found: Sequence[Planned]) -> None:
+    """Take runs out of a study: out of its manifest, and out of their configs. The runs stay in `runs_dir`.
+
+    Args:
+        runs_dir: The folder of all runs.
+        study: The study.
+        names: The names of the runs.
+        found: Those of them whose config can be read.
+    """
     folder = study_dir(runs_dir, study)
     with FileLock(folder / ".lock"):
         manifest = manifest_of(runs_dir, study)
         manifest["runs"] = {name: entry for name, entry in manifest["runs"].items() if name not in names}
         write_json(folder / "study.json", manifest)
-    for item in existing(runs_dir, list(names)):
+    for item in found:
         if item.config.study != study:
             continue
         run = RunDir(runs_dir / item.config.name)
